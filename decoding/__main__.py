@@ -1,0 +1,5 @@
+"""``python -m decoding``."""
+
+from decoding.cli import main
+
+main()

@@ -1,0 +1,61 @@
+"""`generate`: text in, text out, with processors that bind themselves to the model's tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+from decoding.errors import DecodingError
+from decoding.models import load_model, load_tokenizer
+from decoding.style import StylePrior
+
+
+@overload
+def generate(model: Any, prompts: str, **options: Any) -> str: ...
+@overload
+def generate(model: Any, prompts: list[str], **options: Any) -> list[str]: ...
+def generate(
+    model: Any,
+    prompts: str | list[str],
+    *,
+    tokenizer: Any | None = None,
+    logits_processor: Sequence[Any] = (),
+    max_new_tokens: int = 64,
+    **options: Any,
+) -> str | list[str]:
+    """Continues one prompt, or a list of them in one batch.
+
+    Args:
+        model: a folder, a hub id, the embedded default's name, or a loaded model (then with its tokenizer).
+        prompts: plain text; no chat template is applied.
+        tokenizer: of a loaded model.
+        logits_processor: transformers' processors. An unbound `StylePrior` is bound to the tokenizer.
+        max_new_tokens: how many tokens to write at most.
+        options: anything that ``model.generate`` takes (``do_sample``, ``temperature``, ``num_beams``, …).
+
+    Returns:
+        The continuations, without the prompts: one text for one prompt, else a list.
+
+    Raises:
+        DecodingError: no prompt, an empty one, or a loaded model without its tokenizer.
+    """
+    batch = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not batch or not all(isinstance(prompt, str) and prompt for prompt in batch):
+        raise DecodingError("prompts must be a text, or a list of texts, and none empty")
+    if isinstance(model, str):
+        tokenizer = tokenizer or load_tokenizer(model)
+        model = load_model(model)
+    elif tokenizer is None:
+        raise DecodingError("a loaded model needs its tokenizer: generate(model, prompts, tokenizer=tokenizer)")
+    for processor in logits_processor:
+        if isinstance(processor, StylePrior):
+            processor.bind(tokenizer)
+    inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    inputs.pop("token_type_ids", None)
+    options.setdefault("pad_token_id", tokenizer.pad_token_id)
+    output = model.generate(
+        **inputs, logits_processor=list(logits_processor), max_new_tokens=max_new_tokens, **options
+    )
+    sequences = getattr(output, "sequences", output)
+    texts = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts[0] if isinstance(prompts, str) and len(texts) == 1 else texts

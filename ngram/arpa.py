@@ -1,0 +1,271 @@
+"""The ARPA format of back-off models, with decimal token ids for words."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterator
+from itertools import repeat
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ngram.counts import Ints, Level
+from ngram.errors import NGramError
+from ngram.smoothing import Estimates, Floats
+from ngram.storage import write_atomically
+from ngram.tables import Tables
+
+BOS, EOS, UNK = "<s>", "</s>", "<unk>"
+LN10 = float(np.log(10))
+IMPOSSIBLE = -99.0
+UNK_IF_MISSING = -100.0  # as KenLM assumes
+
+
+class Grams(NamedTuple):
+    """The k-grams of one section, in file order."""
+
+    ids: Ints  # [N, k]; −1 for <unk>
+    log10_probs: Floats  # [N]
+    log10_backoffs: Floats  # [N]; 0 where the file gives none
+
+
+def read(
+    path: str | PathLike, vocab_size: int, bos_id: int | None, eos_id: int | None
+) -> tuple[int, list[Grams]]:
+    """Parses a file: its order, and one `Grams` per order.
+
+    Raises:
+        NGramError: no file, a malformed line (with its number), ids outside [0, V), or markers without an id.
+    """
+    path = Path(path)
+    markers = {UNK: -1}
+    markers |= {name: marker for name, marker in ((BOS, bos_id), (EOS, eos_id)) if marker is not None}
+    sections: list[list[tuple[list[int], float, float]]] = []
+    promised: list[int] = []
+    ended = False
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            if not line or line == "\\data\\" or ended:
+                continue
+            if header := re.fullmatch(r"ngram (\d+)\s*=\s*(\d+)", line):
+                promised.append(int(header[2]))
+            elif re.fullmatch(r"\\\d+-grams:", line):
+                sections.append([])
+            elif line == "\\end\\":
+                ended = True
+            else:
+                gram = _parse(line, len(sections), markers, vocab_size)
+                if gram:
+                    sections[-1].append(gram)
+                else:
+                    promised[len(sections) - 1] -= 1
+        except (ValueError, IndexError) as error:
+            raise NGramError(f"{path}, line {number}: {error}") from error
+    if not ended or not promised or [len(section) for section in sections] != promised:
+        raise NGramError(f"{path} is not a whole ARPA file: it promises {promised} n-grams and has {[len(s) for s in sections]}")
+    return len(sections), [_grams(section, k) for k, section in enumerate(sections, start=1)]
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with open(path, "rb") as file:
+            is_gzip = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rt", encoding="utf-8") if is_gzip else open(path, encoding="utf-8") as text:
+            for line in text:
+                yield line.strip()
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise NGramError(f"cannot read {path} as an ARPA file: {error}") from error
+
+
+def _parse(line: str, order: int, markers: dict[str, int], vocab_size: int) -> tuple[list[int], float, float] | None:
+    """One n-gram; None for a marker that the file lists but does not use."""
+    fields = line.split()
+    if not order or len(fields) not in (order + 1, order + 2):
+        raise ValueError(f"expected a probability, {order} words and perhaps a back-off, found {line!r}")
+    log10_prob, words = float(fields[0]), fields[1 : order + 1]
+    log10_backoff = float(fields[order + 1]) if len(fields) == order + 2 else 0.0
+    ids = []
+    for word in words:
+        if word in markers:
+            ids.append(markers[word])
+        elif word in (BOS, EOS):
+            if order == 1 and log10_prob <= IMPOSSIBLE:
+                return None
+            raise ValueError(f"the file uses {word}: pass {'bos_id' if word == BOS else 'eos_id'}")
+        elif not word.isascii() or not word.isdecimal():
+            raise ValueError(f"words must be decimal token ids, found {word!r}")
+        elif int(word) >= vocab_size:
+            raise ValueError(f"token id {word} is beyond the vocabulary size {vocab_size}")
+        else:
+            ids.append(int(word))
+    if not (np.isfinite(log10_prob) and np.isfinite(log10_backoff)):
+        raise ValueError(f"numbers must be finite, found {line!r}")
+    return ids, log10_prob, log10_backoff
+
+
+def _grams(section: list[tuple[list[int], float, float]], k: int) -> Grams:
+    ids = np.array([gram[0] for gram in section], np.int64).reshape(-1, k)
+    return Grams(ids, np.array([gram[1] for gram in section]), np.array([gram[2] for gram in section]))
+
+
+def to_estimates(grams: list[Grams], vocab_size: int, bos_id: int | None) -> tuple[list[Level], Estimates]:
+    """A parsed file in this package's layout.
+
+    N-grams with <unk> are left out: no id is <unk>. The lower-order estimate that a delta refers to is followed down
+    by backing off, as a decoder would, since pruned files lack some suffixes.
+
+    Raises:
+        NGramError: an n-gram listed twice, or one whose context the file does not list.
+    """
+    levels, unigram = _unigrams(grams[0], vocab_size, bos_id)
+    backoffs, deltas = [], []
+    index = _Index(vocab_size)
+    index.add(np.arange(vocab_size)[:, None], unigram)
+    gammas = _by_id(grams[0], grams[0].log10_backoffs * LN10, vocab_size)
+    for k, section in enumerate(grams[1:], start=2):
+        used = section.ids.min(1, initial=0) >= 0
+        ids, log_probs = section.ids[used], section.log10_probs[used] * LN10
+        parents = index.find(ids[:, :-1])
+        if (parents < 0).any():
+            gram = " ".join(map(str, ids[np.argmin(parents)]))
+            raise NGramError(f"the file lists the {k}-gram {gram!r} but not its context")
+        order = np.lexsort((ids[:, -1], parents))
+        ids, parents, log_probs = ids[order], parents[order], log_probs[order]
+        if (np.diff(parents * vocab_size + ids[:, -1]) == 0).any():
+            raise NGramError(f"the file lists a {k}-gram twice")
+        backoffs.append(gammas)
+        deltas.append(log_probs - gammas[parents] - index.score(ids[:, 1:], [*backoffs]))
+        levels.append(Level(ids[:, -1], parents, np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool)))
+        index.add(ids, log_probs, parents)
+        gammas = section.log10_backoffs[used][order] * LN10
+    return levels, Estimates(unigram, backoffs, deltas)
+
+
+def _unigrams(section: Grams, vocab_size: int, bos_id: int | None) -> tuple[list[Level], Floats]:
+    known = section.ids[:, 0] >= 0
+    ids = section.ids[known, 0]
+    if len(np.unique(ids)) < len(ids):
+        raise NGramError("the file lists a 1-gram twice")
+    counts = np.bincount(ids, minlength=vocab_size)
+    unknown = section.log10_probs[~known][-1] if (~known).any() else UNK_IF_MISSING
+    unseen = max(int((counts == 0).sum()), 1)
+    unigram = np.full(vocab_size, unknown * LN10 - np.log(unseen))
+    unigram[ids] = section.log10_probs[known] * LN10
+    if bos_id is not None:
+        unigram[bos_id] = -np.inf
+    zeros = np.zeros(vocab_size, np.int64)
+    return [Level(np.arange(vocab_size), zeros, zeros, counts, np.zeros(vocab_size, bool))], unigram
+
+
+def _by_id(section: Grams, values: Floats, vocab_size: int) -> Floats:
+    known = section.ids[:, 0] >= 0
+    dense = np.zeros(vocab_size)
+    dense[section.ids[known, 0]] = values[known]
+    return dense
+
+
+class _Index:
+    """Node numbers of n-grams, and back-off scores of the orders added so far."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+        self.keys: list[Ints] = []
+        self.log_probs: list[Floats] = []
+
+    def add(self, ids: Ints, log_probs: Floats, parents: Ints | None = None) -> None:
+        self.keys.append(ids[:, -1] if parents is None else parents * self.vocab_size + ids[:, -1])
+        self.log_probs.append(log_probs)
+
+    def find(self, ids: Ints) -> Ints:
+        """Index of each row among the n-grams of its length, or −1."""
+        nodes = ids[:, 0]
+        for column, keys in zip(ids.T[1:], self.keys[1:], strict=False):
+            wanted = np.where(nodes >= 0, nodes * self.vocab_size + column, -1)
+            at = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
+            nodes = np.where(keys[at] == wanted, at, -1) if len(keys) else np.full(len(ids), -1)
+        return nodes
+
+    def score(self, ids: Ints, backoffs: list[Floats]) -> Floats:
+        """log p of the last token of each row given those before, backing off where an n-gram is not listed."""
+        k = ids.shape[1]
+        if k == 1:
+            return self.log_probs[0][ids[:, 0]]
+        nodes = self.find(ids)
+        missing = nodes < 0
+        result = np.where(missing, 0.0, self.log_probs[k - 1][nodes] if len(self.log_probs[k - 1]) else 0.0)
+        if missing.any():
+            contexts = self.find(ids[missing, :-1])
+            gamma = np.where(contexts >= 0, backoffs[k - 2][contexts], 0.0)
+            result[missing] = gamma + self.score(ids[missing, 1:], backoffs)
+        return result
+
+
+def write(path: str | PathLike, tables: Tables, bos_id: int | None, eos_id: int | None) -> None:
+    """Writes ``tables`` as an ARPA file, atomically; gzip if the name ends in .gz."""
+    sections = _sections(tables)
+    names = np.arange(tables.vocab_size).astype(str).astype(object)
+    for marker, name in ((bos_id, BOS), (eos_id, EOS)):
+        if marker is not None:
+            names[marker] = name
+    first = _first_section(tables, names, sections[0], bos_id, eos_id)
+    out = io.StringIO()
+    sizes = [len(first), *(len(section.ids) for section in sections[1:])]
+    out.write("\\data\\\n" + "".join(f"ngram {k}={size}\n" for k, size in enumerate(sizes, start=1)))
+    out.write("\n\\1-grams:\n" + "".join(first))
+    for k, section in enumerate(sections[1:], start=2):
+        words = names[section.ids[:, 0]]
+        for column in section.ids.T[1:]:
+            words = words + " " + names[column]
+        ends: Iterator[str] = (f"\t{b:.7g}\n" for b in section.log10_backoffs.tolist())
+        if k == tables.order:
+            ends = repeat("\n")
+        lines = zip(section.log10_probs.tolist(), words, ends, strict=False)
+        out.write(f"\n\\{k}-grams:\n" + "".join(f"{p:.7g}\t{w}{end}" for p, w, end in lines))
+    out.write("\n\\end\\\n")
+    content = out.getvalue().encode()
+    write_atomically(path, gzip.compress(content, 6) if str(path).endswith(".gz") else content)
+
+
+def _first_section(
+    tables: Tables, names: np.ndarray, unigrams: Grams, bos_id: int | None, eos_id: int | None
+) -> list[str]:
+    seen = tables.seen.numpy().copy()
+    if bos_id is not None:
+        seen[bos_id] = True
+    unseen = np.flatnonzero(~seen)
+    lines = []
+    if len(unseen):
+        total = unigrams.log10_probs[unseen[0]] + np.log10(len(unseen))
+        lines.append(f"{total:.7g}\t{UNK}\t0\n")
+    # Other tools refuse a file without the markers.
+    lines += [f"{IMPOSSIBLE:g}\t{name}\t0\n" for marker, name in ((bos_id, BOS), (eos_id, EOS)) if marker is None]
+    for index in np.flatnonzero(seen).tolist():
+        prob = 0.0 if index == bos_id else unigrams.log10_probs[index]
+        lines.append(f"{prob:.7g}\t{names[index]}\t{unigrams.log10_backoffs[index]:.7g}\n")
+    return lines
+
+
+def _sections(tables: Tables) -> list[Grams]:
+    """Every n-gram of ``tables`` with its absolute probability and its back-off."""
+    backoff = tables.backoff.double() / LN10
+    ids = torch.arange(tables.vocab_size)[:, None]
+    gammas = [backoff[f : f + n] for f, n in zip(tables.first_nodes, tables.lengths, strict=True)]
+    gammas.append(torch.zeros(0, dtype=torch.float64))
+    sections = [Grams(ids.numpy(), tables.unigram.double().numpy() / LN10, _or_zeros(gammas[0], len(ids)))]
+    for k in range(2, tables.order + 1):
+        keys = tables.ngram_keys(k)[:-1]
+        last = (keys % tables.stride)[:, None]
+        ids = torch.cat((ids[keys // tables.stride], last), 1)
+        probs = tables.score(ids[:, :-1], ids[:, -1]).double() / LN10
+        sections.append(Grams(ids.numpy(), probs.numpy(), _or_zeros(gammas[k - 1], len(ids))))
+    return sections
+
+
+def _or_zeros(values: torch.Tensor, size: int) -> Floats:
+    return values.numpy() if len(values) else np.zeros(size)

@@ -1,0 +1,134 @@
+"""One safetensors file per model: written atomically, validated when read, no code in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from ngram.errors import NGramError
+from ngram.tables import SMALL_VOCAB, Tables, pack_nodes
+
+FORMAT = "decoding-ngram/1"
+
+
+def write_atomically(path: str | PathLike, content: bytes) -> None:
+    """Writes a whole file beside its place, then moves it there."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise NGramError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException as error:
+        os.unlink(name)
+        if isinstance(error, OSError):
+            raise NGramError(f"cannot write {path}: {error.strerror}") from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save(path: str | PathLike, tables: Tables, header: dict[str, Any]) -> None:
+    """Writes the tables and a JSON header."""
+    counts = tables.nodes[:, 0]
+    fits_16_bits = not counts.numel() or int(counts.max()) < 1 << 16
+    tensors = {
+        "unigram": tables.unigram,
+        "seen": tables.seen,
+        "backoff": tables.backoff,
+        "counts": counts.to(torch.uint16) if fits_16_bits else counts,
+        "words": tables.words,
+        "deltas": tables.deltas,
+    }
+    header = {"format": FORMAT, "lengths": tables.lengths, **header}
+    content = to_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"ngram": json.dumps(header)})
+    write_atomically(path, content)
+
+
+def load(path: str | PathLike) -> tuple[Tables, dict[str, Any]]:
+    """Reads and checks what `save` wrote.
+
+    Raises:
+        NGramError: no file, or not a whole and consistent one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise NGramError(f"no n-gram model at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("ngram", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise NGramError(f"{path} is not a whole n-gram model file: {error}") from error
+    if not isinstance(header, dict) or header.pop("format", None) != FORMAT:
+        raise NGramError(f"{path} is not an n-gram model of the format {FORMAT}: train it again with this version")
+    try:
+        lengths = tuple(header.pop("lengths"))
+        return _tables(tensors, lengths), {name: header[name] for name in ("smoothing", "bos_id", "eos_id", "metadata")}
+    except (KeyError, TypeError, RuntimeError, _Damaged) as error:
+        raise NGramError(f"{path} is damaged: {error}") from error
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _tables(tensors: dict[str, Tensor], lengths: tuple[int, ...]) -> Tables:
+    counts, backoff = tensors["counts"].to(torch.int64), tensors["backoff"]
+    _require(counts.ndim == 1 and counts.shape == backoff.shape, "the contexts do not fit each other")
+    _require(backoff.dtype == torch.float32, "backoff must be float32")
+    nodes = pack_nodes(counts, backoff)
+    tables = Tables(tensors["unigram"], tensors["seen"], nodes, tensors["words"], tensors["deltas"], lengths)
+    _check(tables, counts)
+    return tables
+
+
+def _check(tables: Tables, counts: Tensor) -> None:
+    for name in ("unigram", "backoff", "deltas"):
+        values = getattr(tables, name)
+        _require(values.dtype == torch.float32 and values.ndim == 1, f"{name} must be one-dimensional float32")
+        _require(bool(torch.isfinite(values).all()), f"{name} holds numbers that are not finite")
+    size = tables.vocab_size
+    _require(size > 0, "its vocabulary is empty")
+    _require(tables.seen.shape == (size,) and tables.seen.dtype == torch.bool, "seen does not fit the vocabulary")
+    _require(all(isinstance(n, int) and n >= 0 for n in tables.lengths), "lengths must be whole numbers")
+    _require(not tables.lengths or tables.lengths[0] == size, "lengths do not fit the vocabulary")
+    nodes = sum(tables.lengths) + len(tables.lengths)
+    _require(counts.shape == (nodes,), "the contexts do not fit the lengths")
+    _require(not nodes or int(counts.min()) >= 0, "a context has a negative number of continuations")
+    total = int(counts.sum())
+    _require(tables.words.shape == (total,) == tables.deltas.shape, "the n-grams do not fit the contexts")
+    small = size <= SMALL_VOCAB
+    _require(tables.words.dtype == (torch.int16 if small else torch.int32), "words do not fit the vocabulary")
+    ids = tables.token_ids(tables.words)
+    _require(not total or (int(ids.min()) >= 0 and int(ids.max()) < size), f"it holds token ids beyond its {size}")
+    for at, (length, longer) in enumerate(zip(tables.lengths, (*tables.lengths[1:], None), strict=True)):
+        first = tables.first_nodes[at]
+        held = int(counts[first : first + length].sum())
+        _require(longer is None or held == longer, "the orders do not fit each other")
+        _require(int(counts[first + length]) == 0, "an empty context has continuations")
+    for k in range(2, tables.order + 1):
+        _require(bool((tables.ngram_keys(k).diff() > 0).all()), f"its {k}-grams are not sorted")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise _Damaged(message)
