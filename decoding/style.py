@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import LogitsProcessor
-from transformers.utils import PushToHubMixin
 
 from decoding.corpora import DEFAULT_STYLE
 from decoding.errors import DecodingError
@@ -28,7 +28,7 @@ CONFIG_FILE = "style_prior.json"
 DEFAULT_LAMBDA = 0.1
 
 
-class StylePrior(LogitsProcessor, PushToHubMixin):
+class StylePrior(LogitsProcessor):
     """Adds λ · log of an n-gram style prior to every row of scores.
 
     "N-gram style control by logit-space injection" (arXiv 2601.16224) trains an n-gram model on a style corpus and,
@@ -154,7 +154,7 @@ class StylePrior(LogitsProcessor, PushToHubMixin):
         leading = is_pad.cumprod(1).bool() & (input_ids[:, :-longest] == self.pad_token_id).all(1, keepdim=True)
         return window.masked_fill(leading, -1)
 
-    def save_pretrained(self, save_directory: str | PathLike, **_: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike) -> None:
         """Writes the bound prior and its settings to a folder."""
         if self.model is None:
             raise DecodingError("only a bound StylePrior can be saved: give it a tokenizer")
@@ -166,6 +166,15 @@ class StylePrior(LogitsProcessor, PushToHubMixin):
         }
         self.model.save(Path(save_directory) / PRIOR_FILE)
         write_atomically(Path(save_directory) / CONFIG_FILE, json.dumps(config, indent=2).encode())
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads what `save_pretrained` writes to a repository on the Hugging Face hub, made if needed; its address."""
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            address = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload style prior")
+        return str(address)
 
     @classmethod
     def from_pretrained(

@@ -131,10 +131,9 @@ def to_estimates(grams: list[Grams], vocab_size: int, bos_id: int | None) -> tup
     for k, section in enumerate(grams[1:], start=2):
         used = section.ids.min(1, initial=0) >= 0
         ids, log_probs = section.ids[used], section.log10_probs[used] * LN10
+        _require_listed(ids, (levels[0].counts > 0)[ids].all(1), k, "1-grams")
         parents = index.find(ids[:, :-1])
-        if (parents < 0).any():
-            gram = " ".join(map(str, ids[np.argmin(parents)]))
-            raise NGramError(f"the file lists the {k}-gram {gram!r} but not its context")
+        _require_listed(ids, parents >= 0, k, "context")
         order = np.lexsort((ids[:, -1], parents))
         ids, parents, log_probs = ids[order], parents[order], log_probs[order]
         if (np.diff(parents * vocab_size + ids[:, -1]) == 0).any():
@@ -145,6 +144,12 @@ def to_estimates(grams: list[Grams], vocab_size: int, bos_id: int | None) -> tup
         index.add(ids, log_probs, parents)
         gammas = section.log10_backoffs[used][order] * LN10
     return levels, Estimates(unigram, backoffs, deltas)
+
+
+def _require_listed(ids: Ints, listed: np.ndarray, k: int, what: str) -> None:
+    if not listed.all():
+        gram = " ".join(map(str, ids[np.argmin(listed)]))
+        raise NGramError(f"the file lists the {k}-gram {gram!r} but not its {what}")
 
 
 def _unigrams(section: Grams, vocab_size: int, bos_id: int | None) -> tuple[list[Level], Floats]:

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
@@ -120,11 +121,10 @@ def _check(tables: Tables, counts: Tensor) -> None:
     _require(tables.words.dtype == (torch.int16 if small else torch.int32), "words do not fit the vocabulary")
     ids = tables.token_ids(tables.words)
     _require(not total or (int(ids.min()) >= 0 and int(ids.max()) < size), f"it holds token ids beyond its {size}")
-    for at, (length, longer) in enumerate(zip(tables.lengths, (*tables.lengths[1:], None), strict=True)):
-        first = tables.first_nodes[at]
-        held = int(counts[first : first + length].sum())
-        _require(longer is None or held == longer, "the orders do not fit each other")
+    for first, length in zip(tables.first_nodes, tables.lengths, strict=True):
         _require(int(counts[first + length]) == 0, "an empty context has continuations")
+    ngrams = np.diff(tables.first_ngrams).tolist()
+    _require(ngrams[:-1] == list(tables.lengths[1:]), "the orders do not fit each other")
     for k in range(2, tables.order + 1):
         _require(bool((tables.ngram_keys(k).diff() > 0).all()), f"its {k}-grams are not sorted")
 

@@ -270,6 +270,11 @@ def _order_shares(contexts: Contexts, mixture: Tensor) -> Tensor:
     return torch.addmm(mixture[0], matched.to(mixture.dtype), mixture[1:])
 
 
+def counts_on_host(device: torch.device) -> bool:
+    """Whether reading a number back from the device costs nothing."""
+    return device.type == "cpu"
+
+
 def _continuations(tables: Tables, contexts: Contexts, shares: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """The sparse part: int flat positions in a tensor of ``shape``, and the float32 amounts to add there.
 
@@ -278,7 +283,7 @@ def _continuations(tables: Tables, contexts: Contexts, shares: Tensor, shape: to
     """
     rows, width = shape
     device = shares.device
-    on_host = device.type == "cpu"
+    on_host = counts_on_host(device)
     index = torch.int32 if rows * width + SMALL_BIAS < 2**31 else torch.int64
     stop = contexts.count.cumsum(0, dtype=index)
     total = int(stop[-1]) if on_host else rows * tables.most_continuations

@@ -1,0 +1,337 @@
+"""The command line: ``decoding``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from decoding.corpora import DEFAULT_STYLE, cache_dir, load_corpus, registered_styles
+from decoding.errors import DecodingError
+from decoding.models import DEFAULT_MODEL
+from decoding.style import checked_lambda
+from ngram import NGramError
+
+
+class _BadInput(click.ClickException):
+    exit_code = 2
+
+
+class _Group(click.Group):
+    """Turns the errors that users can mend into one line and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (DecodingError, NGramError) as error:
+            raise _BadInput(str(error)) from error
+
+
+class Lambdas(click.ParamType):
+    """``0:1``, ``0:1:0.05`` or ``0,0.1,0.3``."""
+
+    name = "λ"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Parses the text."""
+        try:
+            return parse_lambdas(value)
+        except DecodingError as error:
+            self.fail(str(error), param, ctx)
+
+
+def parse_lambdas(text: str) -> tuple[float, ...]:
+    """A range ``first:last[:step]`` (step 0.1 by default, last included) or a list with commas, ascending.
+
+    Raises:
+        DecodingError: anything else.
+    """
+    try:
+        numbers = [float(part) for part in text.replace(":", ",").split(",")]
+    except ValueError:
+        numbers = []
+    is_range = ":" in text
+    if not numbers or (is_range and ("," in text or len(numbers) > 3)) or not all(abs(x) < 1e6 for x in numbers):
+        raise DecodingError(f"λ must read like 0:1, 0:1:0.05 or 0,0.1,0.3, not {text!r}")
+    if is_range:
+        first, last, step = (*numbers, 0.1)[:3]
+        if step <= 0 or last < first or (last - first) / step > 10_000:
+            raise DecodingError(f"λ range {text!r} must ascend, by a positive step")
+        count = int((last - first) / step + 1e-9) + 1
+        numbers = [round(first + i * step, 10) for i in range(count)]
+    return tuple(sorted(set(numbers)))
+
+
+_model = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A folder or a Hugging Face hub id.")
+_dtype = click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+_field = click.option("--field", help="The text's field in a .jsonl style; or write FILE.jsonl#FIELD.")
+_order = click.option("--order", default=3, show_default=True, help="Order of the n-gram prior, 1 to 6.")
+_smoothing = click.option(
+    "--smoothing", default="kneser-ney", show_default=True, help="kneser-ney, witten-bell or additive."
+)
+_style_help = f"{', '.join(registered_styles())}, a text file, a folder, a .jsonl file, or a saved prior."
+_out = click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; a new one by default.")
+_resume = click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="decoding-middleware")
+def cli() -> None:
+    """Inference-time decoding middleware for large language models."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@cli.command()
+@click.argument("prompt")
+@_model
+@_dtype
+@click.option("--style", default=DEFAULT_STYLE, show_default=True, help=_style_help)
+@click.option("--lambda", "lambda_", default=0.1, show_default=True, help="Strength of the style.")
+@click.option("--allow-any-lambda", is_flag=True, help="Accept λ outside [0, 1].")
+@_field
+@_order
+@_smoothing
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=1.0, show_default=True, help="0 takes the most probable token at every step.")
+@click.option("--seed", default=0, show_default=True)
+def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: float, **options: Any) -> None:
+    """Continues PROMPT in a style."""
+    import torch
+
+    from decoding import StylePrior
+    from decoding import generate as continue_text
+    from decoding.models import load_model, load_tokenizer
+    from decoding.priors import resolve_style
+
+    if not prompt.strip():
+        raise DecodingError("the prompt is empty")
+    checked_lambda(lambda_, options["allow_any_lambda"])
+    tokenizer = load_tokenizer(options["model"])
+    prior = resolve_style(
+        style, tokenizer, field=options["field"], order=options["order"], smoothing=options["smoothing"]
+    )
+    processor = StylePrior(prior, λ=lambda_, tokenizer=tokenizer, allow_any_lambda=options["allow_any_lambda"])
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
+    model = load_model(options["model"], options["dtype"])
+    text = continue_text(
+        model,
+        prompt,
+        tokenizer=tokenizer,
+        logits_processor=[processor],
+        max_new_tokens=options["max_new_tokens"],
+        **sampling,
+    )
+    click.echo(prompt + text)
+
+
+@cli.command()
+@click.option("--lambda", "lambdas", type=Lambdas(), default="0:1", show_default=True, help="0:1, 0:1:0.05 or 0,0.1,0.3.")
+@click.option("--style", "styles", multiple=True, help=f"{_style_help} NAME=SPEC names it. May repeat.")
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0,), show_default=True, help="May repeat.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default.")
+@click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", default=24, show_default=True, type=click.IntRange(min=1))
+@click.option("--combine", type=click.Choice(["matching", "interpolated"]), default="matching", show_default=True)
+@click.option("--allow-any-lambda", is_flag=True, help="Accept λ outside [0, 1].")
+@_model
+@_dtype
+@_field
+@_order
+@_smoothing
+@_out
+@_resume
+def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int, ...], **options: Any) -> None:
+    """Generates over λ and measures style, fluency and divergence; writes a table, pictures and a page."""
+    from experiments import style_sweep
+
+    for value in lambdas:
+        checked_lambda(value, options["allow_any_lambda"])
+    prompts = style_sweep.read_prompts(options["prompts"] or style_sweep.DEFAULT_PROMPTS)
+    chosen = style_sweep.SweepOptions(
+        prompts=prompts,
+        lambdas=lambdas,
+        seeds=tuple(dict.fromkeys(seeds)),
+        max_new_tokens=options["max_new_tokens"],
+        batch_size=options["batch_size"],
+        combine=options["combine"],
+        allow_any_lambda=options["allow_any_lambda"],
+    )
+    run = _prepared_sweep(list(styles or style_sweep.DEFAULT_STYLES), chosen, options)
+    _run_and_report(run, lambda: (run.run(run.steering_cells()), style_sweep.points_of(run))[1])
+
+
+def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> Any:
+    from decoding.models import load_model, load_tokenizer
+    from experiments import style_sweep
+    from experiments.runs import check_writable
+
+    out = options["out"] or Path("sweeps") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    if not options["resume"] and not (out / "run.json").exists():
+        check_writable(out)
+    if not (cache_dir() / "models").exists() and options["model"] == DEFAULT_MODEL:
+        click.echo("converting the default model, once …", err=True)
+    tokenizer = load_tokenizer(options["model"])
+    loaded = style_sweep.load_styles(styles, tokenizer, options["field"], options["order"], options["smoothing"])
+    model = load_model(options["model"], options["dtype"])
+    return style_sweep.Sweep(model, tokenizer, options["model"], loaded, chosen, out, options["resume"])
+
+
+def _run_and_report(run: Any, work: Any) -> None:
+    from experiments import style_sweep
+
+    folder = run.folder.path
+    try:
+        points = work()
+    except KeyboardInterrupt:
+        click.echo(f"\ninterrupted; finished cells are kept: go on with --resume --out {folder}", err=True)
+        sys.exit(130)
+    _print_table(style_sweep.report(run, points))
+    click.echo(f"\nlook at {folder / 'report.html'} and {folder / 'sweep.png'}; numbers: {folder / 'results.csv'}")
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from experiments.report import table
+
+    keys = ("style_ppl", "base_ppl", "js", "entropy", "distinct_2", "copied_run", "speed")
+    headings, *body = table(rows, keys, intervals=False)
+    shown = Table(*headings)
+    for line in body:
+        shown.add_row(*line)
+    Console().print(shown)
+
+
+@cli.group()
+def style() -> None:
+    """Trains, inspects and evaluates style priors."""
+
+
+@style.command()
+@click.argument("corpus")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The .safetensors file to write.")
+@_model
+@_field
+@_order
+@_smoothing
+def train(corpus: str, out: Path, model: str, field: str | None, order: int, smoothing: str) -> None:
+    """Trains a prior on CORPUS (a registered name, text file, folder or .jsonl file) for a model's tokenizer."""
+    from decoding.models import load_tokenizer
+    from decoding.priors import train_prior
+
+    if out.suffix != ".safetensors":
+        raise DecodingError(f"--out must end in .safetensors, not {out.name!r}")
+    prior = train_prior(load_corpus(corpus, field), load_tokenizer(model), order, smoothing)
+    prior.save(out)
+    click.echo(f"{out}: {len(prior):,} n-grams, {out.stat().st_size / len(prior):.1f} bytes each")
+
+
+@style.command()
+@click.argument("prior", type=click.Path(path_type=Path))
+def info(prior: Path) -> None:
+    """Prints what a saved PRIOR is, as JSON."""
+    from decoding.priors import load_prior
+
+    model = load_prior(prior)
+    ends = model.tables.first_ngrams
+    counts = [int(model.tables.seen.sum()), *(b - a for a, b in zip(ends[:-1], ends[1:], strict=True))]
+    about = {
+        "order": model.order,
+        "smoothing": model.smoothing,
+        "vocab_size": model.vocab_size,
+        "ngrams": {str(k): count for k, count in enumerate(counts, start=1)},
+        **model.metadata,
+    }
+    click.echo(json.dumps(about, indent=2, ensure_ascii=False))
+
+
+@style.command(name="eval")
+@click.argument("prior")
+@click.argument("text")
+@_model
+@_field
+@_order
+@_smoothing
+def evaluate(
+    prior: str, text: str, model: str, field: str | None, order: int, smoothing: str
+) -> None:
+    """Perplexity of TEXT under PRIOR (saved, or trained now from a style), as JSON."""
+    from decoding.corpora import tokenize
+    from decoding.models import load_tokenizer
+    from decoding.priors import resolve_style
+
+    tokenizer = load_tokenizer(model)
+    documents = [ids for ids in tokenize(load_corpus(text, field), tokenizer) if len(ids)]
+    judge = resolve_style(prior, tokenizer, field=field, order=order, smoothing=smoothing)
+    seen = judge.tables.seen.numpy()
+    unknown = sum(int((~seen[ids]).sum()) for ids in documents)
+    result = {
+        "tokens": sum(map(len, documents)),
+        "unknown_tokens": unknown,
+        "perplexity": judge.perplexity(documents),
+        "perplexity_without_unknown": judge.perplexity(documents, oov="exclude"),
+    }
+    click.echo(json.dumps(result, indent=2))
+
+
+@cli.group()
+def bench() -> None:
+    """Measures speed, as ratios against a baseline in the same process."""
+
+
+@bench.command(name="style")
+@click.option("--style", "spec", default=DEFAULT_STYLE, show_default=True, help=_style_help)
+@_model
+@_field
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the figures here.")
+@click.option("--lmplz", type=click.Path(exists=True, path_type=Path), help="KenLM's trainer, to compare with.")
+def bench_style(spec: str, model: str, field: str | None, out: Path | None, lmplz: Path | None) -> None:
+    """Measures the style prior. Let the machine be idle."""
+    from experiments import style_bench
+
+    style_bench.main(spec, model, field, out, lmplz)
+
+
+@cli.group()
+def reproduce() -> None:
+    """Reproduces the papers' experiments."""
+
+
+@reproduce.command(name="style")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with the three corpora.")
+@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default.")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--batch-size", default=24, show_default=True, type=click.IntRange(min=1))
+@_model
+@_dtype
+@_order
+@_smoothing
+@_out
+@_resume
+def reproduce_style(data: Path, **options: Any) -> None:
+    """Three corpora × eight λ × three seeds, beside unsteered texts of the same entropy (arXiv 2601.16224)."""
+    from experiments import style_paper, style_sweep
+
+    chosen = style_sweep.SweepOptions(
+        prompts=style_sweep.read_prompts(options["prompts"] or style_sweep.DEFAULT_PROMPTS),
+        lambdas=style_paper.LAMBDAS,
+        seeds=style_paper.SEEDS,
+        max_new_tokens=options["max_new_tokens"],
+        batch_size=options["batch_size"],
+    )
+    run = _prepared_sweep(style_paper.style_specs(data), chosen, options | {"field": None})
+    _run_and_report(run, lambda: style_paper.run(run))
+
+
+def main() -> None:
+    """Entry point."""
+    cli(prog_name="decoding")

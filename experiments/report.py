@@ -1,0 +1,249 @@
+"""Reports of a sweep, drawn from its finished cells: a table, pictures, and one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+from ngram.storage import write_atomically
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
+
+TEMPLATE = Path(__file__).with_name("report.html")
+Text = dict[str, Any]
+Record = dict[str, Any]
+
+
+class Measure(NamedTuple):
+    """One column: where it stands in a text's record, and how it is shown."""
+
+    key: str
+    title: str
+    short: str
+    value: Callable[[Text, str], float | None]
+    is_log: bool = False  # averaged as a logarithm, shown as its exponential
+
+
+MEASURES = (
+    Measure("style_ppl", "style perplexity (n-gram)", "style ppl", lambda text, style: text["by_style"][style]["style_nll"], True),
+    Measure("base_ppl", "base-model perplexity", "base ppl", lambda text, _: text["base_nll"], True),
+    Measure("js", "Jensen–Shannon divergence per step (nats)", "JS", lambda text, _: text["js"]),
+    Measure("entropy", "entropy of the sampled distribution (nats)", "entropy", lambda text, _: text["entropy"]),
+    Measure("overlap_unsteered", "token overlap with the unsteered text", "overlap, λ=0", lambda text, _: text["overlap_unsteered"]),
+    Measure("overlap_corpus", "tokens that the corpus has", "overlap, corpus", lambda text, style: text["by_style"][style]["overlap_corpus"]),
+    Measure("copied_run", "longest run copied (tokens)", "copied run", lambda text, style: text["by_style"][style]["copied_run"]),
+    Measure("distinct_1", "distinct-1", "distinct-1", lambda text, _: text["distinct_1"]),
+    Measure("distinct_2", "distinct-2", "distinct-2", lambda text, _: text["distinct_2"]),
+    Measure("distinct_3", "distinct-3", "distinct-3", lambda text, _: text["distinct_3"]),
+)
+SPEED = ("speed", "tokens per second against λ=0", "speed")
+
+
+@dataclass(frozen=True)
+class Point:
+    """What stands at one λ of one line: the records of all its seeds."""
+
+    style: str
+    lambda_: float
+    kind: str  # "steered" or "entropy-matched"
+    temperature: float
+    records: Sequence[Record]
+    unsteered: Sequence[Record]  # of the same seeds
+
+    def row(self) -> dict[str, Any]:
+        """Means with 95 % bootstrap intervals; a prompt's seeds are averaged first, prompts are resampled."""
+        row: dict[str, Any] = {
+            "style": self.style,
+            "lambda": self.lambda_,
+            "kind": self.kind,
+            "temperature": self.temperature,
+            "seeds": len(self.records),
+            "prompts": len(self.records[0]["texts"]),
+        }
+        for measure in MEASURES:
+            values = [[measure.value(text, self.style) for text in record["texts"]] for record in self.records]
+            row |= _interval(measure.key, None if None in values[0] else np.mean(values, 0), measure.is_log)
+        ratios = [r["tokens_per_second"] / u["tokens_per_second"] for r, u in zip(self.records, self.unsteered, strict=True)]
+        return row | _interval(SPEED[0], np.array(ratios), False)
+
+
+def _interval(key: str, values: np.ndarray | None, is_log: bool) -> dict[str, float | None]:
+    names = (key, f"{key}_low", f"{key}_high")
+    if values is None or np.isnan(values).any():
+        return dict.fromkeys(names)
+    mean = float(values.mean())
+    low = high = mean
+    if len(values) > 1 and np.ptp(values) > 0:
+        interval = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
+        low, high = float(interval.low), float(interval.high)
+    elif len(values) == 1:
+        low = high = math.nan
+    numbers = [math.exp(x) if is_log else x for x in (mean, low, high)]
+    return {name: None if math.isnan(x) else x for name, x in zip(names, numbers, strict=True)}
+
+
+def write_report(folder: Path, settings: dict[str, Any], points: Sequence[Point], decode: Callable[[int], str]) -> list[dict]:
+    """Writes results.csv, results.json, results.md, sweep.png, plots/*.png and report.html into a run's folder.
+
+    Args:
+        folder: where.
+        settings: of the run.
+        points: every λ of every line.
+        decode: a token id's text.
+
+    Returns:
+        The rows of the table.
+    """
+    rows = [point.row() for point in points]
+    write_atomically(folder / "results.md", markdown(table(rows)).encode())
+    content = {"settings": settings, "rows": rows}
+    write_atomically(folder / "results.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
+    write_atomically(folder / "results.csv", _csv(rows).encode())
+    overview = _overview(rows)
+    write_atomically(folder / "sweep.png", overview)
+    for key, title, _ in _columns(rows):
+        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        _draw(axis, rows, key, title)
+        axis.legend(frameon=False, fontsize=8)
+        write_atomically(folder / "plots" / f"{key}.png", _png(figure))
+    write_atomically(folder / "report.html", _page(settings, rows, points, overview, decode).encode())
+    return rows
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Key, title and short title of the measures that some row has."""
+    columns = [(measure.key, measure.title, measure.short) for measure in MEASURES] + [SPEED]
+    return [column for column in columns if any(row[column[0]] is not None for row in rows)]
+
+
+def _overview(rows: Sequence[dict[str, Any]]) -> bytes:
+    columns = _columns(rows)
+    across = 4
+    down = math.ceil(len(columns) / across)
+    figure, axes = plt.subplots(down, across, figsize=(4 * across, 3.1 * down), layout="constrained", squeeze=False)
+    for axis, (key, title, _) in zip(axes.flat, columns, strict=False):
+        _draw(axis, rows, key, title)
+    spare = list(axes.flat[len(columns) :])
+    for axis in spare:
+        axis.axis("off")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if spare:
+        spare[0].legend(handles, labels, loc="center", frameon=False, fontsize=11)
+    else:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return _png(figure)
+
+
+def _draw(axis: Any, rows: Sequence[dict[str, Any]], key: str, title: str) -> None:
+    styles = list(dict.fromkeys(row["style"] for row in rows))
+    for style, kind in dict.fromkeys((row["style"], row["kind"]) for row in rows):
+        line = [row for row in rows if (row["style"], row["kind"]) == (style, kind) and row[key] is not None]
+        if not line:
+            continue
+        x = [row["lambda"] for row in line]
+        color = f"C{styles.index(style)}"
+        label = style if kind == "steered" else f"{style}: unsteered, same entropy"
+        axis.plot(x, [row[key] for row in line], "o-" if kind == "steered" else "x:", color=color, label=label, ms=4)
+        bounds = [(at, row[f"{key}_low"], row[f"{key}_high"]) for at, row in zip(x, line, strict=True)]
+        bounds = [bound for bound in bounds if None not in bound]
+        if kind == "steered" and bounds:
+            axis.fill_between(*zip(*bounds, strict=True), color=color, alpha=0.15, lw=0)
+    if key.endswith("_ppl"):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("λ")
+    axis.grid(alpha=0.25)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def table(rows: Sequence[dict[str, Any]], keys: Iterable[str] | None = None, intervals: bool = True) -> list[list[str]]:
+    """Headings, then cells as text, with the interval behind every mean if wanted."""
+    columns = [(key, short) for key, _, short in _columns(rows) if keys is None or key in keys]
+    lines = [["style", "λ", *(short for _, short in columns)]]
+    for row in rows:
+        name = row["style"] if row["kind"] == "steered" else f"{row['style']}: unsteered at T={row['temperature']:.2f}"
+        lines.append([name, f"{row['lambda']:g}", *(_shown(row, key, intervals) for key, _ in columns)])
+    return lines
+
+
+def _shown(row: dict[str, Any], key: str, interval: bool) -> str:
+    mean, low, high = row[key], row[f"{key}_low"], row[f"{key}_high"]
+    if mean is None:
+        return "–"
+    if not interval or low is None or low == high:
+        return _number(mean)
+    return f"{_number(mean)} [{_number(low)}, {_number(high)}]"
+
+
+def _number(x: float) -> str:
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}".rstrip("0").rstrip(".")
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, its first line the headings."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
+
+
+def _page(
+    settings: dict[str, Any], rows: list[dict], points: Sequence[Point], overview: bytes, decode: Callable[[int], str]
+) -> str:
+    headings, *body = table(rows)
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in headings)
+    lines = "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in line)}</tr>\n" for line in body)
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    about = (
+        f"Model {settings['model']} ({settings['dtype']}), {len(settings['prompts'])} prompts × "
+        f"{settings['max_new_tokens']} tokens × {rows[0]['seeds']} seeds, temperature 1. {versions}."
+    )
+    parts = {
+        "ABOUT": html.escape(about),
+        "IMAGE": base64.b64encode(overview).decode(),
+        "HEAD": head,
+        "BODY": lines,
+        "DATA": json.dumps(_viewer_data(settings, points, decode), ensure_ascii=False).replace("</", "<\\/"),
+    }
+    page = TEMPLATE.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        page = page.replace(f"<!--{name}-->", part, 1)
+    return page
+
+
+def _viewer_data(settings: dict[str, Any], points: Sequence[Point], decode: Callable[[int], str]) -> dict[str, Any]:
+    """Texts of the first seed: {style: {λ: [[[token id, shift], …] of each prompt]}}, and what each id reads."""
+    texts: dict[str, dict[str, Any]] = {}
+    for point in points:
+        if point.kind == "steered":
+            cell = [list(zip(text["tokens"], text["shift"], strict=True)) for text in point.records[0]["texts"]]
+            texts.setdefault(point.style, {})[f"{point.lambda_:g}"] = cell
+    used = sorted({token for style in texts.values() for cell in style.values() for text in cell for token, _ in text})
+    return {"prompts": settings["prompts"], "texts": texts, "tokens": {token: decode(token) for token in used}}

@@ -1,0 +1,106 @@
+"""A run is a folder of cells: settings in, numbers out, each written when it is finished.
+
+An interrupted run goes on where it stopped, and reports are drawn from what is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decoding.errors import DecodingError
+from ngram.storage import write_atomically
+
+_HEADER = "run.json"
+
+
+class RunFolder:
+    """The cells of one run on disk.
+
+    Args:
+        path: the folder.
+        settings: what all cells have in common. A run goes on only under the same settings.
+        resume: whether the folder may hold a run already.
+
+    Raises:
+        DecodingError: the folder cannot be written, holds a run or other files, or a run with other settings.
+    """
+
+    def __init__(self, path: str | os.PathLike, settings: dict[str, Any], resume: bool):
+        self.path = Path(path)
+        settings = json.loads(json.dumps(settings))
+        held = self._held_settings()
+        if held is None:
+            check_writable(self.path)
+        elif not resume:
+            raise DecodingError(f"{self.path} holds a run already: add --resume to go on with it, or choose another --out")
+        elif differing := sorted(key for key in held.keys() | settings if held.get(key) != settings.get(key)):
+            raise DecodingError(
+                f"the run in {self.path} has another {differing[0]} ({_shown(held.get(differing[0]))}, "
+                f"not {_shown(settings.get(differing[0]))}): choose another --out"
+            )
+        self.settings = settings
+        self._cells = self.path / "cells"
+        self._cells.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / _HEADER, json.dumps(settings, indent=1, ensure_ascii=False).encode())
+
+    def _held_settings(self) -> dict[str, Any] | None:
+        header = self.path / _HEADER
+        if not header.is_file():
+            return None
+        try:
+            return json.loads(header.read_bytes())
+        except (OSError, ValueError) as error:
+            raise DecodingError(f"{header} is damaged: choose another --out") from error
+
+    def read(self, key: str) -> dict[str, Any] | None:
+        """A finished cell, or None."""
+        path = self._cells / f"{key}.json"
+        return json.loads(path.read_bytes()) if path.is_file() else None
+
+    def write(self, key: str, record: dict[str, Any]) -> None:
+        """Keeps a finished cell."""
+        write_atomically(self._cells / f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a report file."""
+        write_atomically(self.path / name, text.encode())
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def check_writable(path: Path) -> None:
+    """Refuses, before anything is computed, a folder that cannot be made or written, or that holds other files.
+
+    Raises:
+        DecodingError: as said.
+    """
+    if path.exists() and not path.is_dir():
+        raise DecodingError(f"{path} is a file: choose another --out")
+    if path.is_dir() and any(path.iterdir()):
+        raise DecodingError(f"{path} holds other files: choose a new folder with --out")
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise DecodingError(f"cannot write to {path}: choose another --out")
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran on: versions, processor, threads and accelerator."""
+    return {
+        "versions": {name: version(name) for name in ("decoding-middleware", "torch", "transformers", "numpy")}
+        | {"python": platform.python_version()},
+        "cpu": f"{torch.cpu.get_capabilities().get('cpu_name', platform.processor())}"
+        if hasattr(torch.cpu, "get_capabilities")
+        else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

@@ -1,0 +1,331 @@
+"""λ against style, fluency and divergence: generates with every style, λ and seed, and measures what came out.
+
+Every text is sampled at temperature 1 from the whole distribution, and has exactly ``max_new_tokens`` tokens: the
+end-of-sequence token is ruled out, in the unsteered distribution that is measured against too. Texts of one prompt
+and seed use the same random numbers at every λ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from decoding import metrics
+from decoding.corpora import load_corpus, read_text, tokenize, tokenizer_fingerprint
+from decoding.errors import DecodingError
+from decoding.priors import is_saved_prior, load_prior, prior_of_tokens
+from decoding.style import StylePrior
+from experiments.report import Point, write_report
+from experiments.runs import RunFolder, environment
+from ngram import NGramModel
+
+DEFAULT_PROMPTS = Path(__file__).with_name("prompts.txt")
+DEFAULT_STYLES = ("king-james", "presidents")
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What a user chooses. Prompts are the text of the prompts file's lines."""
+
+    prompts: tuple[str, ...]
+    lambdas: tuple[float, ...]
+    seeds: tuple[int, ...] = (0,)
+    max_new_tokens: int = 48
+    batch_size: int = 24
+    combine: str = "matching"
+    allow_any_lambda: bool = False
+
+
+@dataclass(frozen=True)
+class Style:
+    """A prior, and its corpus where there is one (a saved prior has none)."""
+
+    name: str
+    prior: NGramModel
+    documents: list[np.ndarray] | None
+
+    @cached_property
+    def index(self) -> metrics.CorpusIndex | None:
+        """For measures against the corpus."""
+        return None if self.documents is None else metrics.CorpusIndex(self.documents)
+
+
+class Cell(NamedTuple):
+    """One generation run over all prompts. ``style`` is None where nothing steers."""
+
+    style: str | None
+    lambda_: float
+    temperature: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """File name of its record."""
+        readable = f"{self.style or 'unsteered'}-lambda{self.lambda_:g}-t{self.temperature:.4f}-seed{self.seed}"
+        return f"{readable}-{hashlib.sha256(json.dumps(self).encode()).hexdigest()[:8]}".replace("/", "_")
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """One prompt a line.
+
+    Raises:
+        DecodingError: not a text file, or one with an empty line.
+    """
+    lines = read_text(path).rstrip("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise DecodingError(f"{path}, line {number} is empty: a prompts file has one prompt a line")
+    return tuple(line.strip() for line in lines)
+
+
+def load_styles(
+    specs: Sequence[str], tokenizer: Any, field: str | None = None, order: int = 3, smoothing: str = "kneser-ney"
+) -> list[Style]:
+    """Reads corpora and trains their priors, or opens saved ones.
+
+    Raises:
+        DecodingError: a style that cannot be read, or two of one name.
+    """
+    styles = []
+    for spec in specs:
+        if is_saved_prior(spec):
+            prior = load_prior(spec, tokenizer)
+            styles.append(Style(prior.metadata.get("style", Path(spec).stem), prior, None))
+            continue
+        corpus = load_corpus(spec, field)
+        documents = tokenize(corpus, tokenizer)
+        styles.append(Style(corpus.name, prior_of_tokens(documents, corpus, tokenizer, order, smoothing), documents))
+    names = [style.name for style in styles]
+    if len(set(names)) < len(names):
+        raise DecodingError(f"two styles have one name ({', '.join(names)}): name them with NAME=SPEC")
+    return styles
+
+
+class Sweep:
+    """Generates and measures cells, keeping each in a run folder.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        model_name: how the user called it.
+        styles: from `load_styles`.
+        options: the user's choices.
+        out: the run folder's path.
+        resume: go on with a run that is there.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        model_name: str,
+        styles: Sequence[Style],
+        options: SweepOptions,
+        out: Path,
+        resume: bool,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.styles = {style.name: style for style in styles}
+        self.options = options
+        self.folder = RunFolder(out, self._settings(model_name), resume)
+        self.records: dict[Cell, dict[str, Any]] = {}
+
+    def _settings(self, model_name: str) -> dict[str, Any]:
+        options = self.options
+        return {
+            "model": model_name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "tokenizer_sha256": tokenizer_fingerprint(self.tokenizer)[1],
+            "styles": {
+                name: {
+                    "order": style.prior.order,
+                    "smoothing": style.prior.smoothing,
+                    "corpus_sha256": style.prior.metadata.get("corpus_sha256"),
+                    "ngrams": len(style.prior),
+                }
+                for name, style in self.styles.items()
+            },
+            "combine": options.combine,
+            "prompts": list(options.prompts),
+            "max_new_tokens": options.max_new_tokens,
+            "batch_size": options.batch_size,
+            **environment(),
+        }
+
+    def steering_cells(self) -> list[Cell]:
+        """The unsteered cell of every seed first, since others are measured against it; then every style and λ."""
+        unsteered = [Cell(None, 0.0, 1.0, seed) for seed in self.options.seeds]
+        steered = [
+            Cell(style, lambda_, 1.0, seed)
+            for style in self.styles
+            for lambda_ in self.options.lambdas
+            if lambda_ != 0
+            for seed in self.options.seeds
+        ]
+        return unsteered + steered
+
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Finishes the cells that are not on disk yet, with progress. ``self.records`` then holds all of them."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("left"), TimeRemainingColumn()) as progress:
+            held = {cell: record for cell in cells if (record := self.folder.read(cell.key)) is not None}
+            self.records |= held
+            todo = [cell for cell in cells if cell not in held]
+            task = progress.add_task("cells", total=len(todo))
+            if todo:
+                self._warm_up()
+            for cell in todo:
+                record = self._measured(cell)
+                self.folder.write(cell.key, record)
+                self.records[cell] = record
+                progress.advance(task)
+                progress.console.print(_summary(cell, record), highlight=False)
+
+    def _warm_up(self) -> None:
+        start, prompts = next(self._batches())
+        self._generate(Cell(None, 0.0, 1.0, 0), start, prompts)
+
+    def _measured(self, cell: Cell) -> dict[str, Any]:
+        texts: list[dict[str, Any]] = []
+        seconds = 0.0
+        for start, prompts in self._batches():
+            prompt_ids, tokens, logits, scores, elapsed = self._generate(cell, start, prompts)
+            seconds += elapsed
+            texts += self._measure_batch(cell, start, prompt_ids, tokens, logits, scores)
+        count = sum(len(text["tokens"]) for text in texts)
+        return {**cell._asdict(), "tokens_per_second": count / seconds, "texts": texts}
+
+    def _batches(self) -> Iterator[tuple[int, list[str]]]:
+        size = self.options.batch_size
+        for start in range(0, len(self.options.prompts), size):
+            yield start, list(self.options.prompts[start : start + size])
+
+    def _generate(
+        self, cell: Cell, start: int, prompts: list[str]
+    ) -> tuple[list[list[int]], Tensor, list[Tensor], list[Tensor], float]:
+        """Prompt ids, new tokens [B, T], raw and processed scores of each step [B, V], and the seconds it took."""
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
+        inputs.pop("token_type_ids", None)
+        processors = []
+        if cell.style is not None:
+            prior = StylePrior(
+                self.styles[cell.style].prior,
+                λ=cell.lambda_,
+                combine=self.options.combine,  # type: ignore[arg-type]  # checked there
+                pad_token_id=self.tokenizer.pad_token_id,
+                allow_any_lambda=self.options.allow_any_lambda,
+            )
+            processors.append(prior)
+        torch.manual_seed(cell.seed * 1_000_003 + start)
+        began = time.perf_counter()
+        output = self.model.generate(
+            **inputs,
+            logits_processor=processors,
+            do_sample=True,
+            temperature=cell.temperature,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=self.options.max_new_tokens,
+            max_new_tokens=self.options.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            output_logits=True,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - began
+        width = inputs["input_ids"].shape[1]
+        mask = inputs["attention_mask"].bool()
+        prompt_ids = [ids[keep].tolist() for ids, keep in zip(inputs["input_ids"], mask, strict=True)]
+        return prompt_ids, output.sequences[:, width:], output.logits, output.scores, elapsed
+
+    def _measure_batch(
+        self,
+        cell: Cell,
+        start: int,
+        prompt_ids: list[list[int]],
+        tokens: Tensor,
+        logits: Sequence[Tensor],
+        scores: Sequence[Tensor],
+    ) -> list[dict[str, Any]]:
+        steps: dict[str, list[Tensor]] = {"base_log_prob": [], "log_prob": [], "js": [], "entropy": []}
+        for step, (raw, processed) in enumerate(zip(logits, scores, strict=True)):
+            base = raw.float().masked_fill(torch.isneginf(processed), -torch.inf)  # the ruled-out end of sequence
+            chosen = tokens[:, step]
+            steps["base_log_prob"].append(metrics.token_log_probs(base, chosen))
+            steps["log_prob"].append(metrics.token_log_probs(processed, chosen))
+            steps["js"].append(metrics.jensen_shannon(base, processed))
+            steps["entropy"].append(metrics.entropy(processed))
+        rows = {name: torch.stack(values, 1).cpu() for name, values in steps.items()}
+        judges = [cell.style] if cell.style is not None else list(self.styles)
+        unsteered = self._unsteered_tokens(cell.seed)
+        texts = []
+        for row, ids in enumerate(tokens.tolist()):
+            text = {
+                "tokens": ids,
+                "base_nll": -float(rows["base_log_prob"][row].mean()),
+                "js": float(rows["js"][row].mean()),
+                "entropy": float(rows["entropy"][row].mean()),
+                "shift": [round(x, 3) for x in (rows["log_prob"] - rows["base_log_prob"])[row].tolist()],
+                "overlap_unsteered": metrics.token_overlap(ids, unsteered[start + row] if unsteered else ids),
+                **{f"distinct_{n}": metrics.distinct_n(ids, n) for n in (1, 2, 3)},
+                "by_style": {name: self._against_style(self.styles[name], prompt_ids[row], ids) for name in judges},
+            }
+            texts.append(text)
+        return texts
+
+    def _unsteered_tokens(self, seed: int) -> list[list[int]] | None:
+        record = self.records.get(Cell(None, 0.0, 1.0, seed))
+        return record and [text["tokens"] for text in record["texts"]]
+
+    @staticmethod
+    def _against_style(style: Style, prompt: list[int], tokens: list[int]) -> dict[str, float | None]:
+        log_probs = style.prior.token_log_probs(np.array(prompt + tokens))[len(prompt) :]
+        return {
+            "style_nll": -float(log_probs.mean()),
+            "overlap_corpus": style.index.overlap(tokens) if style.index else None,
+            "copied_run": style.index.longest_copied_run(tokens) if style.index else None,
+        }
+
+
+def _summary(cell: Cell, record: dict[str, Any]) -> str:
+    def mean(value: Callable[[dict[str, Any]], float]) -> float:
+        return float(np.mean([value(text) for text in record["texts"]]))
+
+    what = f"unsteered T={cell.temperature:g}"
+    if cell.style is not None:
+        style_nll = mean(lambda text: text["by_style"][cell.style]["style_nll"])
+        what = f"{cell.style} λ={cell.lambda_:g}: style ppl {np.exp(style_nll):.1f}, JS {mean(lambda t: t['js']):.3f}"
+    base = np.exp(mean(lambda text: text["base_nll"]))
+    return f"{what}, base ppl {base:.1f}, seed {cell.seed}, {record['tokens_per_second']:.0f} tokens/s"
+
+
+def points_of(sweep: Sweep) -> list[Point]:
+    """The finished cells as lines over λ, every style's from the shared unsteered cells on."""
+    seeds = sweep.options.seeds
+    unsteered = [sweep.records[Cell(None, 0.0, 1.0, seed)] for seed in seeds]
+    points = []
+    for style in sweep.styles:
+        for lambda_ in sorted({0.0, *sweep.options.lambdas}):
+            name = None if lambda_ == 0 else style
+            records = [sweep.records[Cell(name, lambda_, 1.0, seed)] for seed in seeds]
+            points.append(Point(style, lambda_, "steered", 1.0, records, unsteered))
+    return points
+
+
+def report(sweep: Sweep, points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Writes the reports of a finished sweep into its folder; the rows of its table."""
+    return write_report(sweep.folder.path, sweep.folder.settings, points, lambda token: sweep.tokenizer.decode([token]))
