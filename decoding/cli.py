@@ -133,10 +133,14 @@ def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: fl
 
 
 @cli.command()
-@click.option("--lambda", "lambdas", type=Lambdas(), default="0:1", show_default=True, help="0:1, 0:1:0.05 or 0,0.1,0.3.")
+@click.option(
+    "--lambda", "lambdas", type=Lambdas(), default="0:1", show_default=True, help="0:1, 0:1:0.05 or 0,0.1,0.3."
+)
 @click.option("--style", "styles", multiple=True, help=f"{_style_help} NAME=SPEC names it. May repeat.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0,), show_default=True, help="May repeat.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default."
+)
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(min=1))
 @click.option("--batch-size", default=24, show_default=True, type=click.IntRange(min=1))
 @click.option("--combine", type=click.Choice(["matching", "interpolated"]), default="matching", show_default=True)
@@ -261,9 +265,7 @@ def info(prior: Path) -> None:
 @_field
 @_order
 @_smoothing
-def evaluate(
-    prior: str, text: str, model: str, field: str | None, order: int, smoothing: str
-) -> None:
+def evaluate(prior: str, text: str, model: str, field: str | None, order: int, smoothing: str) -> None:
     """Perplexity of TEXT under PRIOR (saved, or trained now from a style), as JSON."""
     from decoding.corpora import tokenize
     from decoding.models import load_tokenizer
@@ -308,7 +310,9 @@ def reproduce() -> None:
 
 @reproduce.command(name="style")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with the three corpora.")
-@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default.")
+@click.option(
+    "--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default."
+)
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option("--batch-size", default=24, show_default=True, type=click.IntRange(min=1))
 @_model

@@ -53,9 +53,7 @@ def generate(
     inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     inputs.pop("token_type_ids", None)
     options.setdefault("pad_token_id", tokenizer.pad_token_id)
-    output = model.generate(
-        **inputs, logits_processor=list(logits_processor), max_new_tokens=max_new_tokens, **options
-    )
+    output = model.generate(**inputs, logits_processor=list(logits_processor), max_new_tokens=max_new_tokens, **options)
     sequences = getattr(output, "sequences", output)
     texts = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts[0] if isinstance(prompts, str) and len(texts) == 1 else texts

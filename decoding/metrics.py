@@ -64,7 +64,7 @@ def distinct_n(tokens: Sequence[int], n: int) -> float:
 
 
 def token_overlap(tokens: Sequence[int], reference: Sequence[int]) -> float:
-    """Share of the tokens that the reference has too, each as often at most as it has it (clipped unigram precision)."""
+    """Share of the tokens that the reference has, each counted as often as it has it (clipped unigram precision)."""
     if not len(tokens):
         return math.nan
     size = max(max(tokens), max(reference, default=0)) + 1

@@ -60,7 +60,7 @@ def load_model(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str | Non
         raise DecodingError(f"cannot load model {name}: {_brief(error)}") from error
     if dtype == "auto" and device == "cpu" and not _cpu_computes_in(model.dtype):
         model = model.float()
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps the method
 
 
 def _brief(error: Exception) -> str:
@@ -107,7 +107,7 @@ def _convert_default(folder: Path) -> None:
     transformers_logging.set_verbosity_error()
     try:
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32, **options)
-        model.to(torch.bfloat16).save_pretrained(partial)
+        model.bfloat16().save_pretrained(partial)
         AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(partial)
         os.replace(partial, folder)
     except ImportError as error:

@@ -168,7 +168,7 @@ class StylePrior(LogitsProcessor):
         write_atomically(Path(save_directory) / CONFIG_FILE, json.dumps(config, indent=2).encode())
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Uploads what `save_pretrained` writes to a repository on the Hugging Face hub, made if needed; its address."""
+        """Uploads what `save_pretrained` writes to a repository on the hub, made if needed, and returns its address."""
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -190,7 +190,7 @@ class StylePrior(LogitsProcessor):
         Raises:
             DecodingError: nothing there, damaged, or of another tokenizer.
         """
-        hub = {key: changes.pop(key) for key in ("revision", "token") if key in changes}
+        hub: dict[str, Any] = {key: changes.pop(key) for key in ("revision", "token") if key in changes}
         model = load_prior(_find_file(name_or_path, PRIOR_FILE, hub), tokenizer)
         config_path = _find_file(name_or_path, CONFIG_FILE, hub)
         try:

@@ -39,13 +39,34 @@ class Measure(NamedTuple):
 
 
 MEASURES = (
-    Measure("style_ppl", "style perplexity (n-gram)", "style ppl", lambda text, style: text["by_style"][style]["style_nll"], True),
+    Measure(
+        "style_ppl",
+        "style perplexity (n-gram)",
+        "style ppl",
+        lambda text, style: text["by_style"][style]["style_nll"],
+        True,
+    ),
     Measure("base_ppl", "base-model perplexity", "base ppl", lambda text, _: text["base_nll"], True),
     Measure("js", "Jensen–Shannon divergence per step (nats)", "JS", lambda text, _: text["js"]),
     Measure("entropy", "entropy of the sampled distribution (nats)", "entropy", lambda text, _: text["entropy"]),
-    Measure("overlap_unsteered", "token overlap with the unsteered text", "overlap, λ=0", lambda text, _: text["overlap_unsteered"]),
-    Measure("overlap_corpus", "tokens that the corpus has", "overlap, corpus", lambda text, style: text["by_style"][style]["overlap_corpus"]),
-    Measure("copied_run", "longest run copied (tokens)", "copied run", lambda text, style: text["by_style"][style]["copied_run"]),
+    Measure(
+        "overlap_unsteered",
+        "token overlap with the unsteered text",
+        "overlap, λ=0",
+        lambda text, _: text["overlap_unsteered"],
+    ),
+    Measure(
+        "overlap_corpus",
+        "tokens that the corpus has",
+        "overlap, corpus",
+        lambda text, style: text["by_style"][style]["overlap_corpus"],
+    ),
+    Measure(
+        "copied_run",
+        "longest run copied (tokens)",
+        "copied run",
+        lambda text, style: text["by_style"][style]["copied_run"],
+    ),
     Measure("distinct_1", "distinct-1", "distinct-1", lambda text, _: text["distinct_1"]),
     Measure("distinct_2", "distinct-2", "distinct-2", lambda text, _: text["distinct_2"]),
     Measure("distinct_3", "distinct-3", "distinct-3", lambda text, _: text["distinct_3"]),
@@ -76,8 +97,11 @@ class Point:
         }
         for measure in MEASURES:
             values = [[measure.value(text, self.style) for text in record["texts"]] for record in self.records]
-            row |= _interval(measure.key, None if None in values[0] else np.mean(values, 0), measure.is_log)
-        ratios = [r["tokens_per_second"] / u["tokens_per_second"] for r, u in zip(self.records, self.unsteered, strict=True)]
+            known = None if None in values[0] else np.mean(np.array(values, float), 0)
+            row |= _interval(measure.key, known, measure.is_log)
+        ratios = [
+            r["tokens_per_second"] / u["tokens_per_second"] for r, u in zip(self.records, self.unsteered, strict=True)
+        ]
         return row | _interval(SPEED[0], np.array(ratios), False)
 
 
@@ -96,7 +120,9 @@ def _interval(key: str, values: np.ndarray | None, is_log: bool) -> dict[str, fl
     return {name: None if math.isnan(x) else x for name, x in zip(names, numbers, strict=True)}
 
 
-def write_report(folder: Path, settings: dict[str, Any], points: Sequence[Point], decode: Callable[[int], str]) -> list[dict]:
+def write_report(
+    folder: Path, settings: dict[str, Any], points: Sequence[Point], decode: Callable[[int], str]
+) -> list[dict]:
     """Writes results.csv, results.json, results.md, sweep.png, plots/*.png and report.html into a run's folder.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ class RunFolder:
         if held is None:
             check_writable(self.path)
         elif not resume:
-            raise DecodingError(f"{self.path} holds a run already: add --resume to go on with it, or choose another --out")
+            raise DecodingError(
+                f"{self.path} holds a run already: add --resume to go on with it, or choose another --out"
+            )
         elif differing := sorted(key for key in held.keys() | settings if held.get(key) != settings.get(key)):
             raise DecodingError(
                 f"the run in {self.path} has another {differing[0]} ({_shown(held.get(differing[0]))}, "
@@ -89,8 +92,10 @@ def check_writable(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()):
         raise DecodingError(f"{path} holds other files: choose a new folder with --out")
     existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise DecodingError(f"cannot write to {path}: choose another --out")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise DecodingError(f"cannot write to {path} ({error.strerror}): choose another --out") from error
 
 
 def environment() -> dict[str, Any]:

@@ -289,7 +289,7 @@ class Sweep:
 
     def _unsteered_tokens(self, seed: int) -> list[list[int]] | None:
         record = self.records.get(Cell(None, 0.0, 1.0, seed))
-        return record and [text["tokens"] for text in record["texts"]]
+        return None if record is None else [text["tokens"] for text in record["texts"]]
 
     @staticmethod
     def _against_style(style: Style, prompt: list[int], tokens: list[int]) -> dict[str, float | None]:

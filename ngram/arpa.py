@@ -35,9 +35,7 @@ class Grams(NamedTuple):
     log10_backoffs: Floats  # [N]; 0 where the file gives none
 
 
-def read(
-    path: str | PathLike, vocab_size: int, bos_id: int | None, eos_id: int | None
-) -> tuple[int, list[Grams]]:
+def read(path: str | PathLike, vocab_size: int, bos_id: int | None, eos_id: int | None) -> tuple[int, list[Grams]]:
     """Parses a file: its order, and one `Grams` per order.
 
     Raises:
@@ -68,7 +66,9 @@ def read(
         except (ValueError, IndexError) as error:
             raise NGramError(f"{path}, line {number}: {error}") from error
     if not ended or not promised or [len(section) for section in sections] != promised:
-        raise NGramError(f"{path} is not a whole ARPA file: it promises {promised} n-grams and has {[len(s) for s in sections]}")
+        raise NGramError(
+            f"{path} is not a whole ARPA file: it promises {promised} n-grams and has {[len(s) for s in sections]}"
+        )
     return len(sections), [_grams(section, k) for k, section in enumerate(sections, start=1)]
 
 

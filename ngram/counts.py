@@ -121,7 +121,7 @@ def _as_ids(document: Any) -> Ints:
 def _concatenate(
     documents: list[Ints], vocab_size: int, order: int, bos_id: int | None, eos_id: int | None
 ) -> tuple[Ints, Ints]:
-    """Joins the documents: token ids [T], and for each position the tokens left in its document, itself included [T]."""
+    """Joins the documents: token ids [T], and how many tokens of its document each position begins, itself one [T]."""
     text = np.concatenate(documents)
     for name, marker in (("bos_id", bos_id), ("eos_id", eos_id)):
         if marker is None:

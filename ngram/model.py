@@ -97,14 +97,17 @@ class NGramModel:
 
     @property
     def order(self) -> int:
+        """Length of the longest n-gram."""
         return self.tables.order
 
     @property
     def vocab_size(self) -> int:
+        """Number of token ids, V."""
         return self.tables.vocab_size
 
     @property
     def device(self) -> torch.device:
+        """Where the tables are."""
         return self.tables.unigram.device
 
     def __len__(self) -> int:
@@ -203,9 +206,7 @@ class NGramModel:
         tokens = stream[longest:]
         pieces = [
             self.tables.score(h, t)
-            for h, t in zip(
-                history.split(_POSITIONS_AT_A_TIME), tokens.split(_POSITIONS_AT_A_TIME), strict=True
-            )
+            for h, t in zip(history.split(_POSITIONS_AT_A_TIME), tokens.split(_POSITIONS_AT_A_TIME), strict=True)
         ]
         return torch.cat(pieces).cpu()
 

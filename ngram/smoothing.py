@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,9 +123,9 @@ def _unigram(terms: _Terms, counts: NDArray[np.int64], bos_id: int | None, one_u
     return terms.mass * predicted + terms.gamma[0] * uniform
 
 
-def _totals(level: Level, values: NDArray, below: int) -> Floats:
+def _totals(level: Level, values: NDArray[Any], below: int) -> Floats:
     """Sums of ``values`` over the continuations of each context, float64 [below]."""
-    return np.bincount(level.parents, weights=values, minlength=below)
+    return np.bincount(level.parents, weights=values, minlength=below).astype(float)
 
 
 def _terms(level: Level, numerators: Floats, left_over: Floats, denominators: Floats) -> _Terms:

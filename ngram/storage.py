@@ -60,7 +60,9 @@ def save(path: str | PathLike, tables: Tables, header: dict[str, Any]) -> None:
         "deltas": tables.deltas,
     }
     header = {"format": FORMAT, "lengths": tables.lengths, **header}
-    content = to_bytes({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"ngram": json.dumps(header)})
+    content = to_bytes(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"ngram": json.dumps(header)}
+    )
     write_atomically(path, content)
 
 
@@ -84,11 +86,11 @@ def load(path: str | PathLike) -> tuple[Tables, dict[str, Any]]:
     try:
         lengths = tuple(header.pop("lengths"))
         return _tables(tensors, lengths), {name: header[name] for name in ("smoothing", "bos_id", "eos_id", "metadata")}
-    except (KeyError, TypeError, RuntimeError, _Damaged) as error:
+    except (KeyError, TypeError, RuntimeError, _DamagedError) as error:
         raise NGramError(f"{path} is damaged: {error}") from error
 
 
-class _Damaged(Exception):
+class _DamagedError(Exception):
     pass
 
 
@@ -131,4 +133,4 @@ def _check(tables: Tables, counts: Tensor) -> None:
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise _Damaged(message)
+        raise _DamagedError(message)

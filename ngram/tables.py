@@ -37,9 +37,9 @@ class Contexts(NamedTuple):
     """What precedes each row, for the orders 2 … n: row by row, shortest context first."""
 
     nodes: Tensor  # int64 [B · (n−1)], numbered over all lengths
-    count: Tensor  # int32 [B · (n−1)], number of the node's continuations; 0 where the model lacks the context
-    end: Tensor  # int32 [B · (n−1)], one past the last of them
-    backoff: Tensor  # float32 [B · (n−1)], log γ
+    counts: Tensor  # int32 [B · (n−1)], number of the node's continuations; 0 where the model lacks the context
+    ends: Tensor  # int32 [B · (n−1)], one past the last of them
+    backoffs: Tensor  # float32 [B · (n−1)], log γ
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,12 @@ class Tables:
 
     @cached_property
     def order(self) -> int:
+        """Length of the longest n-gram."""
         return len(self.lengths) + 1
 
     @cached_property
     def vocab_size(self) -> int:
+        """Number of token ids, V."""
         return self.unigram.numel()
 
     @cached_property
@@ -109,7 +111,7 @@ class Tables:
         return sum(int(self.nodes[first : first + count, 0].max()) for first, count in spans)
 
     def ngram_keys(self, k: int) -> Tensor:
-        """The key of every k-gram, its context node counted within its length: ascending int64 [N_k + 1], `NO_KEY` last."""
+        """The key of every k-gram, nodes counted within their length: ascending int64 [N_k + 1], `NO_KEY` last."""
         first, count = self.first_nodes[k - 2], self.lengths[k - 2]
         begin, end = self.first_ngrams[k - 2], self.first_ngrams[k - 1]
         parents = torch.repeat_interleave(self.nodes[first : first + count, 0], output_size=end - begin)
@@ -121,6 +123,7 @@ class Tables:
         return words.to(torch.int64) + self.word_bias
 
     def to(self, device: torch.device | str) -> Tables:
+        """The same tables on another device."""
         names = ("unigram", "seen", "nodes", "words", "deltas")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
@@ -138,14 +141,16 @@ class Tables:
         window = history[:, -longest:].clamp(max=self.vocab_size)
         if window.shape[1] < longest:
             window = torch.nn.functional.pad(window, (longest - window.shape[1], 0), value=-1)
-        starting = window.remainder(self.stride)  # nodes of length 1 that begin at each position; −1 becomes the empty one
+        starting = window.remainder(
+            self.stride
+        )  # nodes of length 1 that begin at each position; −1 becomes the empty one
         found = [starting[:, -1]]
         for length, keys in enumerate(self.node_keys, start=2):
             starting = _look_up(keys, torch.add(window[:, length - 1 :], starting[:, :-1], alpha=self.stride))
             found.append(starting[:, -1])
         nodes = torch.stack(found, 1).add_(self._first_node_row).view(-1)
-        count, end, backoff = self.nodes.index_select(0, nodes).unbind(1)
-        return Contexts(nodes, count, end, backoff.view(torch.float32))
+        counts, ends, backoffs = self.nodes.index_select(0, nodes).unbind(1)
+        return Contexts(nodes, counts, ends, backoffs.view(torch.float32))
 
     def score(self, history: Tensor, tokens: Tensor) -> Tensor:
         """log p of one token per row, without building rows over the vocabulary.
@@ -161,7 +166,7 @@ class Tables:
         if self.order == 1:
             return total
         contexts = self.find(history)
-        total = total + contexts.backoff.view(len(tokens), -1).sum(1)
+        total = total + contexts.backoffs.view(len(tokens), -1).sum(1)
         nodes = contexts.nodes.view(len(tokens), -1)
         for k, first in enumerate(self.first_nodes, start=2):
             keys = self.node_keys[k - 2] if k < self.order else self._last_keys
@@ -251,7 +256,7 @@ def add_log_prior(
         shares = _order_shares(contexts, mixture).mul_(strength)
     result = torch.addcmul(scores, shares[:, :1], unigram)
     shares = shares[:, 1:].reshape(-1)
-    result += (shares * contexts.backoff).view(len(scores), -1).sum(1, keepdim=True)
+    result += (shares * contexts.backoffs).view(len(scores), -1).sum(1, keepdim=True)
     at, amounts = _continuations(tables, contexts, shares, result.shape)
     result.view(-1).index_add_(0, at, amounts.to(scores.dtype))
     return result
@@ -266,7 +271,7 @@ def _padded_unigram(tables: Tables, width: int) -> Tensor:
 
 def _order_shares(contexts: Contexts, mixture: Tensor) -> Tensor:
     """What the terms of each order weigh, given which contexts match, float32 [B, n]. Order 1 always matches."""
-    matched = (contexts.count > 0).view(-1, len(mixture) - 1)
+    matched = (contexts.counts > 0).view(-1, len(mixture) - 1)
     return torch.addmm(mixture[0], matched.to(mixture.dtype), mixture[1:])
 
 
@@ -285,14 +290,14 @@ def _continuations(tables: Tables, contexts: Contexts, shares: Tensor, shape: to
     device = shares.device
     on_host = counts_on_host(device)
     index = torch.int32 if rows * width + SMALL_BIAS < 2**31 else torch.int64
-    stop = contexts.count.cumsum(0, dtype=index)
+    stop = contexts.counts.cumsum(0, dtype=index)
     total = int(stop[-1]) if on_host else rows * tables.most_continuations
     slots = torch.arange(total, dtype=index, device=device)
     if on_host:
-        owner = torch.repeat_interleave(contexts.count, output_size=total)
+        owner = torch.repeat_interleave(contexts.counts, output_size=total)
     else:
         owner = torch.searchsorted(stop, slots, right=True).clamp_(max=stop.numel() - 1)
-    position = (contexts.end - stop).index_select(0, owner).add_(slots)
+    position = (contexts.ends - stop).index_select(0, owner).add_(slots)
     amounts = shares.index_select(0, owner)
     if not on_host:
         position = position.masked_fill(slots >= stop[-1], 0)

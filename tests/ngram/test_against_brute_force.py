@@ -59,7 +59,9 @@ def test_the_batched_prior_is_the_sum_over_matching_orders(case, data):
     model, reference = build(case)
     order, contexts = case["order"], case["contexts"]
     weights = data.draw(st.lists(st.floats(0, 1), min_size=order, max_size=order))
-    strength = torch.tensor(data.draw(st.lists(st.floats(0, 1, width=32), min_size=len(contexts), max_size=len(contexts))))
+    strength = torch.tensor(
+        data.draw(st.lists(st.floats(0, 1, width=32), min_size=len(contexts), max_size=len(contexts)))
+    )
     scores = torch.randn(len(contexts), V + 3)
     scores[:, 1] = -torch.inf
     history = torch.tensor(contexts)

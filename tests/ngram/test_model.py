@@ -65,7 +65,9 @@ def test_all_kinds_of_documents_mean_the_same():
     assert all(torch.equal(rows[0], row) for row in rows)
 
 
-@pytest.mark.parametrize("context", [torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 2)])
+@pytest.mark.parametrize(
+    "context", [torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 2)]
+)
 def test_contexts_of_another_shape_are_refused(trained, context):
     with pytest.raises(NGramError, match="context must be int64"):
         trained.log_probs(context)
@@ -156,7 +158,10 @@ def test_damaged_files_are_refused(trained, tmp_path):
         NGramModel.load(tmp_path / "nowhere")
 
 
-ARPA = "\\data\\\nngram 1=3\nngram 2=1\n\n\\1-grams:\n-1\t<unk>\n-0.5\t3\t-0.2\n-0.6\t4\n\n\\2-grams:\n-0.1\t3 4\n\n\\end\\\n"
+ARPA = (
+    "\\data\\\nngram 1=3\nngram 2=1\n\n\\1-grams:\n-1\t<unk>\n-0.5\t3\t-0.2\n-0.6\t4\n\n"
+    "\\2-grams:\n-0.1\t3 4\n\n\\end\\\n"
+)
 
 
 def test_an_arpa_file_with_backoffs_left_out(tmp_path):
@@ -169,7 +174,7 @@ def test_an_arpa_file_with_backoffs_left_out(tmp_path):
 
 
 def test_a_pruned_arpa_file_backs_off_as_a_decoder_would(tmp_path):
-    """"3 4 5" is listed, its suffix "4 5" is not."""
+    """ "3 4 5" is listed, its suffix "4 5" is not."""
     path = tmp_path / "m.arpa"
     path.write_text(
         "\\data\\\nngram 1=3\nngram 2=1\nngram 3=1\n\n\\1-grams:\n-0.5\t3\t-0.2\n-0.6\t4\t-0.3\n-0.7\t5\n\n"

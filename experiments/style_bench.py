@@ -1,0 +1,291 @@
+"""``decoding bench style``: what the style prior costs, as ratios against a baseline in the same process.
+
+Times are medians; the bracket behind each is the ratio of the quartiles. Let the machine be idle. Absolute times are
+given for a GPU alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from decoding.corpora import load_corpus, tokenize
+from decoding.models import load_model, load_tokenizer
+from decoding.priors import prior_of_tokens
+from decoding.style import StylePrior
+from experiments.runs import environment
+from ngram import NGramModel
+from ngram.storage import write_atomically
+from ngram.tables import add_log_prior, mixture_of_orders
+
+BATCH = 8
+GPU_BATCH, GPU_VOCAB = 64, 151_936
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table. ``met`` is None where there is no target or nothing was measured."""
+
+    what: str
+    value: float | None
+    shown: str
+    target: str
+    met: bool | None
+
+
+def main(spec: str, model_name: str, field: str | None, out: Path | None, lmplz: Path | None) -> None:
+    """Measures, prints the table, and writes it as JSON if asked.
+
+    Args:
+        spec: the style, as in `load_corpus`.
+        model_name: whose tokenizer and decode step are measured.
+        field: of a .jsonl style.
+        out: file for the figures.
+        lmplz: KenLM's trainer.
+    """
+    tokenizer = load_tokenizer(model_name)
+    corpus = load_corpus(spec, field)
+    documents = tokenize(corpus, tokenizer)
+    ids = np.concatenate(documents)
+    priors = {k: prior_of_tokens(documents, corpus, tokenizer, k, "kneser-ney") for k in (3, 5)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        figures = [
+            *_adding(priors, ids, len(tokenizer)),
+            _against_kenlm(priors[3], ids),
+            *_training(ids, len(tokenizer), lmplz),
+            *_file(priors[3]),
+        ]
+    torch.set_num_threads(threads)
+    figures.append(_decode_share(model_name, tokenizer, priors[3], corpus.documents))
+    figures.append(_gpu(ids))
+    _print(figures, corpus.name, len(ids))
+    if out is not None:
+        content = {"corpus": corpus.name, "tokens": len(ids), **environment(), "figures": [asdict(f) for f in figures]}
+        write_atomically(out, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def _print(figures: Sequence[Figure], corpus: str, tokens: int) -> None:
+    table = Table("measured", "figure", "target", "met", title=f"style prior of {corpus} ({tokens:,} tokens)")
+    for figure in figures:
+        met = {None: "", True: "yes", False: "NO"}[figure.met]
+        table.add_row(figure.what, figure.shown, figure.target, met)
+    Console().print(table)
+
+
+def _figure(what: str, value: float, shown: str, target: str = "", met: bool | None = None) -> Figure:
+    return Figure(what, value, shown, target, met)
+
+
+def _not_measured(what: str, target: str, why: str) -> Figure:
+    return Figure(what, None, f"not measured: {why}", target, None)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _interleaved(works: Sequence[Callable[[int], Any]], rounds: int) -> np.ndarray:
+    """Seconds [works, rounds]; the works take turns, so that drifts of the machine hit all of them."""
+    for work in works:
+        work(0)
+    return np.array([[_seconds(partial(work, i)) for work in works] for i in range(rounds)]).T
+
+
+def _ratio(times: np.ndarray, baseline: np.ndarray) -> tuple[float, str]:
+    ratio = float(np.median(times) / np.median(baseline))
+    low, high = (float(np.quantile(times, q) / np.quantile(baseline, q)) for q in (0.25, 0.75))
+    return ratio, f"{ratio:.2f}× [{low:.2f}, {high:.2f}]"
+
+
+def _histories(ids: np.ndarray, batch: int, count: int) -> list[Tensor]:
+    """Batches of contexts from random places of the corpus itself, where they have the most continuations."""
+    rng = np.random.default_rng(0)
+    return [
+        torch.from_numpy(np.stack([ids[i - 5 : i] for i in rng.integers(5, len(ids), batch)])) for _ in range(count)
+    ]
+
+
+def _adding(priors: dict[int, NGramModel], ids: np.ndarray, vocab: int) -> list[Figure]:
+    scores, row, strength = torch.randn(BATCH, vocab), torch.randn(vocab), torch.full((BATCH,), 0.1)
+    histories = _histories(ids, BATCH, 600)
+    mixtures = {k: mixture_of_orders([1 / k] * k) for k in priors}
+
+    def add(order: int, i: int) -> Tensor:
+        return add_log_prior(priors[order].tables, scores, histories[i], strength, mixtures[order])
+
+    base, third, fifth = _interleaved([lambda i: scores + row, lambda i: add(3, i), lambda i: add(5, i)], 600)
+    dense, shown = _ratio(third, base)
+    deeper, shown_deeper = _ratio(fifth, third)
+    return [
+        _figure(
+            f"adding the prior, batch {BATCH}, V={vocab}, one thread, against scores + row",
+            dense,
+            shown,
+            "≤ 4×",
+            dense <= 4,
+        ),
+        _figure("order 5 against order 3", deeper, shown_deeper, "≤ 1.5×", deeper <= 1.5),
+    ]
+
+
+def _against_kenlm(prior: NGramModel, ids: np.ndarray) -> Figure:
+    what, target = "one row against the kenlm package's loop over the vocabulary", "≥ 100× faster"
+    if importlib.util.find_spec("kenlm") is None:
+        return _not_measured(what, target, "pip install kenlm")
+    import kenlm
+
+    with tempfile.TemporaryDirectory() as folder:
+        prior.to_arpa(Path(folder) / "prior.arpa")
+        config = kenlm.Config()
+        config.show_progress = False
+        theirs = kenlm.Model(str(Path(folder) / "prior.arpa"), config)
+    words = [str(i) for i in range(prior.vocab_size)]
+    histories = _histories(ids, 1, 20)
+
+    def loop(i: int) -> list[float]:
+        state, after = kenlm.State(), kenlm.State()
+        theirs.NullContextWrite(state)
+        for token in histories[i][0].tolist():
+            theirs.BaseScore(state, str(token), after)
+            state, after = after, state
+        return [theirs.BaseScore(state, word, after) for word in words]
+
+    slow, fast = _interleaved([loop, lambda i: prior.log_probs(histories[i])], 20)
+    ratio, shown = _ratio(slow, fast)
+    return _figure(what, ratio, shown, target, ratio >= 100)
+
+
+def _training(ids: np.ndarray, vocab: int, lmplz: Path | None) -> list[Figure]:
+    seconds = [_seconds(lambda: NGramModel.train(ids, vocab, order=3)) for _ in range(5)]
+    rate = len(ids) / float(np.median(seconds))
+    figures = [
+        _figure("training, order 3, tokens per second and core", rate, f"{rate / 1e6:.1f} M", "≥ 1 M", rate >= 1e6)
+    ]
+    what, target = "training end to end (ids as text to a saved model) against lmplz", "< 1×"
+    if lmplz is None:
+        return [*figures, _not_measured(what, target, "give --lmplz PATH")]
+    with tempfile.TemporaryDirectory() as folder:
+        text, saved = Path(folder) / "ids", Path(folder) / "m.safetensors"
+        lines = (" ".join(map(str, ids[i : i + 256])) for i in range(0, len(ids), 256))
+        text.write_text("\n".join(lines) + "\n")
+
+        def ours(_: int) -> None:
+            read = [np.fromstring(line, np.int64, sep=" ") for line in text.read_text().splitlines()]
+            NGramModel.train(read, vocab, order=3).save(saved)
+
+        def theirs(_: int) -> None:
+            with open(text) as source, open(Path(folder) / "m.arpa", "w") as target:
+                subprocess.run(
+                    [lmplz, "-o", "3", "-S", "1G", "-T", folder],
+                    stdin=source,
+                    stdout=target,
+                    stderr=subprocess.DEVNULL,
+                    check=True,
+                )
+
+        own, other = _interleaved([ours, theirs], 5)
+    ratio, shown = _ratio(own, other)
+    return [*figures, _figure(what, ratio, shown, target, ratio < 1)]
+
+
+def _file(prior: NGramModel) -> list[Figure]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.safetensors"
+        prior.save(path)
+        size = path.stat().st_size / len(prior)
+        opening = float(np.median([_seconds(lambda: NGramModel.load(path)) for _ in range(9)])) * 1e3
+    return [
+        _figure("bytes per n-gram on disk, order 3", size, f"{size:.2f}", "≤ 9.2", size <= 9.2),
+        _figure("opening a saved model", opening, f"{opening:.0f} ms", "< 50 ms", opening < 50),
+    ]
+
+
+class _Timed(StylePrior):
+    """Counts the seconds that the processor takes, on a host."""
+
+    seconds = 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        began = time.perf_counter()
+        scores = super().__call__(input_ids, scores)
+        self.seconds += time.perf_counter() - began
+        return scores
+
+
+def _decode_share(model_name: str, tokenizer: Any, prior: NGramModel, documents: Sequence[str]) -> Figure:
+    model = load_model(model_name)
+    dtype = str(model.dtype).removeprefix("torch.")
+    what, target = f"share of a decode step, {model_name} in {dtype}, batch {BATCH}", "≤ 2 %"
+    if model.device.type != "cpu":
+        return _not_measured(what, target, "a GPU runs beside the host; see the last line")
+    prompts = [document[:60] for document in documents[:BATCH]] * BATCH
+    inputs = tokenizer(prompts[:BATCH], return_tensors="pt", padding=True)
+
+    def generate(_: int) -> float:
+        processor = _Timed(prior, λ=0.1, tokenizer=tokenizer)
+        began = time.perf_counter()
+        model.generate(
+            **inputs,
+            logits_processor=[processor],
+            do_sample=True,
+            min_new_tokens=32,
+            max_new_tokens=32,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return processor.seconds / (time.perf_counter() - began)
+
+    generate(0)
+    shares = [100 * generate(i) for i in range(5)]
+    share = float(np.median(shares))
+    return _figure(what, share, f"{share:.2f} % [{min(shares):.2f}, {max(shares):.2f}]", target, share <= 2)
+
+
+def _gpu(ids: np.ndarray) -> Figure:
+    what, target = f"on a GPU, in a CUDA graph, batch {GPU_BATCH}, V={GPU_VOCAB}", "≤ 30 µs, no host sync"
+    if not torch.cuda.is_available():
+        return _not_measured(what, target, "no GPU here")
+    tables = NGramModel.train(ids, GPU_VOCAB, order=3, pad_vocab=True).to("cuda").tables
+    scores = torch.randn(GPU_BATCH, GPU_VOCAB, device="cuda")
+    strength, mixture = torch.full((GPU_BATCH,), 0.1, device="cuda"), mixture_of_orders([1 / 3] * 3).cuda()
+    history = _histories(ids, GPU_BATCH, 1)[0].cuda()
+
+    def add() -> Tensor:
+        return add_log_prior(tables, scores, history, strength, mixture)
+
+    add()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    add()
+    torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        add()
+    times = []
+    for _ in range(200):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    median = float(np.median(times))
+    name = torch.cuda.get_device_name()
+    return _figure(f"{what} ({name})", median, f"{median:.0f} µs", target, median <= 30)

@@ -1,0 +1,175 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from decoding import DecodingError, NGramModel, generate
+from decoding.cli import cli, parse_lambdas
+from tests.conftest import TEXT, make_tokenizer
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("0:1", tuple(round(i / 10, 1) for i in range(11))),
+        ("0:0.2:0.05", (0, 0.05, 0.1, 0.15, 0.2)),
+        ("0,0.3,0.1", (0, 0.1, 0.3)),
+        ("0.5", (0.5,)),
+        ("0:0.95:0.3", (0, 0.3, 0.6, 0.9)),
+    ],
+)
+def test_lambda_texts(text, values):
+    assert parse_lambdas(text) == values
+
+
+@pytest.mark.parametrize("text", ["", "x", "0:", "1:0", "0:1:0", "0:1:-1", "0:1:2:3", "0,1:2", "nan", "0:inf", "0,,1"])
+def test_lambda_texts_that_do_not_parse(text):
+    with pytest.raises(DecodingError):
+        parse_lambdas(text)
+
+
+def test_a_sweep_from_the_command_line(run, model_folder, style_file, tmp_path):
+    arguments = ["sweep", "--model", model_folder, "--style", style_file, "--lambda", "0,0.5", "--max-new-tokens", 4]
+    result = run(*arguments, "--seed", 3, "--seed", 4, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [(row["lambda"], row["seeds"]) for row in rows] == [(0, 2), (0.5, 2)]
+    assert "report.html" in result.output
+    assert run(*arguments, "--seed", 3, "--seed", 4, "--resume", "--out", tmp_path / "out").exit_code == 0
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(run, model_folder, style_file, tmp_path, monkeypatch):
+    from experiments.style_sweep import Sweep
+
+    monkeypatch.setattr(Sweep, "_measured", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    result = run("sweep", "--model", model_folder, "--style", style_file, "--lambda", "0", "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert f"--resume --out {tmp_path / 'out'}" in result.output
+
+
+def test_train_info_eval_and_generate(run, model_folder, style_file, tmp_path):
+    prior = tmp_path / "storm.safetensors"
+    assert run("style", "train", style_file, "--model", model_folder, "--order", 4, "--out", prior).exit_code == 0
+    about = json.loads(run("style", "info", prior).output)
+    assert about["order"] == 4
+    assert about["style"] == "style"
+    assert about["ngrams"]["1"] == NGramModel.load(prior).tables.seen.sum()
+    scored = json.loads(run("style", "eval", prior, style_file, "--model", model_folder).output)
+    assert 1 < scored["perplexity"] < 5
+    assert scored["unknown_tokens"] == 0
+    arguments = ["--model", model_folder, "--style", prior, "--temperature", 0, "--max-new-tokens", 5]
+    plain = run("generate", "the captain said", *arguments, "--lambda", 0).output
+    steered = run("generate", "the captain said", *arguments, "--lambda", 1).output
+    assert plain.startswith("the captain said")
+    assert plain != steered
+    assert steered == run("generate", "the captain said", *arguments, "--lambda", 1).output
+
+
+@pytest.fixture
+def bad(tmp_path, model_folder, tokenizer):
+    """A folder of input that cannot be used."""
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    (folder / "empty.txt").write_text("")
+    (folder / "blank.txt").write_text(" \n\n")
+    (folder / "binary.txt").write_bytes(b"\x00\x01\x02")
+    (folder / "latin.txt").write_bytes("né".encode("latin-1"))
+    (folder / "short.txt").write_text("storm")
+    (folder / "items.jsonl").write_text('{"body": "the storm"}\n')
+    (folder / "prompts.txt").write_text("one\n\ntwo\n")
+    (folder / "file").write_text("kept")
+    (folder / "no-tokenizer").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / "no-tokenizer" / name).write_bytes((model_folder / name).read_bytes())
+    NGramModel.train(tokenizer(TEXT)["input_ids"], len(tokenizer)).save(folder / "whole.safetensors")
+    whole = (folder / "whole.safetensors").read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[:-100])
+    (folder / "foreign.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--style", "{bad}/empty.txt"], "blank"),
+        (["--style", "{bad}/blank.txt"], "blank"),
+        (["--style", "{bad}/binary.txt"], "binary"),
+        (["--style", "{bad}/latin.txt"], "not UTF-8"),
+        (["--style", "{bad}/short.txt", "--order", "5"], "fewer than the order"),
+        (["--style", "{bad}/items.jsonl"], "--field"),
+        (["--style", "{bad}/items.jsonl", "--field", "text"], "no text field 'text'"),
+        (["--style", "{bad}/truncated.safetensors"], "not a whole n-gram model"),
+        (["--style", "{bad}/foreign.safetensors"], "not an n-gram model"),
+        (["--style", "nothing-there"], "no style 'nothing-there'"),
+        (["--lambda", "0:x"], "λ must read like"),
+        (["--lambda", "0,2"], "[0, 1]"),
+        (["--order", "9"], "order must be 1 to 6"),
+        (["--smoothing", "none"], "unknown smoothing"),
+        (["--out", "{bad}/file"], "is a file"),
+        (["--out", "{bad}"], "holds other files"),
+        (["--out", "/proc/nothing"], "cannot write"),
+        (["--prompts", "{bad}/prompts.txt"], "line 2 is empty"),
+        (["--prompts", "{bad}/missing.txt"], "cannot read"),
+        (["--model", "{bad}/no-tokenizer"], "no tokenizer"),
+        (["--model", "{bad}/nowhere/at-all"], "no model folder"),
+        (["--dtype", "int4"], "unknown dtype"),
+    ],
+)
+def test_bad_input_gives_one_error_and_leaves_nothing(run, bad, model_folder, style_file, tmp_path, arguments, message):
+    given = [argument.format(bad=bad) for argument in arguments]
+    defaults = {"--model": model_folder, "--style": style_file, "--lambda": "0,0.5", "--out": tmp_path / "out"}
+    for option, value in defaults.items():
+        given += [] if option in given else [option, value]
+    before = sorted(bad.rglob("*"))
+    result = run("sweep", *given)
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert result.output.count("Error:") == 1
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+    assert sorted(bad.rglob("*")) == before
+    assert (bad / "file").read_text() == "kept"
+
+
+def test_a_prior_is_not_trained_into_an_unwritable_place(run, model_folder, style_file):
+    result = run("style", "train", style_file, "--model", model_folder, "--out", "/proc/prior.safetensors")
+    assert (result.exit_code, "cannot write" in result.output) == (2, True)
+    result = run("style", "train", style_file, "--model", model_folder, "--out", "prior.bin")
+    assert (result.exit_code, ".safetensors" in result.output) == (2, True)
+
+
+def test_generate_binds_the_prior_and_takes_one_text_or_many(model, tokenizer, style_file):
+    from decoding import StylePrior
+
+    torch.manual_seed(0)
+    processor = StylePrior(style_file, λ=1)
+    options = {"tokenizer": tokenizer, "logits_processor": [processor], "max_new_tokens": 4, "do_sample": False}
+    one = generate(model, "the captain said", **options)
+    many = generate(model, ["the captain said", "night"], **options)
+    assert isinstance(one, str)
+    assert many[0] == one
+    with pytest.raises(DecodingError, match="none empty"):
+        generate(model, ["x", ""], tokenizer=tokenizer)
+    with pytest.raises(DecodingError, match="tokenizer=tokenizer"):
+        generate(model, "x")
+    with pytest.raises(DecodingError, match="tokenizer"):
+        generate(model, "x", **options | {"tokenizer": make_tokenizer(["other"])})
+
+
+def test_importing_the_command_line_imports_no_experiment():
+    code = (
+        "import sys, decoding.cli\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('experiments', 'matplotlib', 'vllm')])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,65 @@
+"""On the embedded default model: what a user sees first."""
+
+import numpy as np
+import pytest
+import torch
+
+from decoding import StylePrior, generate
+from decoding.corpora import load_corpus
+from decoding.errors import DecodingError
+
+pytestmark = pytest.mark.real
+
+PROMPTS = ["The captain said", "There was once a man who", "In the village by the river", "The king and his servants"]
+
+
+@pytest.fixture(scope="module")
+def style():
+    try:
+        load_corpus("king-james")
+    except DecodingError as error:
+        pytest.skip(str(error))
+    return "king-james"
+
+
+def sample(real_model, processor, **options):
+    model, tokenizer = real_model
+    torch.manual_seed(0)
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 24} | options
+    return generate(model, PROMPTS, tokenizer=tokenizer, logits_processor=[processor], **options)
+
+
+def test_lambda_moves_text_towards_the_style_and_0_leaves_it(real_model, style):
+    model, tokenizer = real_model
+    off = StylePrior(λ=0, style=style, tokenizer=tokenizer)
+    on = StylePrior(λ=0.5, style=style, tokenizer=tokenizer)
+    plain = sample(real_model, off)
+    assert plain == generate_plain(model, tokenizer)
+    steered = sample(real_model, on)
+
+    def perplexity(texts):
+        return on.model.perplexity([np.array(tokenizer(text)["input_ids"]) for text in texts])
+
+    assert perplexity(steered) < perplexity(plain) / 3
+
+
+def generate_plain(model, tokenizer):
+    torch.manual_seed(0)
+    return generate(model, PROMPTS, tokenizer=tokenizer, do_sample=True, top_k=0, max_new_tokens=24)
+
+
+def test_greedy_rows_of_a_padded_batch_equal_their_own_runs(real_model, style):
+    model, tokenizer = real_model
+    processor = StylePrior(λ=0.5, style=style, tokenizer=tokenizer)
+    together = sample(real_model, processor, do_sample=False, top_k=None)
+    alone = [
+        generate(model, p, tokenizer=tokenizer, logits_processor=[processor], do_sample=False, max_new_tokens=24)
+        for p in PROMPTS
+    ]
+    assert together == alone
+
+
+def test_beam_search(real_model, style):
+    processor = StylePrior(λ=0.3, style=style, tokenizer=real_model[1])
+    texts = sample(real_model, processor, do_sample=False, top_k=None, num_beams=3)
+    assert all(text.strip() for text in texts)
