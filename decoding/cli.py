@@ -212,7 +212,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     shown = Table(*headings)
     for line in body:
         shown.add_row(*line)
-    Console().print(shown)
+    console = Console()
+    Console(width=None if console.is_terminal else 120).print(shown)
 
 
 @cli.group()

@@ -83,7 +83,6 @@ class Point:
     kind: str  # "steered" or "entropy-matched"
     temperature: float
     records: Sequence[Record]
-    unsteered: Sequence[Record]  # of the same seeds
 
     def row(self) -> dict[str, Any]:
         """Means with 95 % bootstrap intervals; a prompt's seeds are averaged first, prompts are resampled."""
@@ -99,10 +98,8 @@ class Point:
             values = [[measure.value(text, self.style) for text in record["texts"]] for record in self.records]
             known = None if None in values[0] else np.mean(np.array(values, float), 0)
             row |= _interval(measure.key, known, measure.is_log)
-        ratios = [
-            r["tokens_per_second"] / u["tokens_per_second"] for r, u in zip(self.records, self.unsteered, strict=True)
-        ]
-        return row | _interval(SPEED[0], np.array(ratios), False)
+        speeds = np.array([record["speed"] for record in self.records]) if self.kind == "steered" else None
+        return row | _interval(SPEED[0], speeds, False)
 
 
 def _interval(key: str, values: np.ndarray | None, is_log: bool) -> dict[str, float | None]:
@@ -136,7 +133,8 @@ def write_report(
     """
     rows = [point.row() for point in points]
     write_atomically(folder / "results.md", markdown(table(rows)).encode())
-    content = {"settings": settings, "rows": rows}
+    seeds = sorted({record["seed"] for point in points for record in point.records})
+    content = {"settings": settings, "seeds": seeds, "rows": rows}
     write_atomically(folder / "results.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
     write_atomically(folder / "results.csv", _csv(rows).encode())
     overview = _overview(rows)
@@ -213,12 +211,15 @@ def _png(figure: Any) -> bytes:
 
 
 def table(rows: Sequence[dict[str, Any]], keys: Iterable[str] | None = None, intervals: bool = True) -> list[list[str]]:
-    """Headings, then cells as text, with the interval behind every mean if wanted."""
+    """Headings, then cells as text, with the interval behind every mean if wanted.
+
+    "as 0.1: T=0.96" is the unsteered model at the temperature that gives the entropy of λ = 0.1.
+    """
     columns = [(key, short) for key, _, short in _columns(rows) if keys is None or key in keys]
     lines = [["style", "λ", *(short for _, short in columns)]]
     for row in rows:
-        name = row["style"] if row["kind"] == "steered" else f"{row['style']}: unsteered at T={row['temperature']:.2f}"
-        lines.append([name, f"{row['lambda']:g}", *(_shown(row, key, intervals) for key, _ in columns)])
+        how = f"{row['lambda']:g}" if row["kind"] == "steered" else f"as {row['lambda']:g}: T={row['temperature']:.2f}"
+        lines.append([row["style"], how, *(_shown(row, key, intervals) for key, _ in columns)])
     return lines
 
 
@@ -232,7 +233,8 @@ def _shown(row: dict[str, Any], key: str, interval: bool) -> str:
 
 
 def _number(x: float) -> str:
-    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}".rstrip("0").rstrip(".")
+    places = next((places for places, least in enumerate((100, 10, 1)) if abs(x) >= least), 3)
+    return f"{x:.{places}f}"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -246,7 +248,7 @@ def _page(
     headings, *body = table(rows)
     head = "".join(f"<th>{html.escape(text)}</th>" for text in headings)
     lines = "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in line)}</tr>\n" for line in body)
-    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in settings["environments"][-1]["versions"].items())
     about = (
         f"Model {settings['model']} ({settings['dtype']}), {len(settings['prompts'])} prompts × "
         f"{settings['max_new_tokens']} tokens × {rows[0]['seeds']} seeds, temperature 1. {versions}."

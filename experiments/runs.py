@@ -24,6 +24,8 @@ _HEADER = "run.json"
 class RunFolder:
     """The cells of one run on disk.
 
+    What it ran on stands in its settings as "environments": more than one if it was resumed elsewhere.
+
     Args:
         path: the folder.
         settings: what all cells have in common. A run goes on only under the same settings.
@@ -37,6 +39,7 @@ class RunFolder:
         self.path = Path(path)
         settings = json.loads(json.dumps(settings))
         held = self._held_settings()
+        environments = held.pop("environments", []) if held else []
         if held is None:
             check_writable(self.path)
         elif not resume:
@@ -48,10 +51,11 @@ class RunFolder:
                 f"the run in {self.path} has another {differing[0]} ({_shown(held.get(differing[0]))}, "
                 f"not {_shown(settings.get(differing[0]))}): choose another --out"
             )
-        self.settings = settings
+        here = environment()
+        self.settings = {**settings, "environments": [*(other for other in environments if other != here), here]}
         self._cells = self.path / "cells"
         self._cells.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / _HEADER, json.dumps(settings, indent=1, ensure_ascii=False).encode())
+        write_atomically(self.path / _HEADER, json.dumps(self.settings, indent=1, ensure_ascii=False).encode())
 
     def _held_settings(self) -> dict[str, Any] | None:
         header = self.path / _HEADER

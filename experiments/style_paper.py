@@ -49,11 +49,13 @@ def run(sweep: Sweep) -> list[Point]:
     entropies = {t: _mean_entropy([sweep.records[cell] for cell in cells]) for t, cells in curve.items()}
     matching = [(point, matching_temperature(entropies, _mean_entropy(point.records))) for point in steered]
     sweep.run([Cell(None, 0.0, t, seed) for t in sorted({t for _, t in matching}) for seed in seeds])
-    points = points_of(sweep)
+    matched = {}
     for point, t in matching:
         records = [sweep.records[Cell(None, 0.0, t, seed)] for seed in seeds]
-        points.append(Point(point.style, point.lambda_, "entropy-matched", t, records, point.unsteered))
-    return points
+        key = (point.style, point.lambda_)
+        matched[key] = Point(*key, "entropy-matched", t, records)
+    pairs = [(point, matched.get((point.style, point.lambda_))) for point in points_of(sweep)]
+    return [point for pair in pairs for point in pair if point is not None]
 
 
 def matching_temperature(entropies: dict[float, float], wanted: float) -> float:

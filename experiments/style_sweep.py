@@ -27,7 +27,8 @@ from decoding.errors import DecodingError
 from decoding.priors import is_saved_prior, load_prior, prior_of_tokens
 from decoding.style import StylePrior
 from experiments.report import Point, write_report
-from experiments.runs import RunFolder, environment
+from experiments.runs import RunFolder
+from experiments.timing import TimedProcessor
 from ngram import NGramModel
 
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -76,6 +77,17 @@ class Cell(NamedTuple):
         return f"{readable}-{hashlib.sha256(json.dumps(self).encode()).hexdigest()[:8]}".replace("/", "_")
 
 
+class _Batch(NamedTuple):
+    """What one call of ``generate`` gave."""
+
+    prompt_ids: list[list[int]]  # of each row, without padding
+    tokens: Tensor  # int64 [B, T], new ones only
+    logits: Sequence[Tensor]  # raw scores of each step, float [B, V]
+    scores: Sequence[Tensor]  # processed ones
+    seconds: float
+    prior_seconds: float  # of those, in the prior
+
+
 def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt a line.
 
@@ -112,6 +124,15 @@ def load_styles(
     return styles
 
 
+def model_fingerprint(model: Any) -> str:
+    """SHA-256 of every parameter's name, shape and first 64 values: quick, and another for other weights."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()[:64].float().cpu().numpy()
+        digest.update(f"{name} {list(parameter.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()
+
+
 class Sweep:
     """Generates and measures cells, keeping each in a run folder.
 
@@ -146,6 +167,7 @@ class Sweep:
         options = self.options
         return {
             "model": model_name,
+            "model_fingerprint": model_fingerprint(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "tokenizer_sha256": tokenizer_fingerprint(self.tokenizer)[1],
             "styles": {
@@ -161,7 +183,6 @@ class Sweep:
             "prompts": list(options.prompts),
             "max_new_tokens": options.max_new_tokens,
             "batch_size": options.batch_size,
-            **environment(),
         }
 
     def steering_cells(self) -> list[Cell]:
@@ -199,23 +220,22 @@ class Sweep:
 
     def _measured(self, cell: Cell) -> dict[str, Any]:
         texts: list[dict[str, Any]] = []
-        seconds = 0.0
+        seconds = prior_seconds = 0.0
         for start, prompts in self._batches():
-            prompt_ids, tokens, logits, scores, elapsed = self._generate(cell, start, prompts)
-            seconds += elapsed
-            texts += self._measure_batch(cell, start, prompt_ids, tokens, logits, scores)
+            batch = self._generate(cell, start, prompts)
+            seconds += batch.seconds
+            prior_seconds += batch.prior_seconds
+            texts += self._measure_batch(cell, start, batch)
         count = sum(len(text["tokens"]) for text in texts)
-        return {**cell._asdict(), "tokens_per_second": count / seconds, "texts": texts}
+        speed = {"tokens_per_second": count / seconds, "speed": 1 - prior_seconds / seconds}
+        return {**cell._asdict(), **speed, "texts": texts}
 
     def _batches(self) -> Iterator[tuple[int, list[str]]]:
         size = self.options.batch_size
         for start in range(0, len(self.options.prompts), size):
             yield start, list(self.options.prompts[start : start + size])
 
-    def _generate(
-        self, cell: Cell, start: int, prompts: list[str]
-    ) -> tuple[list[list[int]], Tensor, list[Tensor], list[Tensor], float]:
-        """Prompt ids, new tokens [B, T], raw and processed scores of each step [B, V], and the seconds it took."""
+    def _generate(self, cell: Cell, start: int, prompts: list[str]) -> _Batch:
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
         inputs.pop("token_type_ids", None)
         processors = []
@@ -227,7 +247,7 @@ class Sweep:
                 pad_token_id=self.tokenizer.pad_token_id,
                 allow_any_lambda=self.options.allow_any_lambda,
             )
-            processors.append(prior)
+            processors.append(TimedProcessor(prior))
         torch.manual_seed(cell.seed * 1_000_003 + start)
         began = time.perf_counter()
         output = self.model.generate(
@@ -244,27 +264,20 @@ class Sweep:
             output_scores=True,
             return_dict_in_generate=True,
         )
+        prior_seconds = sum(processor.seconds for processor in processors)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
-        elapsed = time.perf_counter() - began
+        seconds = time.perf_counter() - began
         width = inputs["input_ids"].shape[1]
         mask = inputs["attention_mask"].bool()
         prompt_ids = [ids[keep].tolist() for ids, keep in zip(inputs["input_ids"], mask, strict=True)]
-        return prompt_ids, output.sequences[:, width:], output.logits, output.scores, elapsed
+        return _Batch(prompt_ids, output.sequences[:, width:], output.logits, output.scores, seconds, prior_seconds)
 
-    def _measure_batch(
-        self,
-        cell: Cell,
-        start: int,
-        prompt_ids: list[list[int]],
-        tokens: Tensor,
-        logits: Sequence[Tensor],
-        scores: Sequence[Tensor],
-    ) -> list[dict[str, Any]]:
+    def _measure_batch(self, cell: Cell, start: int, batch: _Batch) -> list[dict[str, Any]]:
         steps: dict[str, list[Tensor]] = {"base_log_prob": [], "log_prob": [], "js": [], "entropy": []}
-        for step, (raw, processed) in enumerate(zip(logits, scores, strict=True)):
+        for step, (raw, processed) in enumerate(zip(batch.logits, batch.scores, strict=True)):
             base = raw.float().masked_fill(torch.isneginf(processed), -torch.inf)  # the ruled-out end of sequence
-            chosen = tokens[:, step]
+            chosen = batch.tokens[:, step]
             steps["base_log_prob"].append(metrics.token_log_probs(base, chosen))
             steps["log_prob"].append(metrics.token_log_probs(processed, chosen))
             steps["js"].append(metrics.jensen_shannon(base, processed))
@@ -273,7 +286,7 @@ class Sweep:
         judges = [cell.style] if cell.style is not None else list(self.styles)
         unsteered = self._unsteered_tokens(cell.seed)
         texts = []
-        for row, ids in enumerate(tokens.tolist()):
+        for row, ids in enumerate(batch.tokens.tolist()):
             text = {
                 "tokens": ids,
                 "base_nll": -float(rows["base_log_prob"][row].mean()),
@@ -282,7 +295,9 @@ class Sweep:
                 "shift": [round(x, 3) for x in (rows["log_prob"] - rows["base_log_prob"])[row].tolist()],
                 "overlap_unsteered": metrics.token_overlap(ids, unsteered[start + row] if unsteered else ids),
                 **{f"distinct_{n}": metrics.distinct_n(ids, n) for n in (1, 2, 3)},
-                "by_style": {name: self._against_style(self.styles[name], prompt_ids[row], ids) for name in judges},
+                "by_style": {
+                    name: self._against_style(self.styles[name], batch.prompt_ids[row], ids) for name in judges
+                },
             }
             texts.append(text)
         return texts
@@ -316,13 +331,12 @@ def _summary(cell: Cell, record: dict[str, Any]) -> str:
 def points_of(sweep: Sweep) -> list[Point]:
     """The finished cells as lines over λ, every style's from the shared unsteered cells on."""
     seeds = sweep.options.seeds
-    unsteered = [sweep.records[Cell(None, 0.0, 1.0, seed)] for seed in seeds]
     points = []
     for style in sweep.styles:
         for lambda_ in sorted({0.0, *sweep.options.lambdas}):
             name = None if lambda_ == 0 else style
             records = [sweep.records[Cell(name, lambda_, 1.0, seed)] for seed in seeds]
-            points.append(Point(style, lambda_, "steered", 1.0, records, unsteered))
+            points.append(Point(style, lambda_, "steered", 1.0, records))
     return points
 
 

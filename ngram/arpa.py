@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import warnings
 import zlib
 from collections.abc import Iterator
 from itertools import repeat
@@ -23,6 +24,7 @@ from ngram.tables import Tables
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 LN10 = float(np.log(10))
+NO_IDS = {UNK: -1, BOS: -2, EOS: -3}
 IMPOSSIBLE = -99.0
 UNK_IF_MISSING = -100.0  # as KenLM assumes
 
@@ -30,7 +32,7 @@ UNK_IF_MISSING = -100.0  # as KenLM assumes
 class Grams(NamedTuple):
     """The k-grams of one section, in file order."""
 
-    ids: Ints  # [N, k]; −1 for <unk>
+    ids: Ints  # [N, k]; from `NO_IDS` for <unk>, and for a marker whose id was not given
     log10_probs: Floats  # [N]
     log10_backoffs: Floats  # [N]; 0 where the file gives none
 
@@ -39,11 +41,10 @@ def read(path: str | PathLike, vocab_size: int, bos_id: int | None, eos_id: int 
     """Parses a file: its order, and one `Grams` per order.
 
     Raises:
-        NGramError: no file, a malformed line (with its number), ids outside [0, V), or markers without an id.
+        NGramError: no file, a malformed line (with its number), or ids outside [0, V).
     """
     path = Path(path)
-    markers = {UNK: -1}
-    markers |= {name: marker for name, marker in ((BOS, bos_id), (EOS, eos_id)) if marker is not None}
+    markers = NO_IDS | {name: marker for name, marker in ((BOS, bos_id), (EOS, eos_id)) if marker is not None}
     sections: list[list[tuple[list[int], float, float]]] = []
     promised: list[int] = []
     ended = False
@@ -58,18 +59,20 @@ def read(path: str | PathLike, vocab_size: int, bos_id: int | None, eos_id: int 
             elif line == "\\end\\":
                 ended = True
             else:
-                gram = _parse(line, len(sections), markers, vocab_size)
-                if gram:
-                    sections[-1].append(gram)
-                else:
-                    promised[len(sections) - 1] -= 1
+                sections[-1].append(_parse(line, len(sections), markers, vocab_size))
         except (ValueError, IndexError) as error:
             raise NGramError(f"{path}, line {number}: {error}") from error
     if not ended or not promised or [len(section) for section in sections] != promised:
         raise NGramError(
             f"{path} is not a whole ARPA file: it promises {promised} n-grams and has {[len(s) for s in sections]}"
         )
-    return len(sections), [_grams(section, k) for k, section in enumerate(sections, start=1)]
+    grams = [_grams(section, k) for k, section in enumerate(sections, start=1)]
+    for name, parameter in ((BOS, "bos_id"), (EOS, "eos_id")):
+        if (grams[0].log10_probs[grams[0].ids[:, 0] == NO_IDS[name]] > IMPOSSIBLE).any():
+            warnings.warn(
+                f"{path} uses {name}: n-grams with it are left out, give {parameter} to keep them", stacklevel=3
+            )
+    return len(sections), grams
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -83,8 +86,7 @@ def _lines(path: Path) -> Iterator[str]:
         raise NGramError(f"cannot read {path} as an ARPA file: {error}") from error
 
 
-def _parse(line: str, order: int, markers: dict[str, int], vocab_size: int) -> tuple[list[int], float, float] | None:
-    """One n-gram; None for a marker that the file lists but does not use."""
+def _parse(line: str, order: int, markers: dict[str, int], vocab_size: int) -> tuple[list[int], float, float]:
     fields = line.split()
     if not order or len(fields) not in (order + 1, order + 2):
         raise ValueError(f"expected a probability, {order} words and perhaps a back-off, found {line!r}")
@@ -94,10 +96,6 @@ def _parse(line: str, order: int, markers: dict[str, int], vocab_size: int) -> t
     for word in words:
         if word in markers:
             ids.append(markers[word])
-        elif word in (BOS, EOS):
-            if order == 1 and log10_prob <= IMPOSSIBLE:
-                return None
-            raise ValueError(f"the file uses {word}: pass {'bos_id' if word == BOS else 'eos_id'}")
         elif not word.isascii() or not word.isdecimal():
             raise ValueError(f"words must be decimal token ids, found {word!r}")
         elif int(word) >= vocab_size:
@@ -117,7 +115,7 @@ def _grams(section: list[tuple[list[int], float, float]], k: int) -> Grams:
 def to_estimates(grams: list[Grams], vocab_size: int, bos_id: int | None) -> tuple[list[Level], Estimates]:
     """A parsed file in this package's layout.
 
-    N-grams with <unk> are left out: no id is <unk>. The lower-order estimate that a delta refers to is followed down
+    N-grams of words without an id are left out. The lower-order estimate that a delta refers to is followed down
     by backing off, as a decoder would, since pruned files lack some suffixes.
 
     Raises:
@@ -158,7 +156,7 @@ def _unigrams(section: Grams, vocab_size: int, bos_id: int | None) -> tuple[list
     if len(np.unique(ids)) < len(ids):
         raise NGramError("the file lists a 1-gram twice")
     counts = np.bincount(ids, minlength=vocab_size)
-    unknown = section.log10_probs[~known][-1] if (~known).any() else UNK_IF_MISSING
+    unknown = np.append(UNK_IF_MISSING, section.log10_probs[section.ids[:, 0] == NO_IDS[UNK]])[-1]
     unseen = max(int((counts == 0).sum()), 1)
     unigram = np.full(vocab_size, unknown * LN10 - np.log(unseen))
     unigram[ids] = section.log10_probs[known] * LN10

@@ -239,6 +239,8 @@ class NGramModel:
         Ids that it does not list share the probability of <unk> evenly; if it lists every id, <unk>'s probability is
         nobody's, and rows sum to 1 without it.
 
+        A marker without an id is left out, with a warning, and so is its probability.
+
         Args:
             path: the file.
             vocab_size: number of token ids, V.
@@ -246,7 +248,7 @@ class NGramModel:
             eos_id: the id that the file writes </s>.
 
         Raises:
-            NGramError: a malformed file, ids outside [0, V), or markers whose id was not given.
+            NGramError: a malformed file, or ids outside [0, V).
         """
         order, grams = arpa.read(path, vocab_size, bos_id, eos_id)
         _check_size(vocab_size, order)

@@ -42,7 +42,7 @@ class Contexts(NamedTuple):
     backoffs: Tensor  # float32 [B · (n−1)], log γ
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tables:
     """A smoothed n-gram model of order n as flat tensors.
 
@@ -127,6 +127,17 @@ class Tables:
         names = ("unigram", "seen", "nodes", "words", "deltas")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def unigram_row(self, width: int) -> Tensor:
+        """log p_1, then that of the least probable token up to ``width`` columns: float32 [width]."""
+        if width not in self._unigram_rows:
+            floor = self.unigram.masked_fill(self.unigram == NEVER, 0).min()
+            self._unigram_rows[width] = torch.cat((self.unigram, floor.expand(width - self.vocab_size)))
+        return self._unigram_rows[width]
+
+    @cached_property
+    def _unigram_rows(self) -> dict[int, Tensor]:
+        return {self.vocab_size: self.unigram}
+
     @cached_property
     def _first_node_row(self) -> Tensor:
         return torch.tensor(self.first_nodes, device=self.nodes.device)
@@ -141,9 +152,8 @@ class Tables:
         window = history[:, -longest:].clamp(max=self.vocab_size)
         if window.shape[1] < longest:
             window = torch.nn.functional.pad(window, (longest - window.shape[1], 0), value=-1)
-        starting = window.remainder(
-            self.stride
-        )  # nodes of length 1 that begin at each position; −1 becomes the empty one
+        # The nodes that begin at each position, of length 1 first: −1 becomes V, the empty one.
+        starting = window.remainder(self.stride)
         found = [starting[:, -1]]
         for length, keys in enumerate(self.node_keys, start=2):
             starting = _look_up(keys, torch.add(window[:, length - 1 :], starting[:, :-1], alpha=self.stride))
@@ -245,7 +255,7 @@ def add_log_prior(
     if scores.dtype in (torch.float16, torch.bfloat16):
         return add_log_prior(tables, scores.float(), history, strength, mixture).to(scores.dtype)
     strength = strength[:, None]
-    unigram = _padded_unigram(tables, scores.shape[1])
+    unigram = tables.unigram_row(scores.shape[1])
     if tables.order == 1:
         return torch.addcmul(scores, strength if mixture is None else strength * mixture[0], unigram)
 
@@ -260,13 +270,6 @@ def add_log_prior(
     at, amounts = _continuations(tables, contexts, shares, result.shape)
     result.view(-1).index_add_(0, at, amounts.to(scores.dtype))
     return result
-
-
-def _padded_unigram(tables: Tables, width: int) -> Tensor:
-    if width == tables.vocab_size:
-        return tables.unigram
-    floor = tables.unigram.masked_fill(tables.unigram == NEVER, 0).min()
-    return torch.cat((tables.unigram, floor.expand(width - tables.vocab_size)))
 
 
 def _order_shares(contexts: Contexts, mixture: Tensor) -> Tensor:

@@ -105,6 +105,17 @@ def test_a_run_is_not_resumed_under_other_settings(make_sweep):
     make_sweep(resume=True, lambdas=(0.0, 0.25), seeds=(5,))  # more cells of the same run
 
 
+def test_a_run_resumed_elsewhere_names_both_places(make_sweep, monkeypatch):
+    first = make_sweep()
+    monkeypatch.setattr("torch.get_num_threads", lambda: 99)
+    for _ in range(2):
+        again = make_sweep(resume=True)
+        assert [e["threads"] for e in again.folder.settings["environments"]] == [
+            first.folder.settings["environments"][0]["threads"],
+            99,
+        ]
+
+
 def test_the_report_holds_every_cell_and_draws_from_disk(make_sweep):
     sweep = make_sweep()
     sweep.run(sweep.steering_cells())
@@ -122,7 +133,8 @@ def test_the_report_holds_every_cell_and_draws_from_disk(make_sweep):
     assert rows[0]["style_ppl"] > rows[2]["style_ppl"]
     content = json.loads((folder / "results.json").read_text())
     assert content["rows"] == json.loads(json.dumps(rows))
-    assert {"model", "versions", "prompts", "styles"} <= content["settings"].keys()
+    assert {"model", "prompts", "styles"} <= content["settings"].keys()
+    assert content["settings"]["environments"][0]["versions"]["torch"] == torch.__version__
     assert content["settings"]["styles"]["style"]["corpus_sha256"]
     assert len((folder / "results.csv").read_text().splitlines()) == 7
     assert {path.stem for path in (folder / "plots").iterdir()} >= {"style_ppl", "base_ppl", "js", "speed"}

@@ -184,12 +184,23 @@ def test_a_pruned_arpa_file_backs_off_as_a_decoder_would(tmp_path):
     np.testing.assert_allclose(row[0, 3:], [-0.5 - 0.3 - 0.4, -0.6 - 0.3 - 0.4, -0.05], atol=1e-6)
 
 
+def test_markers_without_an_id_are_left_out_with_a_warning(tmp_path):
+    path = tmp_path / "m.arpa"
+    path.write_text(ARPA.replace("3 4", "<s> 4").replace("-0.5\t3", "0\t<s>"))
+    with pytest.warns(UserWarning, match="uses <s>.*bos_id"):
+        model = NGramModel.from_arpa(path, 6)
+    row = model.log_probs(torch.tensor([[3]])) / np.log(10)
+    unseen = -1 - np.log10(5)
+    np.testing.assert_allclose(row[0], [unseen] * 4 + [-0.6, unseen], atol=1e-6)
+    with_id = NGramModel.from_arpa(path, 6, bos_id=3).log_probs(torch.tensor([[3]])) / np.log(10)
+    np.testing.assert_allclose(with_id[0, 4], -0.1, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("3 4", "3 x", "line 11: words must be decimal"),
         ("3 4", "3 9", "beyond the vocabulary"),
-        ("3 4", "<s> 4", "pass bos_id"),
         ("3 4", "5 4", "not its 1-grams"),
         ("-0.1\t3 4", "-0.1\t3", "line 11: expected"),
         ("-0.1\t3 4", "x\t3 4", "line 11"),
