@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
-from decoding.corpora import DEFAULT_STYLE, cache_dir, load_corpus, registered_styles
+from decoding.corpora import DEFAULT_STYLE, load_corpus, registered_styles
 from decoding.errors import DecodingError
+from decoding.files import require_writable
 from decoding.models import DEFAULT_MODEL
 from decoding.style import checked_lambda
 from ngram import NGramError
@@ -99,7 +101,13 @@ def cli() -> None:
 @_order
 @_smoothing
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
-@click.option("--temperature", default=1.0, show_default=True, help="0 takes the most probable token at every step.")
+@click.option(
+    "--temperature",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="0 takes the most probable token at every step.",
+)
 @click.option("--seed", default=0, show_default=True)
 def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: float, **options: Any) -> None:
     """Continues PROMPT in a style."""
@@ -169,31 +177,29 @@ def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int,
         allow_any_lambda=options["allow_any_lambda"],
     )
     run = _prepared_sweep(list(styles or style_sweep.DEFAULT_STYLES), chosen, options)
-    _run_and_report(run, lambda: (run.run(run.steering_cells()), style_sweep.points_of(run))[1])
+    _run_and_report(run, style_sweep.run)
 
 
 def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> Any:
     from decoding.models import load_model, load_tokenizer
     from experiments import style_sweep
-    from experiments.runs import check_writable
+    from experiments.runs import check_unused
 
     out = options["out"] or Path("sweeps") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    if not options["resume"] and not (out / "run.json").exists():
-        check_writable(out)
-    if not (cache_dir() / "models").exists() and options["model"] == DEFAULT_MODEL:
-        click.echo("converting the default model, once …", err=True)
+    if not options["resume"]:
+        check_unused(out)
     tokenizer = load_tokenizer(options["model"])
     loaded = style_sweep.load_styles(styles, tokenizer, options["field"], options["order"], options["smoothing"])
     model = load_model(options["model"], options["dtype"])
     return style_sweep.Sweep(model, tokenizer, options["model"], loaded, chosen, out, options["resume"])
 
 
-def _run_and_report(run: Any, work: Any) -> None:
+def _run_and_report(run: Any, work: Callable[[Any], Any]) -> None:
     from experiments import style_sweep
 
     folder = run.folder.path
     try:
-        points = work()
+        points = work(run)
     except KeyboardInterrupt:
         click.echo(f"\ninterrupted; finished cells are kept: go on with --resume --out {folder}", err=True)
         sys.exit(130)
@@ -235,6 +241,7 @@ def train(corpus: str, out: Path, model: str, field: str | None, order: int, smo
 
     if out.suffix != ".safetensors":
         raise DecodingError(f"--out must end in .safetensors, not {out.name!r}")
+    require_writable(out)
     prior = train_prior(load_corpus(corpus, field), load_tokenizer(model), order, smoothing)
     prior.save(out)
     click.echo(f"{out}: {len(prior):,} n-grams, {out.stat().st_size / len(prior):.1f} bytes each")
@@ -301,6 +308,8 @@ def bench_style(spec: str, model: str, field: str | None, out: Path | None, lmpl
     """Measures the style prior. Let the machine be idle."""
     from experiments import style_bench
 
+    if out is not None:
+        require_writable(out)
     style_bench.main(spec, model, field, out, lmplz)
 
 
@@ -334,7 +343,7 @@ def reproduce_style(data: Path, **options: Any) -> None:
         batch_size=options["batch_size"],
     )
     run = _prepared_sweep(style_paper.style_specs(data), chosen, options | {"field": None})
-    _run_and_report(run, lambda: style_paper.run(run))
+    _run_and_report(run, style_paper.run)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, overload
 
 from decoding.errors import DecodingError
@@ -42,9 +43,9 @@ def generate(
     batch = [prompts] if isinstance(prompts, str) else list(prompts)
     if not batch or not all(isinstance(prompt, str) and prompt for prompt in batch):
         raise DecodingError("prompts must be a text, or a list of texts, and none empty")
-    if isinstance(model, str):
-        tokenizer = tokenizer or load_tokenizer(model)
-        model = load_model(model)
+    if isinstance(model, str | PathLike):
+        tokenizer = tokenizer or load_tokenizer(str(model))
+        model = load_model(str(model))
     elif tokenizer is None:
         raise DecodingError("a loaded model needs its tokenizer: generate(model, prompts, tokenizer=tokenizer)")
     for processor in logits_processor:

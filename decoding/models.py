@@ -6,10 +6,12 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -70,9 +72,13 @@ def _brief(error: Exception) -> str:
 def _cpu_computes_in(dtype: torch.dtype) -> bool:
     if dtype == torch.float32:
         return True
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     needed = ("avx512_bf16", "amx_bf16", "bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16", "fp16")
-    return any(capabilities.get(name) for name in needed)
+    return any(cpu_capabilities().get(name) for name in needed)
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """What torch knows of the processor: its name and instruction sets. Older releases know nothing."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def _resolve(name: str) -> str:
@@ -106,10 +112,11 @@ def _convert_default(folder: Path) -> None:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32, **options)
-        model.bfloat16().save_pretrained(partial)
-        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(partial)
-        os.replace(partial, folder)
+        with Console(stderr=True).status("unpacking the default model, once …"):
+            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32, **options)
+            model.bfloat16().save_pretrained(partial)
+            AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(partial)
+            os.replace(partial, folder)
     except ImportError as error:
         raise DecodingError(f"the default model needs more packages: pip install accelerate gguf ({error})") from error
     finally:

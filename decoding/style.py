@@ -101,12 +101,9 @@ class StylePrior(LogitsProcessor):
 
     def bind(self, tokenizer: Any) -> StylePrior:
         """Makes the prior for a tokenizer, or checks that it fits. Returns itself."""
-        model = self.model or resolve_style(self.style, order=self.order, tokenizer=tokenizer)
-        if self.model is not None:
-            resolve_style(self.model, tokenizer)
+        self._use(resolve_style(self.style if self.model is None else self.model, tokenizer, order=self.order))
         if self.pad_token_id is None:
             self.pad_token_id = tokenizer.pad_token_id
-        self._use(model)
         return self
 
     def _use(self, model: NGramModel) -> None:

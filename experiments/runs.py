@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 
 from decoding.errors import DecodingError
+from decoding.files import require_writable
+from decoding.models import cpu_capabilities
 from ngram.storage import write_atomically
 
 _HEADER = "run.json"
@@ -40,12 +41,8 @@ class RunFolder:
         settings = json.loads(json.dumps(settings))
         held = self._held_settings()
         environments = held.pop("environments", []) if held else []
-        if held is None:
-            check_writable(self.path)
-        elif not resume:
-            raise DecodingError(
-                f"{self.path} holds a run already: add --resume to go on with it, or choose another --out"
-            )
+        if held is None or not resume:
+            check_unused(self.path)
         elif differing := sorted(key for key in held.keys() | settings if held.get(key) != settings.get(key)):
             raise DecodingError(
                 f"the run in {self.path} has another {differing[0]} ({_shown(held.get(differing[0]))}, "
@@ -85,31 +82,27 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def check_writable(path: Path) -> None:
-    """Refuses, before anything is computed, a folder that cannot be made or written, or that holds other files.
+def check_unused(path: Path) -> None:
+    """Refuses a folder that holds a run or other files, or that cannot be made or written.
 
     Raises:
         DecodingError: as said.
     """
+    if (path / _HEADER).is_file():
+        raise DecodingError(f"{path} holds a run already: add --resume to go on with it, or choose another --out")
     if path.exists() and not path.is_dir():
         raise DecodingError(f"{path} is a file: choose another --out")
     if path.is_dir() and any(path.iterdir()):
         raise DecodingError(f"{path} holds other files: choose a new folder with --out")
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise DecodingError(f"cannot write to {path} ({error.strerror}): choose another --out") from error
+    require_writable(path)
 
 
 def environment() -> dict[str, Any]:
     """What a run ran on: versions, processor, threads and accelerator."""
+    packages = {name: version(name) for name in ("decoding-middleware", "torch", "transformers", "numpy")}
     return {
-        "versions": {name: version(name) for name in ("decoding-middleware", "torch", "transformers", "numpy")}
-        | {"python": platform.python_version()},
-        "cpu": f"{torch.cpu.get_capabilities().get('cpu_name', platform.processor())}"
-        if hasattr(torch.cpu, "get_capabilities")
-        else platform.processor(),
+        "versions": packages | {"python": platform.python_version()},
+        "cpu": cpu_capabilities().get("cpu_name", platform.processor()),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

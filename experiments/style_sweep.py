@@ -328,6 +328,12 @@ def _summary(cell: Cell, record: dict[str, Any]) -> str:
     return f"{what}, base ppl {base:.1f}, seed {cell.seed}, {record['tokens_per_second']:.0f} tokens/s"
 
 
+def run(sweep: Sweep) -> list[Point]:
+    """Finishes the cells of a plain sweep."""
+    sweep.run(sweep.steering_cells())
+    return points_of(sweep)
+
+
 def points_of(sweep: Sweep) -> list[Point]:
     """The finished cells as lines over λ, every style's from the shared unsteered cells on."""
     seeds = sweep.options.seeds

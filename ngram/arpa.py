@@ -137,7 +137,7 @@ def to_estimates(grams: list[Grams], vocab_size: int, bos_id: int | None) -> tup
         if (np.diff(parents * vocab_size + ids[:, -1]) == 0).any():
             raise NGramError(f"the file lists a {k}-gram twice")
         backoffs.append(gammas)
-        deltas.append(log_probs - gammas[parents] - index.score(ids[:, 1:], [*backoffs]))
+        deltas.append(log_probs - gammas[parents] - index.score(ids[:, 1:], backoffs))
         levels.append(Level(ids[:, -1], parents, np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool)))
         index.add(ids, log_probs, parents)
         gammas = section.log10_backoffs[used][order] * LN10

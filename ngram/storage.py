@@ -84,9 +84,11 @@ def load(path: str | PathLike) -> tuple[Tables, dict[str, Any]]:
     if not isinstance(header, dict) or header.pop("format", None) != FORMAT:
         raise NGramError(f"{path} is not an n-gram model of the format {FORMAT}: train it again with this version")
     try:
-        lengths = tuple(header.pop("lengths"))
-        return _tables(tensors, lengths), {name: header[name] for name in ("smoothing", "bos_id", "eos_id", "metadata")}
-    except (KeyError, TypeError, RuntimeError, _DamagedError) as error:
+        tables = _tables(tensors, tuple(header.pop("lengths")))
+        header = {name: header[name] for name in ("smoothing", "bos_id", "eos_id", "metadata")}
+        _check_header(header, tables.vocab_size)
+        return tables, header
+    except (KeyError, TypeError, AttributeError, RuntimeError, _DamagedError) as error:
         raise NGramError(f"{path} is damaged: {error}") from error
 
 
@@ -129,6 +131,14 @@ def _check(tables: Tables, counts: Tensor) -> None:
     _require(ngrams[:-1] == list(tables.lengths[1:]), "the orders do not fit each other")
     for k in range(2, tables.order + 1):
         _require(bool((tables.ngram_keys(k).diff() > 0).all()), f"its {k}-grams are not sorted")
+
+
+def _check_header(header: dict[str, Any], vocab_size: int) -> None:
+    for name in ("bos_id", "eos_id"):
+        marker = header[name]
+        _require(marker is None or (type(marker) is int and 0 <= marker < vocab_size), f"{name} is no token id")
+    texts = [header["smoothing"], *header["metadata"].items()]
+    _require(all(isinstance(text, str) for pair in texts for text in pair), "its metadata is no text")
 
 
 def _require(holds: bool, message: str) -> None:

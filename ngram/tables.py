@@ -108,7 +108,7 @@ class Tables:
     def most_continuations(self) -> int:
         """The most continuations that one row's contexts can have, all orders together."""
         spans = zip(self.first_nodes, self.lengths, strict=True)
-        return sum(int(self.nodes[first : first + count, 0].max()) for first, count in spans)
+        return sum(int(self.nodes[first : first + count + 1, 0].max()) for first, count in spans)
 
     def ngram_keys(self, k: int) -> Tensor:
         """The key of every k-gram, nodes counted within their length: ascending int64 [N_k + 1], `NO_KEY` last."""

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from decoding import DecodingError, NGramModel, generate
 from decoding.cli import cli, parse_lambdas
+from decoding.corpora import cache_dir
 from tests.conftest import TEXT, make_tokenizer
 
 
@@ -144,6 +145,7 @@ def test_bad_input_gives_one_error_and_leaves_nothing(run, bad, model_folder, st
 def test_a_prior_is_not_trained_into_an_unwritable_place(run, model_folder, style_file):
     result = run("style", "train", style_file, "--model", model_folder, "--out", "/proc/prior.safetensors")
     assert (result.exit_code, "cannot write" in result.output) == (2, True)
+    assert not list(cache_dir().rglob("*.safetensors"))  # nothing was tokenized yet
     result = run("style", "train", style_file, "--model", model_folder, "--out", "prior.bin")
     assert (result.exit_code, ".safetensors" in result.output) == (2, True)
 
@@ -164,6 +166,11 @@ def test_generate_binds_the_prior_and_takes_one_text_or_many(model, tokenizer, s
         generate(model, "x")
     with pytest.raises(DecodingError, match="tokenizer"):
         generate(model, "x", **options | {"tokenizer": make_tokenizer(["other"])})
+
+
+def test_the_module_is_a_command():
+    out = subprocess.run([sys.executable, "-m", "decoding", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in out.stdout for command in ("sweep", "generate", "style", "bench", "reproduce"))
 
 
 def test_importing_the_command_line_imports_no_experiment():
