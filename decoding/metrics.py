@@ -26,9 +26,9 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
 
 
-def perplexity(log_probs: Tensor) -> Tensor:
-    """exp(−mean log p) over the last dimension: float [..., T] -> float [...]."""
-    return (-log_probs.mean(-1)).exp()
+def mean_nll(log_probs: Tensor) -> Tensor:
+    """−(1/T) Σ log p over the last dimension, whose exponential is the perplexity: float [..., T] -> float [...]."""
+    return -log_probs.mean(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -57,20 +57,26 @@ def jensen_shannon(logits: Tensor, other: Tensor) -> Tensor:
     return total.clamp_(0, LN2)
 
 
-def distinct_n(tokens: Sequence[int], n: int) -> float:
-    """Distinct n-grams over n-grams of one text (Li et al. 2016); NaN if it has none."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else math.nan
+def distinct_n(tokens: Tensor, n: int) -> float:
+    """Distinct n-grams over n-grams of one text (Li et al. 2016), int64 [T]; NaN if it has none."""
+    if len(tokens) < n:
+        return math.nan
+    grams = tokens.unfold(0, n, 1)
+    return len(grams.unique(dim=0)) / len(grams)
 
 
-def token_overlap(tokens: Sequence[int], reference: Sequence[int]) -> float:
-    """Share of the tokens that the reference has, each counted as often as it has it (clipped unigram precision)."""
+def token_overlap(tokens: Tensor, reference: Tensor) -> float:
+    """Clipped unigram precision: the share of a text's tokens that the reference has, each as often as it has it.
+
+    Args:
+        tokens: int64 [T]; NaN if there are none.
+        reference: int64 [R].
+    """
     if not len(tokens):
         return math.nan
-    size = max(max(tokens), max(reference, default=0)) + 1
-    counts = np.bincount(np.asarray(tokens), minlength=size)
-    clipped = np.minimum(counts, np.bincount(np.asarray(reference, np.int64), minlength=size))
-    return float(clipped.sum() / len(tokens))
+    size = int(torch.cat((tokens, reference)).max()) + 1
+    shared = torch.minimum(tokens.bincount(minlength=size), reference.bincount(minlength=size))
+    return int(shared.sum()) / len(tokens)
 
 
 class CorpusIndex:
@@ -90,13 +96,13 @@ class CorpusIndex:
         self._seen = np.unique(self._stream)
         self._hashes: list[np.ndarray] = []
 
-    def overlap(self, tokens: Sequence[int]) -> float:
-        """Share of the tokens whose id occurs in the corpus."""
-        return float(np.isin(tokens, self._seen).mean()) if len(tokens) else math.nan
+    def overlap(self, tokens: Tensor) -> float:
+        """Share of a text's tokens, int64 [T], whose id occurs in the corpus; NaN if there are none."""
+        return float(np.isin(tokens.cpu().numpy(), self._seen).mean()) if len(tokens) else math.nan
 
-    def longest_copied_run(self, tokens: Sequence[int]) -> int:
-        """Length of the longest run of consecutive tokens that stands in the corpus."""
-        ids = np.asarray(tokens, np.int64)
+    def longest_copied_run(self, tokens: Tensor) -> int:
+        """Length of the longest run of consecutive tokens of a text, int64 [T], that stands in the corpus."""
+        ids = tokens.cpu().numpy()
         length = 0
         while length < len(ids) and _any_in(_run_hashes(ids, length + 1), self._corpus_hashes(length + 1)):
             length += 1

@@ -80,7 +80,7 @@ class Cell(NamedTuple):
 class _Batch(NamedTuple):
     """What one call of ``generate`` gave."""
 
-    prompt_ids: list[list[int]]  # of each row, without padding
+    prompt_ids: list[Tensor]  # of each row, int64, without padding
     tokens: Tensor  # int64 [B, T], new ones only
     logits: Sequence[Tensor]  # raw scores of each step, float [B, V]
     scores: Sequence[Tensor]  # processed ones
@@ -212,7 +212,7 @@ class Sweep:
                 self.folder.write(cell.key, record)
                 self.records[cell] = record
                 progress.advance(task)
-                progress.console.print(_summary(cell, record), highlight=False)
+                progress.console.print(_summary(cell, record), highlight=False, soft_wrap=True)
 
     def _warm_up(self) -> None:
         start, prompts = next(self._batches())
@@ -270,7 +270,7 @@ class Sweep:
         seconds = time.perf_counter() - began
         width = inputs["input_ids"].shape[1]
         mask = inputs["attention_mask"].bool()
-        prompt_ids = [ids[keep].tolist() for ids, keep in zip(inputs["input_ids"], mask, strict=True)]
+        prompt_ids = [ids[keep].cpu() for ids, keep in zip(inputs["input_ids"], mask, strict=True)]
         return _Batch(prompt_ids, output.sequences[:, width:], output.logits, output.scores, seconds, prior_seconds)
 
     def _measure_batch(self, cell: Cell, start: int, batch: _Batch) -> list[dict[str, Any]]:
@@ -286,14 +286,15 @@ class Sweep:
         judges = [cell.style] if cell.style is not None else list(self.styles)
         unsteered = self._unsteered_tokens(cell.seed)
         texts = []
-        for row, ids in enumerate(batch.tokens.tolist()):
+        shifts = rows["log_prob"] - rows["base_log_prob"]
+        for row, ids in enumerate(batch.tokens.cpu()):
             text = {
-                "tokens": ids,
-                "base_nll": -float(rows["base_log_prob"][row].mean()),
+                "tokens": ids.tolist(),
+                "base_nll": float(metrics.mean_nll(rows["base_log_prob"][row])),
                 "js": float(rows["js"][row].mean()),
                 "entropy": float(rows["entropy"][row].mean()),
-                "shift": [round(x, 3) for x in (rows["log_prob"] - rows["base_log_prob"])[row].tolist()],
-                "overlap_unsteered": metrics.token_overlap(ids, unsteered[start + row] if unsteered else ids),
+                "shift": [round(x, 3) for x in shifts[row].tolist()],
+                "overlap_unsteered": metrics.token_overlap(ids, ids if unsteered is None else unsteered[start + row]),
                 **{f"distinct_{n}": metrics.distinct_n(ids, n) for n in (1, 2, 3)},
                 "by_style": {
                     name: self._against_style(self.styles[name], batch.prompt_ids[row], ids) for name in judges
@@ -302,15 +303,16 @@ class Sweep:
             texts.append(text)
         return texts
 
-    def _unsteered_tokens(self, seed: int) -> list[list[int]] | None:
+    def _unsteered_tokens(self, seed: int) -> Tensor | None:
+        """Of every prompt, int64 [prompts, T]; None while that cell itself is measured."""
         record = self.records.get(Cell(None, 0.0, 1.0, seed))
-        return None if record is None else [text["tokens"] for text in record["texts"]]
+        return None if record is None else torch.tensor([text["tokens"] for text in record["texts"]])
 
     @staticmethod
-    def _against_style(style: Style, prompt: list[int], tokens: list[int]) -> dict[str, float | None]:
-        log_probs = style.prior.token_log_probs(np.array(prompt + tokens))[len(prompt) :]
+    def _against_style(style: Style, prompt: Tensor, tokens: Tensor) -> dict[str, float | None]:
+        log_probs = style.prior.token_log_probs(torch.cat((prompt, tokens)))[len(prompt) :]
         return {
-            "style_nll": -float(log_probs.mean()),
+            "style_nll": float(metrics.mean_nll(log_probs)),
             "overlap_corpus": style.index.overlap(tokens) if style.index else None,
             "copied_run": style.index.longest_copied_run(tokens) if style.index else None,
         }
