@@ -70,7 +70,7 @@ def main(spec: str, model_name: str, field: str | None, out: Path | None, lmplz:
             *_adding(priors, ids, len(tokenizer)),
             *_against_kenlm(priors[3], ids),
             *_training(ids, len(tokenizer), lmplz),
-            *_file(priors[3]),
+            *(figure for prior in priors.values() for figure in _file(prior)),
         ]
     torch.set_num_threads(threads)
     figures.append(_decode_share(model_name, tokenizer, priors[3], corpus.documents))
@@ -223,8 +223,8 @@ def _file(prior: NGramModel) -> list[Figure]:
         size = path.stat().st_size / len(prior)
         opening = float(np.median([_seconds(lambda: NGramModel.load(path)) for _ in range(9)])) * 1e3
     return [
-        _figure("bytes per n-gram on disk, order 3", size, f"{size:.2f}", "≤ 9.2", size <= 9.2),
-        _figure("opening a saved model", opening, f"{opening:.0f} ms", "< 50 ms", opening < 50),
+        _figure(f"bytes per n-gram on disk, order {prior.order}", size, f"{size:.2f}", "≤ 9.2", size <= 9.2),
+        _figure(f"opening a saved model of order {prior.order}", opening, f"{opening:.0f} ms", "< 50 ms", opening < 50),
     ]
 
 

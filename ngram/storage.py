@@ -48,14 +48,17 @@ def _umask() -> int:
 
 
 def save(path: str | PathLike, tables: Tables, header: dict[str, Any]) -> None:
-    """Writes the tables and a JSON header."""
-    counts = tables.nodes[:, 0]
-    fits_16_bits = not counts.numel() or int(counts.max()) < 1 << 16
+    """Writes the tables and a JSON header.
+
+    Back-offs follow from a handful of small counts, so few values of them differ: they are kept in a code book.
+    """
+    backoff_values, backoff_codes = tables.backoff.unique(return_inverse=True)
     tensors = {
         "unigram": tables.unigram,
         "seen": tables.seen,
-        "backoff": tables.backoff,
-        "counts": counts.to(torch.uint16) if fits_16_bits else counts,
+        "backoff_values": backoff_values,
+        "backoff_codes": _narrowed(backoff_codes),
+        "counts": _narrowed(tables.nodes[:, 0]),
         "words": tables.words,
         "deltas": tables.deltas,
     }
@@ -64,6 +67,11 @@ def save(path: str | PathLike, tables: Tables, header: dict[str, Any]) -> None:
         {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"ngram": json.dumps(header)}
     )
     write_atomically(path, content)
+
+
+def _narrowed(numbers: Tensor) -> Tensor:
+    fits_16_bits = not numbers.numel() or int(numbers.max()) < 1 << 16
+    return numbers.to(torch.uint16 if fits_16_bits else torch.int32)
 
 
 def load(path: str | PathLike) -> tuple[Tables, dict[str, Any]]:
@@ -97,10 +105,13 @@ class _DamagedError(Exception):
 
 
 def _tables(tensors: dict[str, Tensor], lengths: tuple[int, ...]) -> Tables:
-    counts, backoff = tensors["counts"].to(torch.int64), tensors["backoff"]
-    _require(counts.ndim == 1 and counts.shape == backoff.shape, "the contexts do not fit each other")
-    _require(backoff.dtype == torch.float32, "backoff must be float32")
-    nodes = pack_nodes(counts, backoff)
+    counts, codes = tensors["counts"].to(torch.int64), tensors["backoff_codes"].to(torch.int64)
+    values = tensors["backoff_values"]
+    _require(counts.ndim == 1 and counts.shape == codes.shape, "the contexts do not fit each other")
+    _require(values.dtype == torch.float32 and values.ndim == 1, "backoff_values must be one-dimensional float32")
+    known = not codes.numel() or (int(codes.min()) >= 0 and int(codes.max()) < values.numel())
+    _require(known, "a back-off is not in its code book")
+    nodes = pack_nodes(counts, values[codes])
     tables = Tables(tensors["unigram"], tensors["seen"], nodes, tensors["words"], tensors["deltas"], lengths)
     _check(tables, counts)
     return tables

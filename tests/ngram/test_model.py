@@ -137,6 +137,7 @@ def damaged_copies(path, folder):
     yield variant("unsorted", words=tensors["words"].flip(0))
     yield variant("short", deltas=tensors["deltas"][:-1].clone())
     yield variant("shapes", unigram=tensors["unigram"][:-1].clone())
+    yield variant("code book", backoff_values=tensors["backoff_values"][:-1].clone())
     yield variant("nan", deltas=tensors["deltas"] * float("nan"))
     yield variant("dtype", unigram=tensors["unigram"].double())
     counts = tensors["counts"].to(torch.int32)
