@@ -127,17 +127,17 @@ def _check(tables: Tables, counts: Tensor) -> None:
     _require(tables.seen.shape == (size,) and tables.seen.dtype == torch.bool, "seen does not fit the vocabulary")
     _require(all(isinstance(n, int) and n >= 0 for n in tables.lengths), "lengths must be whole numbers")
     _require(not tables.lengths or tables.lengths[0] == size, "lengths do not fit the vocabulary")
-    nodes = sum(tables.lengths) + len(tables.lengths)
+    nodes = sum(tables.lengths) + len(tables.lengths) + 1
     _require(counts.shape == (nodes,), "the contexts do not fit the lengths")
-    _require(not nodes or int(counts.min()) >= 0, "a context has a negative number of continuations")
+    _require(int(counts.min()) >= 0, "a context has a negative number of continuations")
     total = int(counts.sum())
     _require(tables.words.shape == (total,) == tables.deltas.shape, "the n-grams do not fit the contexts")
     small = size <= SMALL_VOCAB
     _require(tables.words.dtype == (torch.int16 if small else torch.int32), "words do not fit the vocabulary")
     ids = tables.token_ids(tables.words)
     _require(not total or (int(ids.min()) >= 0 and int(ids.max()) < size), f"it holds token ids beyond its {size}")
-    for first, length in zip(tables.first_nodes, tables.lengths, strict=True):
-        _require(int(counts[first + length]) == 0, "an empty context has continuations")
+    empty = [0, *(first + length for first, length in zip(tables.first_nodes, tables.lengths, strict=True))]
+    _require(not counts[empty].any(), "an empty context has continuations")
     ngrams = np.diff(tables.first_ngrams).tolist()
     _require(ngrams[:-1] == list(tables.lengths[1:]), "the orders do not fit each other")
     for k in range(2, tables.order + 1):

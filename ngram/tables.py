@@ -7,7 +7,7 @@ nothing waits for the host: shapes depend on the tables and the batch size alone
 
 Contexts form a trie laid out as in `ngram.counts`. A *node* is a context: nodes of length 1 are the token ids, nodes
 of length l are sorted by (node of the first l−1 tokens, last token). Every length ends on one empty node, which
-stands for "not a context of this model" and has no continuations.
+stands for "not a context of this model" and has no continuations. One more comes first of all: token −1, "no token".
 
 Written for few and cheap operations: at batch 8 a tensor operation costs about as much to start as to carry out.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -91,7 +91,7 @@ class Tables:
     @cached_property
     def first_nodes(self) -> tuple[int, ...]:
         """Number of the first node of each context length."""
-        return tuple(np.cumsum((0, *(count + 1 for count in self.lengths)))[:-1].tolist())
+        return tuple(np.cumsum((1, *(count + 1 for count in self.lengths)))[:-1].tolist())
 
     @cached_property
     def first_ngrams(self) -> tuple[int, ...]:
@@ -152,8 +152,7 @@ class Tables:
         window = history[:, -longest:].clamp(max=self.vocab_size)
         if window.shape[1] < longest:
             window = torch.nn.functional.pad(window, (longest - window.shape[1], 0), value=-1)
-        # The nodes that begin at each position, of length 1 first: −1 becomes V, the empty one.
-        starting = window.remainder(self.stride)
+        starting = window  # the nodes that begin at each position, counted within their length, which is 1 at first
         found = [starting[:, -1]]
         for length, keys in enumerate(self.node_keys, start=2):
             starting = _look_up(keys, torch.add(window[:, length - 1 :], starting[:, :-1], alpha=self.stride))
@@ -200,7 +199,8 @@ def _look_up(keys: Tensor, wanted: Tensor) -> Tensor:
 def tables_from_estimates(levels: list[Level], estimates: Estimates) -> Tables:
     """Lays a smoothed model out as `Tables` on the CPU. Of each level, only words, parents and counts are read."""
     lengths = tuple(len(level.words) for level in levels[:-1])
-    backoff, counts = [], []
+    backoff: list = [[0.0]]
+    counts: list = [[0]]
     for length, gamma, longer in zip(lengths, estimates.backoffs, levels[1:], strict=True):
         backoff += [gamma, [0.0]]
         counts.append(np.bincount(longer.parents, minlength=length + 1))
@@ -290,23 +290,37 @@ def _continuations(tables: Tables, contexts: Contexts, shares: Tensor, shape: to
     batch could have, and the slots that are left over add nothing.
     """
     rows, width = shape
-    device = shares.device
-    on_host = counts_on_host(device)
+    on_host = counts_on_host(shares.device)
     index = torch.int32 if rows * width + SMALL_BIAS < 2**31 else torch.int64
     stop = contexts.counts.cumsum(0, dtype=index)
     total = int(stop[-1]) if on_host else rows * tables.most_continuations
-    slots = torch.arange(total, dtype=index, device=device)
     if on_host:
+        slots = _host_slots(1 << total.bit_length(), index)[:total]
         owner = torch.repeat_interleave(contexts.counts, output_size=total)
     else:
+        slots = torch.arange(total, dtype=index, device=shares.device)
         owner = torch.searchsorted(stop, slots, right=True).clamp_(max=stop.numel() - 1)
     position = (contexts.ends - stop).index_select(0, owner).add_(slots)
     amounts = shares.index_select(0, owner)
     if not on_host:
         position = position.masked_fill(slots >= stop[-1], 0)
         amounts = amounts.masked_fill(slots >= stop[-1], 0)
-    bias = tables.word_bias
-    row_starts = torch.arange(bias, bias + rows * width, width, dtype=index, device=device)[:, None]
-    at = row_starts.expand(-1, tables.order - 1).reshape(-1).index_select(0, owner)
+    row_starts = _host_row_starts if on_host else _row_starts
+    at = row_starts(rows, width, tables.order - 1, tables.word_bias, index, shares.device).index_select(0, owner)
     at += tables.words.index_select(0, position)
     return at, amounts.mul_(tables.deltas.index_select(0, position))
+
+
+def _row_starts(rows: int, width: int, contexts: int, bias: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For each context of each row, where the row begins in a flat [rows, width], plus the bias of stored words."""
+    starts = torch.arange(bias, bias + rows * width, width, dtype=dtype, device=device)
+    return starts[:, None].expand(-1, contexts).reshape(-1)
+
+
+# Constants that the host need not make again at every step.
+_host_row_starts = lru_cache(maxsize=64)(_row_starts)
+
+
+@lru_cache(maxsize=64)
+def _host_slots(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.arange(count, dtype=dtype)
