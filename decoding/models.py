@@ -32,9 +32,9 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DecodingError(f"model {name} has no tokenizer that transformers can load: {_brief(error)}") from error
+        raise _no_tokenizer(name, _brief(error)) from error
     if not len(tokenizer):
-        raise DecodingError(f"model {name} has no tokenizer: its vocabulary is empty")
+        raise _no_tokenizer(name, "its vocabulary is empty")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -63,6 +63,10 @@ def load_model(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str | Non
     if dtype == "auto" and device == "cpu" and not _cpu_computes_in(model.dtype):
         model = model.float()
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps the method
+
+
+def _no_tokenizer(name: str, why: str) -> DecodingError:
+    return DecodingError(f"no tokenizer for model {name} ({why}): save one beside the model, or choose another model")
 
 
 def _brief(error: Exception) -> str:

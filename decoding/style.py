@@ -210,7 +210,9 @@ def checked_lambda(value: float, allow_any: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DecodingError(f"λ must be a finite number, not {value!r}")
     if not (allow_any or 0 <= value <= 1):
-        raise DecodingError(f"λ must lie in [0, 1], not {value:g}; allow_any_lambda=True lifts that")
+        raise DecodingError(
+            f"λ must lie in [0, 1], not {value:g}; allow_any_lambda=True (--allow-any-lambda) lifts that"
+        )
     return float(value)
 
 

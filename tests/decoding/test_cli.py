@@ -121,7 +121,7 @@ def bad(tmp_path, model_folder, tokenizer):
         (["--out", "/proc/nothing"], "cannot write"),
         (["--prompts", "{bad}/prompts.txt"], "line 2 is empty"),
         (["--prompts", "{bad}/missing.txt"], "cannot read"),
-        (["--model", "{bad}/no-tokenizer"], "no tokenizer"),
+        (["--model", "{bad}/no-tokenizer"], "no tokenizer for model"),
         (["--model", "{bad}/nowhere/at-all"], "no model folder"),
         (["--dtype", "int4"], "unknown dtype"),
     ],
