@@ -205,18 +205,12 @@ class Sweep:
             self.records |= held
             todo = [cell for cell in cells if cell not in held]
             task = progress.add_task("cells", total=len(todo))
-            if todo:
-                self._warm_up()
             for cell in todo:
                 record = self._measured(cell)
                 self.folder.write(cell.key, record)
                 self.records[cell] = record
                 progress.advance(task)
                 progress.console.print(_summary(cell, record), highlight=False, soft_wrap=True)
-
-    def _warm_up(self) -> None:
-        start, prompts = next(self._batches())
-        self._generate(Cell(None, 0.0, 1.0, 0), start, prompts)
 
     def _measured(self, cell: Cell) -> dict[str, Any]:
         texts: list[dict[str, Any]] = []
