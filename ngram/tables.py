@@ -125,7 +125,14 @@ class Tables:
     def to(self, device: torch.device | str) -> Tables:
         """The same tables on another device."""
         names = ("unigram", "seen", "nodes", "words", "deltas")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        moved = replace(self, **{name: getattr(self, name).to(device) for name in names})
+        # The host needs these: read now, not in a step, where the device would have to be waited for.
+        vars(moved).update(
+            first_ngrams=self.first_ngrams,
+            most_continuations=self.most_continuations,
+            _first_node_row=self._first_node_row.to(device),
+        )
+        return moved
 
     def unigram_row(self, width: int) -> Tensor:
         """log p_1, then that of the least probable token up to ``width`` columns: float32 [width]."""

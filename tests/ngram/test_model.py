@@ -104,6 +104,19 @@ def test_the_accelerator_path_agrees_with_the_host_path(trained, monkeypatch):
     torch.testing.assert_close(add_log_prior(trained.tables, scores, history, strength), wanted)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+def test_on_an_accelerator_nothing_waits_for_the_device(order):
+    """The device "meta" holds no data: whatever asks it for a number, or for a shape that depends on one, fails."""
+    tables = NGramModel.train(IDS, 50, order=order).tables.to("meta")
+    scores, history = torch.empty(8, 55, device="meta"), torch.empty(8, 9, dtype=torch.int64, device="meta")
+    mixture = mixture_of_orders([1 / order] * order).to("meta")
+    for options in ((), (mixture,)):
+        result = add_log_prior(tables, scores, history, torch.empty(8, device="meta"), *options)
+        assert result.shape == scores.shape
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(result[0, 0] > 0)
+
+
 def test_an_old_file_survives_a_failed_save(trained, tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
     trained.save(path)
