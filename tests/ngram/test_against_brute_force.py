@@ -16,7 +16,7 @@ def cases(draw):
     bos, eos = draw(st.sampled_from([(None, None), (5, None), (None, 6), (5, 6)]))
     token = st.integers(0, 4)
     documents = draw(st.lists(st.lists(token, max_size=12), min_size=1, max_size=5))
-    order = draw(st.integers(1, 5))
+    order = draw(st.integers(1, 6))
     documents.append(draw(st.lists(token, min_size=order, max_size=order + 6)))
     return {
         "documents": documents,
