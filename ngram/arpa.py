@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ngram.counts import Ints, Level
+from ngram.counts import Ints
 from ngram.errors import NGramError
 from ngram.smoothing import Estimates, Floats
 from ngram.storage import write_atomically
-from ngram.tables import Tables
+from ngram.tables import SortedNGrams, Tables, tables_from_estimates
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 LN10 = float(np.log(10))
@@ -112,36 +112,37 @@ def _grams(section: list[tuple[list[int], float, float]], k: int) -> Grams:
     return Grams(ids, np.array([gram[1] for gram in section]), np.array([gram[2] for gram in section]))
 
 
-def to_estimates(grams: list[Grams], vocab_size: int, bos_id: int | None) -> tuple[list[Level], Estimates]:
-    """A parsed file in this package's layout.
+def to_tables(grams: list[Grams], vocab_size: int, bos_id: int | None) -> Tables:
+    """A parsed file as tables, built up order by order.
 
-    N-grams of words without an id are left out. The lower-order estimate that a delta refers to is followed down
-    by backing off, as a decoder would, since pruned files lack some suffixes.
+    N-grams of words without an id are left out. The estimate that a delta refers to is asked of the tables of the
+    orders below, which back off as a decoder would, since pruned files lack some suffixes.
 
     Raises:
         NGramError: an n-gram listed twice, or one whose context the file does not list.
     """
-    levels, unigram = _unigrams(grams[0], vocab_size, bos_id)
-    backoffs, deltas = [], []
-    index = _Index(vocab_size)
-    index.add(np.arange(vocab_size)[:, None], unigram)
+    seen, unigram = _unigrams(grams[0], vocab_size, bos_id)
     gammas = _by_id(grams[0], grams[0].log10_backoffs * LN10, vocab_size)
+    ngrams: list[SortedNGrams] = []
+    estimates = Estimates(unigram, [], [])
+    tables = tables_from_estimates(seen, ngrams, estimates)
     for k, section in enumerate(grams[1:], start=2):
         used = section.ids.min(1, initial=0) >= 0
         ids, log_probs = section.ids[used], section.log10_probs[used] * LN10
-        _require_listed(ids, (levels[0].counts > 0)[ids].all(1), k, "1-grams")
-        parents = index.find(ids[:, :-1])
+        _require_listed(ids, seen[ids].all(1), k, "1-grams")
+        parents = tables.ngram_index(torch.from_numpy(ids[:, :-1])).numpy()
         _require_listed(ids, parents >= 0, k, "context")
         order = np.lexsort((ids[:, -1], parents))
         ids, parents, log_probs = ids[order], parents[order], log_probs[order]
         if (np.diff(parents * vocab_size + ids[:, -1]) == 0).any():
             raise NGramError(f"the file lists a {k}-gram twice")
-        backoffs.append(gammas)
-        deltas.append(log_probs - gammas[parents] - index.score(ids[:, 1:], backoffs))
-        levels.append(Level(ids[:, -1], parents, np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, bool)))
-        index.add(ids, log_probs, parents)
+        lower = tables.score(torch.from_numpy(ids[:, 1:-1]), torch.from_numpy(ids[:, -1])).double().numpy()
+        ngrams.append(SortedNGrams(parents, ids[:, -1]))
+        estimates.backoffs.append(gammas)
+        estimates.deltas.append(log_probs - gammas[parents] - lower)
+        tables = tables_from_estimates(seen, ngrams, estimates)
         gammas = section.log10_backoffs[used][order] * LN10
-    return levels, Estimates(unigram, backoffs, deltas)
+    return tables
 
 
 def _require_listed(ids: Ints, listed: np.ndarray, k: int, what: str) -> None:
@@ -150,7 +151,8 @@ def _require_listed(ids: Ints, listed: np.ndarray, k: int, what: str) -> None:
         raise NGramError(f"the file lists the {k}-gram {gram!r} but not its {what}")
 
 
-def _unigrams(section: Grams, vocab_size: int, bos_id: int | None) -> tuple[list[Level], Floats]:
+def _unigrams(section: Grams, vocab_size: int, bos_id: int | None) -> tuple[np.ndarray, Floats]:
+    """Which ids the file lists, bool [V], and log p_1 of every id, float64 [V]."""
     known = section.ids[:, 0] >= 0
     ids = section.ids[known, 0]
     if len(np.unique(ids)) < len(ids):
@@ -162,8 +164,7 @@ def _unigrams(section: Grams, vocab_size: int, bos_id: int | None) -> tuple[list
     unigram[ids] = section.log10_probs[known] * LN10
     if bos_id is not None:
         unigram[bos_id] = -np.inf
-    zeros = np.zeros(vocab_size, np.int64)
-    return [Level(np.arange(vocab_size), zeros, zeros, counts, np.zeros(vocab_size, bool))], unigram
+    return counts > 0, unigram
 
 
 def _by_id(section: Grams, values: Floats, vocab_size: int) -> Floats:
@@ -171,42 +172,6 @@ def _by_id(section: Grams, values: Floats, vocab_size: int) -> Floats:
     dense = np.zeros(vocab_size)
     dense[section.ids[known, 0]] = values[known]
     return dense
-
-
-class _Index:
-    """Node numbers of n-grams, and back-off scores of the orders added so far."""
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-        self.keys: list[Ints] = []
-        self.log_probs: list[Floats] = []
-
-    def add(self, ids: Ints, log_probs: Floats, parents: Ints | None = None) -> None:
-        self.keys.append(ids[:, -1] if parents is None else parents * self.vocab_size + ids[:, -1])
-        self.log_probs.append(log_probs)
-
-    def find(self, ids: Ints) -> Ints:
-        """Index of each row among the n-grams of its length, or −1."""
-        nodes = ids[:, 0]
-        for column, keys in zip(ids.T[1:], self.keys[1:], strict=False):
-            wanted = np.where(nodes >= 0, nodes * self.vocab_size + column, -1)
-            at = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
-            nodes = np.where(keys[at] == wanted, at, -1) if len(keys) else np.full(len(ids), -1)
-        return nodes
-
-    def score(self, ids: Ints, backoffs: list[Floats]) -> Floats:
-        """log p of the last token of each row given those before, backing off where an n-gram is not listed."""
-        k = ids.shape[1]
-        if k == 1:
-            return self.log_probs[0][ids[:, 0]]
-        nodes = self.find(ids)
-        missing = nodes < 0
-        result = np.where(missing, 0.0, self.log_probs[k - 1][nodes] if len(self.log_probs[k - 1]) else 0.0)
-        if missing.any():
-            contexts = self.find(ids[missing, :-1])
-            gamma = np.where(contexts >= 0, backoffs[k - 2][contexts], 0.0)
-            result[missing] = gamma + self.score(ids[missing, 1:], backoffs)
-        return result
 
 
 def write(path: str | PathLike, tables: Tables, bos_id: int | None, eos_id: int | None) -> None:

@@ -14,7 +14,7 @@ from ngram import arpa, storage
 from ngram.counts import count_ngrams, documents_as_arrays
 from ngram.errors import NGramError
 from ngram.smoothing import Smoothing, estimate
-from ngram.tables import NEVER, Tables, add_log_prior, tables_from_estimates
+from ngram.tables import NEVER, SortedNGrams, Tables, add_log_prior, tables_from_estimates
 
 MAX_ORDER = 6
 Oov = Literal["spread", "unk", "exclude"]
@@ -92,7 +92,8 @@ class NGramModel:
         estimates = estimate(
             levels, smoothing, bos_id=bos_id, pad_vocab=pad_vocab, delta=delta, interpolation=interpolation
         )
-        tables = tables_from_estimates(levels, estimates)
+        ngrams = [SortedNGrams(level.parents, level.words) for level in levels[1:]]
+        tables = tables_from_estimates(levels[0].counts > 0, ngrams, estimates)
         return cls(tables, smoothing=smoothing, bos_id=bos_id, eos_id=eos_id, metadata=metadata)
 
     @property
@@ -252,9 +253,7 @@ class NGramModel:
         """
         order, grams = arpa.read(path, vocab_size, bos_id, eos_id)
         _check_size(vocab_size, order)
-        levels, estimates = arpa.to_estimates(grams, vocab_size, bos_id)
-        tables = tables_from_estimates(levels, estimates)
-        return cls(tables, smoothing="arpa", bos_id=bos_id, eos_id=eos_id)
+        return cls(arpa.to_tables(grams, vocab_size, bos_id), smoothing="arpa", bos_id=bos_id, eos_id=eos_id)
 
     def to_arpa(self, path: str | PathLike) -> None:
         """Writes an ARPA file (gzip if the name ends in .gz): ids as decimal words, the markers as <s> and </s>."""

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ngram.counts import Level
 from ngram.smoothing import Estimates
 
 NEVER = -1e30
@@ -187,9 +187,27 @@ class Tables:
         for k, first in enumerate(self.first_nodes, start=2):
             keys = self.node_keys[k - 2] if k < self.order else self._last_keys
             at = _look_up(keys, (nodes[:, k - 2] - first) * self.stride + tokens)
-            deltas = self.deltas[self.first_ngrams[k - 2] : self.first_ngrams[k - 1]]
-            total = total + torch.cat((deltas, deltas.new_zeros(1)))[at]
+            begin, end = self.first_ngrams[k - 2], self.first_ngrams[k - 1]
+            if begin < end:
+                deltas = self.deltas[begin:end][at.clamp(max=end - begin - 1)]
+                total = total + deltas.masked_fill_(at == end - begin, 0)
         return total
+
+    def ngram_index(self, ids: Tensor) -> Tensor:
+        """Which k-gram each row is, counted within order k, or −1 if the model lacks it.
+
+        Args:
+            ids: int64 [N, k ≤ n], in [0, V).
+
+        Returns:
+            int64 [N].
+        """
+        index = ids[:, 0]
+        for k in range(2, ids.shape[1] + 1):
+            keys = self.ngram_keys(k)
+            index = _look_up(keys, index * self.stride + ids[:, k - 1])
+            index = index.masked_fill(index == keys.numel() - 1, -1)
+        return index
 
     @cached_property
     def _last_keys(self) -> Tensor:
@@ -203,19 +221,33 @@ def _look_up(keys: Tensor, wanted: Tensor) -> Tensor:
     return at.where(hit, keys.numel() - 1)
 
 
-def tables_from_estimates(levels: list[Level], estimates: Estimates) -> Tables:
-    """Lays a smoothed model out as `Tables` on the CPU. Of each level, only words, parents and counts are read."""
-    lengths = tuple(len(level.words) for level in levels[:-1])
+class SortedNGrams(NamedTuple):
+    """The k-grams of one order k ≥ 2, sorted by (index of the first k−1 tokens in their order, last token)."""
+
+    parents: NDArray[np.int64]  # that index [N]
+    words: NDArray[np.int64]  # that token [N]
+
+
+def tables_from_estimates(seen: NDArray[np.bool_], ngrams: Sequence[SortedNGrams], estimates: Estimates) -> Tables:
+    """Lays a smoothed model out as `Tables`, on the CPU.
+
+    Args:
+        seen: ids that occur, bool [V].
+        ngrams: of the orders 2 … n.
+        estimates: of the same.
+    """
+    vocab_size = len(seen)
+    lengths = (vocab_size, *(len(each.words) for each in ngrams))[: len(ngrams)]
     backoff: list = [[0.0]]
     counts: list = [[0]]
-    for length, gamma, longer in zip(lengths, estimates.backoffs, levels[1:], strict=True):
+    for length, gamma, longer in zip(lengths, estimates.backoffs, ngrams, strict=True):
         backoff += [gamma, [0.0]]
         counts.append(np.bincount(longer.parents, minlength=length + 1))
-    words = _joined([level.words for level in levels[1:]], np.int64)
-    small = len(estimates.unigram) <= SMALL_VOCAB
+    words = _joined([each.words for each in ngrams], np.int64)
+    small = vocab_size <= SMALL_VOCAB
     return Tables(
         unigram=torch.from_numpy(np.maximum(estimates.unigram, NEVER).astype(np.float32)),
-        seen=torch.from_numpy(levels[0].counts > 0),
+        seen=torch.from_numpy(seen),
         nodes=pack_nodes(torch.from_numpy(_joined(counts, np.int64)), torch.from_numpy(_joined(backoff, np.float32))),
         words=torch.from_numpy((words - SMALL_BIAS).astype(np.int16) if small else words.astype(np.int32)),
         deltas=torch.from_numpy(_joined(estimates.deltas, np.float32)),
