@@ -75,6 +75,11 @@ _order = click.option("--order", default=3, show_default=True, help="Order of th
 _smoothing = click.option(
     "--smoothing", default="kneser-ney", show_default=True, help="kneser-ney, witten-bell or additive."
 )
+_any_lambda = click.option("--allow-any-lambda", is_flag=True, help="Accept λ outside [0, 1].")
+_prompts = click.option(
+    "--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default."
+)
+_batch_size = click.option("--batch-size", default=24, show_default=True, type=click.IntRange(min=1))
 _style_help = f"{', '.join(registered_styles())}, a text file, a folder, a .jsonl file, or a saved prior."
 _out = click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; a new one by default.")
 _resume = click.option("--resume", is_flag=True, help="Go on with the run in --out.")
@@ -96,7 +101,7 @@ def cli() -> None:
 @_dtype
 @click.option("--style", default=DEFAULT_STYLE, show_default=True, help=_style_help)
 @click.option("--lambda", "lambda_", default=0.1, show_default=True, help="Strength of the style.")
-@click.option("--allow-any-lambda", is_flag=True, help="Accept λ outside [0, 1].")
+@_any_lambda
 @_field
 @_order
 @_smoothing
@@ -125,7 +130,7 @@ def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: fl
     prior = resolve_style(
         style, tokenizer, field=options["field"], order=options["order"], smoothing=options["smoothing"]
     )
-    processor = StylePrior(prior, λ=lambda_, tokenizer=tokenizer, allow_any_lambda=options["allow_any_lambda"])
+    processor = StylePrior(prior, λ=lambda_, allow_any_lambda=options["allow_any_lambda"])
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     model = load_model(options["model"], options["dtype"])
@@ -146,13 +151,11 @@ def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: fl
 )
 @click.option("--style", "styles", multiple=True, help=f"{_style_help} NAME=SPEC names it. May repeat.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0,), show_default=True, help="May repeat.")
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default."
-)
+@_prompts
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=24, show_default=True, type=click.IntRange(min=1))
+@_batch_size
 @click.option("--combine", type=click.Choice(["matching", "interpolated"]), default="matching", show_default=True)
-@click.option("--allow-any-lambda", is_flag=True, help="Accept λ outside [0, 1].")
+@_any_lambda
 @_model
 @_dtype
 @_field
@@ -320,11 +323,9 @@ def reproduce() -> None:
 
 @reproduce.command(name="style")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with the three corpora.")
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default."
-)
+@_prompts
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
-@click.option("--batch-size", default=24, show_default=True, type=click.IntRange(min=1))
+@_batch_size
 @_model
 @_dtype
 @_order

@@ -87,7 +87,8 @@ def cpu_capabilities() -> Mapping[str, Any]:
 
 def _resolve(name: str) -> str:
     if name != DEFAULT_MODEL:
-        if os.sep in name and not Path(name).exists() and (name.startswith((".", os.sep)) or name.count("/") > 1):
+        is_path = name.startswith((".", os.sep)) or name.count("/") > 1  # a hub id is owner/name
+        if is_path and not Path(name).exists():
             raise DecodingError(f"no model folder {name}")
         return name
     folder = cache_dir() / "models" / DEFAULT_MODEL

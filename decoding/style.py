@@ -32,8 +32,8 @@ class StylePrior(LogitsProcessor):
     """Adds λ · log of an n-gram style prior to every row of scores.
 
     The method of arXiv 2601.16224: train an n-gram model on a style corpus and, while a frozen model generates, add to
-    its logits a weighted sum of the log-probabilities of each n-gram order
-    that matches the context, scaled by λ in [0, 1]:
+    its logits a weighted sum of the log-probabilities of each n-gram order that matches the context, scaled by λ in
+    [0, 1]:
 
         scores′(w) = scores(w) + λ · Σ_k w_k · log p_k(w | last k−1 tokens),    k over the orders whose context matches.
 

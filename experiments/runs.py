@@ -72,10 +72,6 @@ class RunFolder:
         """Keeps a finished cell."""
         write_atomically(self._cells / f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
 
-    def write_text(self, name: str, text: str) -> None:
-        """Writes a report file."""
-        write_atomically(self.path / name, text.encode())
-
 
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)

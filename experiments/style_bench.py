@@ -44,8 +44,8 @@ class Figure:
     what: str
     value: float | None
     shown: str
-    target: str
-    met: bool | None
+    target: str = ""
+    met: bool | None = None
 
 
 def main(spec: str, model_name: str, field: str | None, out: Path | None, lmplz: Path | None) -> None:
@@ -90,12 +90,8 @@ def _print(figures: Sequence[Figure], corpus: str, tokens: int) -> None:
     Console(width=None if console.is_terminal else 150).print(table)
 
 
-def _figure(what: str, value: float, shown: str, target: str = "", met: bool | None = None) -> Figure:
-    return Figure(what, value, shown, target, met)
-
-
 def _not_measured(what: str, target: str, why: str) -> Figure:
-    return Figure(what, None, f"not measured: {why}", target, None)
+    return Figure(what, None, f"not measured: {why}", target)
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -137,14 +133,14 @@ def _adding(priors: dict[int, NGramModel], ids: np.ndarray, vocab: int) -> list[
     dense, shown = _ratio(third, base)
     deeper, shown_deeper = _ratio(fifth, third)
     return [
-        _figure(
+        Figure(
             f"adding the prior, batch {BATCH}, V={vocab}, one thread, against scores + row",
             dense,
             shown,
             "≤ 4×",
             dense <= 4,
         ),
-        _figure("order 5 against order 3", deeper, shown_deeper, "≤ 1.5×", deeper <= 1.5),
+        Figure("order 5 against order 3", deeper, shown_deeper, "≤ 1.5×", deeper <= 1.5),
     ]
 
 
@@ -178,8 +174,8 @@ def _against_kenlm(prior: NGramModel, ids: np.ndarray) -> list[Figure]:
     ratio, shown = _ratio(slow, batch / BATCH)
     single, shown_single = _ratio(slow, alone)
     return [
-        _figure(what, ratio, shown, target, ratio >= 100),
-        _figure("the same against a row on its own", single, shown_single),
+        Figure(what, ratio, shown, target, ratio >= 100),
+        Figure("the same against a row on its own", single, shown_single),
     ]
 
 
@@ -187,7 +183,7 @@ def _training(ids: np.ndarray, vocab: int, lmplz: Path | None) -> list[Figure]:
     seconds = [_seconds(lambda: NGramModel.train(ids, vocab, order=3)) for _ in range(5)]
     rate = len(ids) / float(np.median(seconds))
     figures = [
-        _figure("training, order 3, tokens per second and core", rate, f"{rate / 1e6:.1f} M", "≥ 1 M", rate >= 1e6)
+        Figure("training, order 3, tokens per second and core", rate, f"{rate / 1e6:.1f} M", "≥ 1 M", rate >= 1e6)
     ]
     what, target = "training end to end (ids as text to a saved model) against lmplz", "< 1×"
     if lmplz is None:
@@ -213,7 +209,7 @@ def _training(ids: np.ndarray, vocab: int, lmplz: Path | None) -> list[Figure]:
 
         own, other = _interleaved([ours, theirs], 5)
     ratio, shown = _ratio(own, other)
-    return [*figures, _figure(what, ratio, shown, target, ratio < 1)]
+    return [*figures, Figure(what, ratio, shown, target, ratio < 1)]
 
 
 def _file(prior: NGramModel) -> list[Figure]:
@@ -223,8 +219,8 @@ def _file(prior: NGramModel) -> list[Figure]:
         size = path.stat().st_size / len(prior)
         opening = float(np.median([_seconds(lambda: NGramModel.load(path)) for _ in range(9)])) * 1e3
     return [
-        _figure(f"bytes per n-gram on disk, order {prior.order}", size, f"{size:.2f}", "≤ 9.2", size <= 9.2),
-        _figure(f"opening a saved model of order {prior.order}", opening, f"{opening:.0f} ms", "< 50 ms", opening < 50),
+        Figure(f"bytes per n-gram on disk, order {prior.order}", size, f"{size:.2f}", "≤ 9.2", size <= 9.2),
+        Figure(f"opening a saved model of order {prior.order}", opening, f"{opening:.0f} ms", "< 50 ms", opening < 50),
     ]
 
 
@@ -252,7 +248,7 @@ def _decode_share(model_name: str, tokenizer: Any, prior: NGramModel, documents:
     generate(0)
     shares = [100 * generate(i) for i in range(5)]
     share = float(np.median(shares))
-    return _figure(what, share, f"{share:.2f} % [{min(shares):.2f}, {max(shares):.2f}]", target, share <= 2)
+    return Figure(what, share, f"{share:.2f} % [{min(shares):.2f}, {max(shares):.2f}]", target, share <= 2)
 
 
 def _gpu(ids: np.ndarray) -> Figure:
@@ -285,4 +281,4 @@ def _gpu(ids: np.ndarray) -> Figure:
         times.append(begin.elapsed_time(end) * 1e3)
     median = float(np.median(times))
     name = torch.cuda.get_device_name()
-    return _figure(f"{what} ({name})", median, f"{median:.0f} µs", target, median <= 30)
+    return Figure(f"{what} ({name})", median, f"{median:.0f} µs", target, median <= 30)
