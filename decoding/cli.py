@@ -258,7 +258,7 @@ def info(prior: Path) -> None:
 
     model = load_prior(prior)
     ends = model.tables.first_ngrams
-    counts = [int(model.tables.seen.sum()), *(b - a for a, b in zip(ends[:-1], ends[1:], strict=True))]
+    counts = [int(model.seen.sum()), *(b - a for a, b in zip(ends[:-1], ends[1:], strict=True))]
     about = {
         "order": model.order,
         "smoothing": model.smoothing,
@@ -285,7 +285,7 @@ def evaluate(prior: str, text: str, model: str, field: str | None, order: int, s
     tokenizer = load_tokenizer(model)
     documents = [ids for ids in tokenize(load_corpus(text, field), tokenizer) if len(ids)]
     judge = resolve_style(prior, tokenizer, field=field, order=order, smoothing=smoothing)
-    seen = judge.tables.seen.numpy()
+    seen = judge.seen.numpy()
     unknown = sum(int((~seen[ids]).sum()) for ids in documents)
     result = {
         "tokens": sum(map(len, documents)),

@@ -108,7 +108,7 @@ class StylePrior(LogitsProcessor):
 
     def _use(self, model: NGramModel) -> None:
         self.model = model
-        self._tables = model.tables
+        self._tables = model.tables.indexed()
         self._mixture = _mixture(model.order, self.orders, self.weights, self.combine)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -135,6 +135,8 @@ class StylePrior(LogitsProcessor):
             )
         if self._tables.unigram.device != scores.device:
             self._tables = self._tables.to(scores.device)
+        if self._tables.unigram.shape[1] != scores.shape[1]:
+            self._tables = self._tables.widened(scores.shape[1])
         if self._mixture is not None:
             self._mixture = self._mixture.to(scores.device)
         self._nan.check(scores)
@@ -219,15 +221,15 @@ def checked_lambda(value: float, allow_any: bool = False) -> float:
 def _mixture(
     model_order: int, orders: Sequence[int] | None, weights: Sequence[float] | None, combine: Combine
 ) -> Tensor | None:
-    """The ``mixture`` of `add_log_prior`, float32 [n, n], or None for the plain interpolated prior."""
+    """The ``mixture`` of `add_log_prior`, float32 [1, n, n], or None for the plain interpolated prior."""
     used = list(range(1, model_order + 1) if orders is None else orders)
     if not used or len(set(used)) < len(used) or not all(k in range(1, model_order + 1) for k in used):
         raise DecodingError(f"orders must be some of 1 to {model_order}, each once, not {orders}")
     if combine == "interpolated":
         if max(used) == model_order:
             return None
-        mixture = torch.zeros(model_order, model_order)
-        mixture[0, : max(used)] = 1
+        mixture = torch.zeros(1, model_order, model_order)
+        mixture[:, 0, : max(used)] = 1
         return mixture
     share = [1 / len(used)] * len(used) if weights is None else [float(w) for w in weights]
     if len(share) != len(used) or not all(math.isfinite(w) and w >= 0 for w in share) or not any(share):

@@ -203,7 +203,7 @@ def write(path: str | PathLike, tables: Tables, bos_id: int | None, eos_id: int 
 def _first_section(
     tables: Tables, names: np.ndarray, unigrams: Grams, bos_id: int | None, eos_id: int | None
 ) -> list[str]:
-    seen = tables.seen.numpy().copy()
+    seen = tables.seen[0].numpy().copy()
     if bos_id is not None:
         seen[bos_id] = True
     unseen = np.flatnonzero(~seen)
@@ -221,11 +221,11 @@ def _first_section(
 
 def _sections(tables: Tables) -> list[Grams]:
     """Every n-gram of ``tables`` with its absolute probability and its back-off."""
-    backoff = tables.backoff.double() / LN10
+    backoff = tables.backoffs().double() / LN10
     ids = torch.arange(tables.vocab_size)[:, None]
     gammas = [backoff[f : f + n] for f, n in zip(tables.first_nodes, tables.lengths, strict=True)]
     gammas.append(torch.zeros(0, dtype=torch.float64))
-    sections = [Grams(ids.numpy(), tables.unigram.double().numpy() / LN10, _or_zeros(gammas[0], len(ids)))]
+    sections = [Grams(ids.numpy(), tables.unigram[0].double().numpy() / LN10, _or_zeros(gammas[0], len(ids)))]
     for k in range(2, tables.order + 1):
         keys = tables.ngram_keys(k)[:-1]
         last = (keys % tables.stride)[:, None]

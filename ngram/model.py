@@ -111,9 +111,14 @@ class NGramModel:
         """Where the tables are."""
         return self.tables.unigram.device
 
+    @property
+    def seen(self) -> Tensor:
+        """Ids that the corpus or the ARPA file holds, bool [V]."""
+        return self.tables.seen[0]
+
     def __len__(self) -> int:
         """Number of n-grams, all orders together."""
-        return int(self.tables.seen.sum()) + self.tables.words.numel()
+        return int(self.seen.sum()) + self.tables.words.numel()
 
     def __repr__(self) -> str:
         return (
@@ -179,7 +184,7 @@ class NGramModel:
         """
         if oov not in get_args(Oov):
             raise NGramError(f"unknown oov {oov!r}: choose from {', '.join(get_args(Oov))}")
-        seen = self.tables.seen.cpu()
+        seen = self.seen.cpu()
         classes = float(np.log(max(int((~seen).sum()), 1)))
         total, count = 0.0, 0
         for ids in documents_as_arrays(documents, self.vocab_size):

@@ -52,13 +52,12 @@ def save(path: str | PathLike, tables: Tables, header: dict[str, Any]) -> None:
 
     Back-offs follow from a handful of small counts, so few values of them differ: they are kept in a code book.
     """
-    backoff_values, backoff_codes = tables.backoff.unique(return_inverse=True)
     tensors = {
-        "unigram": tables.unigram,
-        "seen": tables.seen,
-        "backoff_values": backoff_values,
-        "backoff_codes": _narrowed(backoff_codes),
-        "counts": _narrowed(tables.nodes[:, 0]),
+        "unigram": tables.unigram[0],
+        "seen": tables.seen[0],
+        "backoff_values": tables.backoff_book,
+        "backoff_codes": _narrowed(tables.backoff_codes()),
+        "counts": _narrowed(tables.counts()),
         "words": tables.words,
         "deltas": tables.deltas,
     }
@@ -105,31 +104,38 @@ class _DamagedError(Exception):
 
 
 def _tables(tensors: dict[str, Tensor], lengths: tuple[int, ...]) -> Tables:
-    counts, codes = tensors["counts"].to(torch.int64), tensors["backoff_codes"].to(torch.int64)
+    counts, codes = tensors["counts"].to(torch.int32), tensors["backoff_codes"].to(torch.int32)
     values = tensors["backoff_values"]
     _require(counts.ndim == 1 and counts.shape == codes.shape, "the contexts do not fit each other")
     _require(values.dtype == torch.float32 and values.ndim == 1, "backoff_values must be one-dimensional float32")
     known = not codes.numel() or (int(codes.min()) >= 0 and int(codes.max()) < values.numel())
     _require(known, "a back-off is not in its code book")
-    nodes = pack_nodes(counts, values[codes])
-    tables = Tables(tensors["unigram"], tensors["seen"], nodes, tensors["words"], tensors["deltas"], lengths)
+    _require(not counts.numel() or int(counts.min()) >= 0, "a context has a negative number of continuations")
+    _require(int(counts.sum()) < 1 << 31, "it has too many continuations")
+    tables = Tables(
+        unigram=tensors["unigram"][None],
+        seen=tensors["seen"][None],
+        **pack_nodes(counts, codes, [values]),
+        words=tensors["words"],
+        deltas=tensors["deltas"],
+        lengths=lengths,
+    )
     _check(tables, counts)
     return tables
 
 
 def _check(tables: Tables, counts: Tensor) -> None:
-    for name in ("unigram", "backoff", "deltas"):
-        values = getattr(tables, name)
+    unigram = tables.unigram[0]
+    for name, values in (("unigram", unigram), ("backoff_values", tables.backoff_book), ("deltas", tables.deltas)):
         _require(values.dtype == torch.float32 and values.ndim == 1, f"{name} must be one-dimensional float32")
         _require(bool(torch.isfinite(values).all()), f"{name} holds numbers that are not finite")
-    size = tables.vocab_size
+    size = len(unigram)
     _require(size > 0, "its vocabulary is empty")
-    _require(tables.seen.shape == (size,) and tables.seen.dtype == torch.bool, "seen does not fit the vocabulary")
+    _require(tables.seen.shape == (1, size) and tables.seen.dtype == torch.bool, "seen does not fit the vocabulary")
     _require(all(isinstance(n, int) and n >= 0 for n in tables.lengths), "lengths must be whole numbers")
     _require(not tables.lengths or tables.lengths[0] == size, "lengths do not fit the vocabulary")
     nodes = sum(tables.lengths) + len(tables.lengths) + 1
     _require(counts.shape == (nodes,), "the contexts do not fit the lengths")
-    _require(int(counts.min()) >= 0, "a context has a negative number of continuations")
     total = int(counts.sum())
     _require(tables.words.shape == (total,) == tables.deltas.shape, "the n-grams do not fit the contexts")
     small = size <= SMALL_VOCAB

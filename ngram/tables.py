@@ -9,6 +9,10 @@ Contexts form a trie laid out as in `ngram.counts`. A *node* is a context: nodes
 of length l are sorted by (node of the first l−1 tokens, last token). Every length ends on one empty node, which
 stands for "not a context of this model" and has no continuations. One more comes first of all: token −1, "no token".
 
+Several priors over one vocabulary can share a trie (`join`), so that a batch may mix them: their nodes of length 1
+stand one prior after the other, each prior's ending on an empty node, and everything longer follows from those.
+
+In memory the tables are as small as in a file. `Tables.indexed` spends 8 bytes per context on a faster look-up.
 Written for few and cheap operations: at batch 8 a tensor operation costs about as much to start as to carry out.
 """
 
@@ -17,13 +21,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from math import isqrt
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ngram.errors import NGramError
 from ngram.smoothing import Estimates
 
 NEVER = -1e30
@@ -31,37 +37,51 @@ NEVER = -1e30
 NO_KEY = torch.iinfo(torch.int64).max
 SMALL_VOCAB = 1 << 16
 SMALL_BIAS = 1 << 15
+RUN_BITS = 4
+"""Nodes stand in runs of 2^4; a node's first continuation is kept as its distance from the run's first one."""
+FEW_PROBES = 1 << 15
+TENSORS = ("unigram", "seen", "nodes", "runs", "backoff_book", "book_starts", "words", "deltas")
 
 
 class Contexts(NamedTuple):
     """What precedes each row, for the orders 2 … n: row by row, shortest context first."""
 
-    nodes: Tensor  # int64 [B · (n−1)], numbered over all lengths
-    counts: Tensor  # int32 [B · (n−1)], number of the node's continuations; 0 where the model lacks the context
-    ends: Tensor  # int32 [B · (n−1)], one past the last of them
+    starts: Tensor  # int32 [B · (n−1)], position of the node's first continuation
+    ends: Tensor  # int32 [B · (n−1)], one past its last; the same where the model lacks the context
     backoffs: Tensor  # float32 [B · (n−1)], log γ
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """A smoothed n-gram model of order n as flat tensors.
+    """One or more smoothed n-gram models over one vocabulary, of order n at most, as flat tensors.
+
+    Small integers are kept as int16, less 32,768, where they fit, else as int32.
 
     Attributes:
-        unigram: log p_1, float32 [V].
-        seen: ids that the corpus or the ARPA file holds, bool [V].
-        nodes: of every node, the number of its continuations, one past the last of them, and the bits of the float32
-            log γ; int32 [C, 3].
-        words: the continuations' ids, ascending within a node: as int16, less 32,768, if V ≤ 65,536, else int32 [N].
+        unigram: log p_1 of every prior, and that of its least probable token in columns from V on: float32 [S, W ≥ V].
+        seen: ids that the corpus or the ARPA file holds, bool [S, V].
+        nodes: of every node and one more at the end, the distance of its first continuation from that of its run, and
+            the code of its log γ; small integers [C + 1, 2].
+        runs: position of the first continuation of every run of 16 nodes, plus the bias of ``nodes``; int32
+            [⌈(C + 1) / 16⌉].
+        backoff_book: log γ by code, float32 [K].
+        book_starts: where each prior's codes begin in it, plus the bias of ``nodes``; int32 [S].
+        words: the continuations' ids, ascending within a node; small integers [N].
         deltas: log p_k(w | h) − log γ(h) − log p_{k−1}(w | h′) of each continuation, float32 [N].
-        lengths: number of nodes of each context length 1 … n−1, the empty one not counted.
+        lengths: number of nodes of each context length 1 … n−1, the last empty one not counted.
+        keys: for each length 2 … n−1, the sorted key of every node (see `ngram_keys`); from `indexed`.
     """
 
     unigram: Tensor
     seen: Tensor
     nodes: Tensor
+    runs: Tensor
+    backoff_book: Tensor
+    book_starts: Tensor
     words: Tensor
     deltas: Tensor
     lengths: tuple[int, ...]
+    keys: tuple[Tensor, ...] | None = None
 
     @cached_property
     def order(self) -> int:
@@ -71,7 +91,7 @@ class Tables:
     @cached_property
     def vocab_size(self) -> int:
         """Number of token ids, V."""
-        return self.unigram.numel()
+        return self.seen.shape[1]
 
     @cached_property
     def stride(self) -> int:
@@ -83,10 +103,21 @@ class Tables:
         """What to add to a stored word."""
         return SMALL_BIAS if self.words.dtype == torch.int16 else 0
 
-    @property
-    def backoff(self) -> Tensor:
-        """log γ of every node, float32 [C]."""
-        return self.nodes[:, 2].view(torch.float32)
+    def starts(self) -> Tensor:
+        """Position of every node's first continuation, and the end: int32 [C + 1]. For the host, as the next two."""
+        return self.runs.repeat_interleave(1 << RUN_BITS)[: len(self.nodes)] + self.nodes[:, 0]
+
+    def counts(self) -> Tensor:
+        """Number of continuations of every node, int32 [C]."""
+        return self.starts().diff()
+
+    def backoffs(self) -> Tensor:
+        """log γ of every node, float32 [C], if the tables hold one prior."""
+        return self.backoff_book[self.backoff_codes()]
+
+    def backoff_codes(self) -> Tensor:
+        """Where in ``backoff_book`` the log γ of every node is, int32 [C], if the tables hold one prior."""
+        return self.nodes[:-1, 1] + self.book_starts
 
     @cached_property
     def first_nodes(self) -> tuple[int, ...]:
@@ -96,25 +127,20 @@ class Tables:
     @cached_property
     def first_ngrams(self) -> tuple[int, ...]:
         """Position in ``words`` of the first 2-, 3- … n-gram, and the end."""
-        empty_nodes = [first + count for first, count in zip(self.first_nodes, self.lengths, strict=True)]
-        return (0, *self.nodes[empty_nodes, 1].tolist())
+        return (*self.starts()[list(self.first_nodes)].tolist(), len(self.words))
 
     @cached_property
-    def node_keys(self) -> tuple[Tensor, ...]:
-        """For each length 2 … n−1, the key of every node (see `ngram_keys`)."""
-        return tuple(self.ngram_keys(k) for k in range(2, self.order))
-
-    @cached_property
-    def most_continuations(self) -> int:
-        """The most continuations that one row's contexts can have, all orders together."""
+    def widest(self) -> tuple[int, ...]:
+        """The most continuations that a context of each length 1 … n−1 has."""
+        counts = self.counts()
         spans = zip(self.first_nodes, self.lengths, strict=True)
-        return sum(int(self.nodes[first : first + count + 1, 0].max()) for first, count in spans)
+        return tuple(int(counts[first : first + length + 1].max()) for first, length in spans)
 
     def ngram_keys(self, k: int) -> Tensor:
         """The key of every k-gram, nodes counted within their length: ascending int64 [N_k + 1], `NO_KEY` last."""
-        first, count = self.first_nodes[k - 2], self.lengths[k - 2]
+        first, length = self.first_nodes[k - 2], self.lengths[k - 2]
         begin, end = self.first_ngrams[k - 2], self.first_ngrams[k - 1]
-        parents = torch.repeat_interleave(self.nodes[first : first + count, 0], output_size=end - begin)
+        parents = torch.repeat_interleave(self.counts()[first : first + length], output_size=end - begin)
         keys = parents.to(torch.int64) * self.stride + self.token_ids(self.words[begin:end])
         return torch.cat((keys, keys.new_tensor([NO_KEY])))
 
@@ -122,54 +148,122 @@ class Tables:
         """Stored words as int64 ids."""
         return words.to(torch.int64) + self.word_bias
 
+    def indexed(self) -> Tables:
+        """The same tables with ``keys``, so that finding a context takes one search, not a dozen small operations."""
+        return self._with(keys=tuple(self.ngram_keys(k) for k in range(2, self.order)))
+
     def to(self, device: torch.device | str) -> Tables:
         """The same tables on another device."""
-        names = ("unigram", "seen", "nodes", "words", "deltas")
-        moved = replace(self, **{name: getattr(self, name).to(device) for name in names})
+        tensors = {name: getattr(self, name).to(device) for name in TENSORS}
+        return self._with(**tensors, keys=self.keys and tuple(each.to(device) for each in self.keys))
+
+    def widened(self, width: int) -> Tables:
+        """The same tables for scores of ``width`` columns, V at least.
+
+        Columns from V on belong to no token: they get what the least probable token gets, so that they never gain on
+        any.
+        """
+        if width == self.unigram.shape[1]:
+            return self
+        unigram = self.unigram[:, : self.vocab_size]
+        floor = unigram.masked_fill(unigram == NEVER, 0).amin(1, keepdim=True)
+        return self._with(unigram=torch.cat((unigram, floor.expand(-1, width - self.vocab_size)), 1))
+
+    def _with(self, **changes: Any) -> Tables:
+        changed = replace(self, **changes)
         # The host needs these: read now, not in a step, where the device would have to be waited for.
-        vars(moved).update(
-            first_ngrams=self.first_ngrams,
-            most_continuations=self.most_continuations,
-            _first_node_row=self._first_node_row.to(device),
-        )
-        return moved
-
-    def unigram_row(self, width: int) -> Tensor:
-        """log p_1, then that of the least probable token up to ``width`` columns: float32 [width]."""
-        if width not in self._unigram_rows:
-            floor = self.unigram.masked_fill(self.unigram == NEVER, 0).min()
-            self._unigram_rows[width] = torch.cat((self.unigram, floor.expand(width - self.vocab_size)))
-        return self._unigram_rows[width]
-
-    @cached_property
-    def _unigram_rows(self) -> dict[int, Tensor]:
-        return {self.vocab_size: self.unigram}
+        vars(changed).update(first_ngrams=self.first_ngrams, widest=self.widest)
+        return changed
 
     @cached_property
     def _first_node_row(self) -> Tensor:
         return torch.tensor(self.first_nodes, device=self.nodes.device)
 
-    def find(self, history: Tensor) -> Contexts:
+    @cached_property
+    def _this_and_next(self) -> Tensor:
+        return torch.tensor([[0], [1]], device=self.nodes.device)
+
+    def find(self, history: Tensor, prior: int | Tensor = 0) -> Contexts:
         """Looks up the last 1 … n−1 tokens of each row.
 
         Args:
             history: token ids, int64 [B, H]; −1 where there is no token. Ids from V on match nothing.
+            prior: whose contexts: one for all rows, or int64 [B].
         """
         longest = self.order - 1
         window = history[:, -longest:].clamp(max=self.vocab_size)
         if window.shape[1] < longest:
             window = torch.nn.functional.pad(window, (longest - window.shape[1], 0), value=-1)
         starting = window  # the nodes that begin at each position, counted within their length, which is 1 at first
+        if isinstance(prior, Tensor):
+            starting = torch.add(window, prior[:, None], alpha=self.stride)
+        elif prior:
+            starting = window + prior * self.stride
         found = [starting[:, -1]]
-        for length, keys in enumerate(self.node_keys, start=2):
-            starting = _look_up(keys, torch.add(window[:, length - 1 :], starting[:, :-1], alpha=self.stride))
+        for length in range(2, self.order):
+            starting = self._children(length, starting[:, :-1], window[:, length - 1 :])
             found.append(starting[:, -1])
         nodes = torch.stack(found, 1).add_(self._first_node_row).view(-1)
-        counts, ends, backoffs = self.nodes.index_select(0, nodes).unbind(1)
-        return Contexts(nodes, counts, ends, backoffs.view(torch.float32))
+        starts, ends, codes = self._records(nodes)
+        if isinstance(prior, Tensor):
+            codes = codes + self.book_starts.index_select(0, prior).repeat_interleave(longest)
+        else:
+            codes = codes + self.book_starts[prior : prior + 1]  # 1-D, or the sum would stay in int16
+        return Contexts(starts, ends, self.backoff_book.index_select(0, codes))
+
+    def _records(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each node, numbered over all lengths: where its continuations begin and end, and its back-off's code."""
+        both = (nodes + self._this_and_next).view(-1)
+        records = self.nodes.index_select(0, both)
+        bounds = self.runs.index_select(0, both >> RUN_BITS) + records[:, 0]
+        starts, ends = bounds.view(2, -1).unbind()
+        return starts, ends, records[: len(nodes), 1]
+
+    def _children(self, length: int, parents: Tensor, tokens: Tensor) -> Tensor:
+        """The nodes of ``length`` that continue ``parents`` with ``tokens``, all counted within their length."""
+        if self.keys is not None:
+            return _look_up(self.keys[length - 2], torch.add(tokens, parents, alpha=self.stride))
+        starts, ends, _ = self._records((parents + self.first_nodes[length - 2]).reshape(-1))
+        position, found = self._search(starts, ends, tokens.reshape(-1), self.widest[length - 2])
+        within = position - self.first_ngrams[length - 2]
+        return within.where(found, self.lengths[length - 1]).view(parents.shape)
+
+    def _search(self, starts: Tensor, ends: Tensor, tokens: Tensor, widest: int) -> tuple[Tensor, Tensor]:
+        """Where each token stands among the words from its start to its end, and whether it is there.
+
+        A search in wide steps, since few operations count: for a batch of rows, two rounds of about √widest probes. For
+        many rows the probes count, and there are more rounds of fewer.
+
+        Args:
+            starts, ends: int [N].
+            tokens: int64 [N].
+            widest: upper bound of ends − starts.
+
+        Returns:
+            int64 [N], 0 where the token is missing, and bool [N].
+        """
+        wanted, ends = (tokens - self.word_bias)[:, None], ends[:, None]
+        begin = starts[:, None].to(torch.int64)
+        size = max(widest, 1)
+        root = isqrt(size - 1) + 1
+        branches = root if root * len(tokens) <= FEW_PROBES else 4
+        while size > branches:
+            step = -(-size // branches)
+            probes = begin + torch.arange(step, size, step, device=begin.device)
+            reached = (self._words_at(probes) <= wanted) & (probes < ends)
+            begin = torch.add(begin, reached.sum(1, keepdim=True), alpha=step)
+            size = step
+        probes = begin + torch.arange(size, device=begin.device)
+        found, at = ((self._words_at(probes) == wanted) & (probes < ends)).max(1)
+        return (begin[:, 0] + at) * found, found
+
+    def _words_at(self, positions: Tensor) -> Tensor:
+        last = max(len(self.words) - 1, 0)
+        words = self.words if len(self.words) else self.words.new_zeros(1)
+        return words.index_select(0, positions.clamp(max=last).view(-1)).view(positions.shape)
 
     def score(self, history: Tensor, tokens: Tensor) -> Tensor:
-        """log p of one token per row, without building rows over the vocabulary.
+        """log p of one token per row, without building rows over the vocabulary, if the tables hold one prior.
 
         Args:
             history: int64 [B, H], as in `find`.
@@ -178,19 +272,15 @@ class Tables:
         Returns:
             float32 [B].
         """
-        total = self.unigram[tokens]
+        total = self.unigram[0, tokens]
         if self.order == 1:
             return total
-        contexts = self.find(history)
-        total = total + contexts.backoffs.view(len(tokens), -1).sum(1)
-        nodes = contexts.nodes.view(len(tokens), -1)
-        for k, first in enumerate(self.first_nodes, start=2):
-            keys = self.node_keys[k - 2] if k < self.order else self._last_keys
-            at = _look_up(keys, (nodes[:, k - 2] - first) * self.stride + tokens)
-            begin, end = self.first_ngrams[k - 2], self.first_ngrams[k - 1]
-            if begin < end:
-                deltas = self.deltas[begin:end][at.clamp(max=end - begin - 1)]
-                total = total + deltas.masked_fill_(at == end - begin, 0)
+        contexts = Contexts(*(each.view(len(tokens), -1) for each in self.find(history)))
+        total = total + contexts.backoffs.sum(1)
+        for column, widest in enumerate(self.widest):
+            if widest:
+                at, found = self._search(contexts.starts[:, column], contexts.ends[:, column], tokens, widest)
+                total = total + self.deltas[at].where(found, 0)
         return total
 
     def ngram_index(self, ids: Tensor) -> Tensor:
@@ -208,10 +298,6 @@ class Tables:
             index = _look_up(keys, index * self.stride + ids[:, k - 1])
             index = index.masked_fill(index == keys.numel() - 1, -1)
         return index
-
-    @cached_property
-    def _last_keys(self) -> Tensor:
-        return self.ngram_keys(self.order)
 
 
 def _look_up(keys: Tensor, wanted: Tensor) -> Tensor:
@@ -243,12 +329,13 @@ def tables_from_estimates(seen: NDArray[np.bool_], ngrams: Sequence[SortedNGrams
     for length, gamma, longer in zip(lengths, estimates.backoffs, ngrams, strict=True):
         backoff += [gamma, [0.0]]
         counts.append(np.bincount(longer.parents, minlength=length + 1))
+    book, codes = torch.from_numpy(_joined(backoff, np.float32)).unique(return_inverse=True)
     words = _joined([each.words for each in ngrams], np.int64)
     small = vocab_size <= SMALL_VOCAB
     return Tables(
-        unigram=torch.from_numpy(np.maximum(estimates.unigram, NEVER).astype(np.float32)),
-        seen=torch.from_numpy(seen),
-        nodes=pack_nodes(torch.from_numpy(_joined(counts, np.int64)), torch.from_numpy(_joined(backoff, np.float32))),
+        unigram=torch.from_numpy(np.maximum(estimates.unigram, NEVER).astype(np.float32))[None],
+        seen=torch.from_numpy(seen)[None],
+        **pack_nodes(torch.from_numpy(_joined(counts, np.int64)), codes, [book]),
         words=torch.from_numpy((words - SMALL_BIAS).astype(np.int16) if small else words.astype(np.int32)),
         deltas=torch.from_numpy(_joined(estimates.deltas, np.float32)),
         lengths=lengths,
@@ -259,51 +346,144 @@ def _joined(parts: list, dtype: type) -> np.ndarray:
     return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
 
 
-def pack_nodes(counts: Tensor, backoff: Tensor) -> Tensor:
-    """`Tables.nodes` from the number of continuations (int [C]) and log γ (float32 [C]) of every node."""
-    return torch.stack((counts.to(torch.int32), counts.cumsum(0).to(torch.int32), backoff.view(torch.int32)), 1)
+class NodeFields(TypedDict):
+    """The fields of `Tables` that describe nodes."""
+
+    nodes: Tensor
+    runs: Tensor
+    backoff_book: Tensor
+    book_starts: Tensor
+
+
+def pack_nodes(counts: Tensor, codes: Tensor, books: Sequence[Tensor]) -> NodeFields:
+    """Lays nodes out.
+
+    Args:
+        counts: number of continuations of every node, int [C].
+        codes: of the log γ of every node in its prior's book, int [C].
+        books: float32 [K] of every prior.
+    """
+    starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    runs = starts[:: 1 << RUN_BITS]
+    distances = starts - runs.repeat_interleave(1 << RUN_BITS)[: len(starts)]
+    records = torch.stack((distances, torch.nn.functional.pad(codes, (0, 1)).to(torch.int32)), 1)
+    small = int(records.max()) < 2 * SMALL_BIAS
+    bias = SMALL_BIAS if small else 0
+    return {
+        "nodes": (records - bias).to(torch.int16) if small else records,
+        "runs": runs + bias,
+        "backoff_book": torch.cat(list(books)),
+        "book_starts": torch.tensor([0, *map(len, books)], dtype=torch.int32).cumsum(0, dtype=torch.int32)[:-1] + bias,
+    }
+
+
+def join(priors: Sequence[Tables], width: int | None = None) -> Tables:
+    """Several priors in one trie, so that one call of `add_log_prior` can give every row another one.
+
+    Takes the memory of its parts and no more; those can be let go of.
+
+    Args:
+        priors: each holds one, all over the same vocabulary, on the CPU. Orders may differ.
+        width: columns of the scores they will be added to; V by default.
+
+    Raises:
+        NGramError: no prior, or vocabularies of different sizes.
+    """
+    sizes = {prior.vocab_size for prior in priors}
+    if len(sizes) != 1:
+        raise NGramError(f"priors can be joined over one vocabulary, not over {len(sizes)}: {sorted(sizes)} token ids")
+    order = max(prior.order for prior in priors)
+    none = torch.zeros(1, dtype=torch.int32)
+    lengths, counts, codes = [], [none], [none]
+    for length in range(1, order):
+        parts = [_nodes_of_length(prior, length) for prior in priors]
+        lengths.append(sum(len(part[0]) for part in parts) + (len(parts) - 1 if length == 1 else 0))
+        for part_counts, part_codes in parts:
+            counts += [part_counts, *([none] if length == 1 else [])]
+            codes += [part_codes, *([none] if length == 1 else [])]
+        if length > 1:
+            counts.append(none)
+            codes.append(none)
+    slices = [
+        (prior, slice(*prior.first_ngrams[k - 2 : k]))
+        for k in range(2, order + 1)
+        for prior in priors
+        if k <= prior.order
+    ]
+    return Tables(
+        unigram=torch.cat([prior.widened(width or prior.vocab_size).unigram for prior in priors]),
+        seen=torch.cat([prior.seen for prior in priors]),
+        # Code 0 is 0 in every book, since empty nodes belong to no prior in particular.
+        **pack_nodes(
+            torch.cat(counts), torch.cat(codes), [torch.cat((torch.zeros(1), p.backoff_book)) for p in priors]
+        ),
+        words=torch.cat([priors[0].words[:0], *(prior.words[part] for prior, part in slices)]),
+        deltas=torch.cat([priors[0].deltas[:0], *(prior.deltas[part] for prior, part in slices)]),
+        lengths=tuple(lengths),
+    )
+
+
+def _nodes_of_length(prior: Tables, length: int) -> tuple[Tensor, Tensor]:
+    """Counts and back-off codes in a book that begins with a 0. A prior's longest n-grams are childless nodes."""
+    if length < prior.order:
+        part = slice(prior.first_nodes[length - 1], prior.first_nodes[length - 1] + prior.lengths[length - 1])
+        return prior.counts()[part], prior.backoff_codes()[part] + 1
+    ngrams = (prior.vocab_size, *np.diff(prior.first_ngrams).tolist(), *[0] * length)[length - 1]
+    childless = torch.zeros(ngrams, dtype=torch.int32)
+    return childless, childless
 
 
 def mixture_of_orders(weights: Sequence[float]) -> Tensor:
-    """The ``mixture`` of `add_log_prior` for the prior Σ_k w_k log p_k: float32 [n, n], row k for order k.
+    """The ``mixture`` of `add_log_prior` for one prior Σ_k w_k log p_k: float32 [1, n, n], row k for order k.
 
     log p_k contains the terms (log γ and delta) of all orders up to k, so order k gives w_k to each of those.
     """
-    return torch.tensor(weights, dtype=torch.float32)[:, None].expand(-1, len(weights)).tril()
+    return torch.tensor(weights, dtype=torch.float32)[:, None].expand(-1, len(weights)).tril()[None]
 
 
 def add_log_prior(
-    tables: Tables, scores: Tensor, history: Tensor, strength: Tensor, mixture: Tensor | None = None
+    tables: Tables,
+    scores: Tensor,
+    history: Tensor,
+    strength: Tensor,
+    mixture: Tensor | None = None,
+    *,
+    prior: int | Tensor = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """scores + strength · log prior, for every row of a batch.
 
     The prior of a row is log p_n(· | h), or, with ``mixture``, Σ_k w_k log p_k(· | h) over the orders k whose context
-    is in the model. Entries at −inf stay there. Columns from V on belong to no token: they get what the least probable
-    token gets, so that they never gain on any.
+    is in the model. Entries at −inf stay there.
 
     Args:
-        tables: the model, on the device of ``scores``.
-        scores: float [B, V' ≥ V]; left untouched.
+        tables: one prior, or several (see `join`), on the device of ``scores``.
+        scores: float [B, W], W the width of ``tables.unigram`` (see `Tables.widened`).
         history: token ids, int64 [B, H]; −1 where there is no token.
         strength: λ of each row, float32 [B]. Rows with 0 come back as they are.
-        mixture: from `mixture_of_orders`, on the device of ``scores``.
+        mixture: of every prior, float32 [S, n, n], from `mixture_of_orders`, on the device of ``scores``.
+        prior: which of the priors: one for all rows, or int64 [B].
+        out: where to put the result: float32, and may be ``scores`` itself. By default a new tensor.
 
     Returns:
-        A new tensor, of the shape and dtype of ``scores``. Computed in float32 (float64 if ``scores`` are).
+        ``out``, of the shape and dtype of ``scores``. Computed in float32 (float64 if ``scores`` are).
     """
     if scores.dtype in (torch.float16, torch.bfloat16):
-        return add_log_prior(tables, scores.float(), history, strength, mixture).to(scores.dtype)
+        return add_log_prior(tables, scores.float(), history, strength, mixture, prior=prior).to(scores.dtype)
     strength = strength[:, None]
-    unigram = tables.unigram_row(scores.shape[1])
+    unigram = _of_prior(tables.unigram, prior)
+    if mixture is not None:
+        mixture = _of_prior(mixture, prior)
     if tables.order == 1:
-        return torch.addcmul(scores, strength if mixture is None else strength * mixture[0], unigram)
+        share = strength if mixture is None else strength * mixture[..., 0]
+        return torch.addcmul(scores, share, unigram, out=out)
 
-    contexts = tables.find(history)
+    contexts = tables.find(history, prior)
     if mixture is None:
         shares = strength.expand(-1, tables.order)
     else:
         shares = _order_shares(contexts, mixture).mul_(strength)
-    result = torch.addcmul(scores, shares[:, :1], unigram)
+    result = torch.addcmul(scores, shares[:, :1], unigram, out=out)
     shares = shares[:, 1:].reshape(-1)
     result += (shares * contexts.backoffs).view(len(scores), -1).sum(1, keepdim=True)
     at, amounts = _continuations(tables, contexts, shares, result.shape)
@@ -311,10 +491,17 @@ def add_log_prior(
     return result
 
 
+def _of_prior(values: Tensor, prior: int | Tensor) -> Tensor:
+    """The values of one prior [...], or of each row's [B, ...]."""
+    return values.index_select(0, prior) if isinstance(prior, Tensor) else values[prior]
+
+
 def _order_shares(contexts: Contexts, mixture: Tensor) -> Tensor:
     """What the terms of each order weigh, given which contexts match, float32 [B, n]. Order 1 always matches."""
-    matched = (contexts.counts > 0).view(-1, len(mixture) - 1)
-    return torch.addmm(mixture[0], matched.to(mixture.dtype), mixture[1:])
+    matched = (contexts.ends > contexts.starts).view(-1, mixture.shape[-1] - 1).to(mixture.dtype)
+    if mixture.ndim == 2:
+        return torch.addmm(mixture[0], matched, mixture[1:])
+    return torch.baddbmm(mixture[:, :1], matched[:, None], mixture[:, 1:])[:, 0]
 
 
 def counts_on_host(device: torch.device) -> bool:
@@ -331,11 +518,12 @@ def _continuations(tables: Tables, contexts: Contexts, shares: Tensor, shape: to
     rows, width = shape
     on_host = counts_on_host(shares.device)
     index = torch.int32 if rows * width + SMALL_BIAS < 2**31 else torch.int64
-    stop = contexts.counts.cumsum(0, dtype=index)
-    total = int(stop[-1]) if on_host else rows * tables.most_continuations
+    counts = contexts.ends - contexts.starts
+    stop = counts.cumsum(0, dtype=index)
+    total = int(stop[-1]) if on_host else rows * sum(tables.widest)
     if on_host:
         slots = _host_slots(1 << total.bit_length(), index)[:total]
-        owner = torch.repeat_interleave(contexts.counts, output_size=total)
+        owner = torch.repeat_interleave(counts, output_size=total)
     else:
         slots = torch.arange(total, dtype=index, device=shares.device)
         owner = torch.searchsorted(stop, slots, right=True).clamp_(max=stop.numel() - 1)

@@ -64,7 +64,7 @@ def test_train_info_eval_and_generate(run, model_folder, style_file, tmp_path):
     about = json.loads(run("style", "info", prior).output)
     assert about["order"] == 4
     assert about["style"] == "style"
-    assert about["ngrams"]["1"] == NGramModel.load(prior).tables.seen.sum()
+    assert about["ngrams"]["1"] == NGramModel.load(prior).seen.sum()
     scored = json.loads(run("style", "eval", prior, style_file, "--model", model_folder).output)
     assert 1 < scored["perplexity"] < 5
     assert scored["unknown_tokens"] == 0

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngram import NGramModel
-from ngram.tables import add_log_prior, mixture_of_orders
+from ngram.tables import add_log_prior, join, mixture_of_orders
 from tests.ngram.reference import Reference
 
 V = 7
@@ -65,7 +65,7 @@ def test_the_batched_prior_is_the_sum_over_matching_orders(case, data):
     scores = torch.randn(len(contexts), V + 3)
     scores[:, 1] = -torch.inf
     history = torch.tensor(contexts)
-    got = add_log_prior(model.tables, scores, history, strength, mixture_of_orders(weights))
+    got = add_log_prior(model.tables.widened(V + 3), scores, history, strength, mixture_of_orders(weights))
     for row, context in enumerate(contexts):
         longest = usable(context, order - 1)
         bonus = torch.zeros(V)
@@ -115,3 +115,42 @@ def test_arpa_and_files_keep_every_row(case, tmp_path_factory):
         model.to_arpa(folder / name)
         read = NGramModel.from_arpa(folder / name, V, bos_id=case["bos"], eos_id=case["eos"])
         torch.testing.assert_close(read.log_probs(contexts), rows, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(some=st.lists(cases(), min_size=1, max_size=4), data=st.data())
+def test_a_batch_may_mix_priors_that_share_a_trie(some, data):
+    """Rows with a prior each, of different orders and smoothings, against each prior on its own, row by row."""
+    tables = [build(case)[0].tables for case in some]
+    joined = join(tables, width=V + 2)
+    contexts = [context for case in some for context in case["contexts"]]
+    which = data.draw(st.lists(st.integers(0, len(some) - 1), min_size=len(contexts), max_size=len(contexts)))
+    history, scores, strength = torch.tensor(contexts), torch.randn(len(contexts), V + 2), torch.rand(len(contexts))
+    mixtures = [mixture_of_orders(torch.rand(each.order).tolist()) for each in tables]
+    padded = torch.cat([torch.nn.functional.pad(m, (0, joined.order - m.shape[1]) * 2) for m in mixtures])
+    for mixed in (False, True):
+        wanted = [
+            add_log_prior(
+                tables[s].widened(V + 2),
+                scores[row : row + 1],
+                history[row : row + 1],
+                strength[row : row + 1],
+                mixtures[s] if mixed else None,
+            )
+            for row, s in enumerate(which)
+        ]
+        for layout in (joined, joined.indexed()):
+            in_place = scores.clone()
+            got = add_log_prior(
+                layout,
+                in_place,
+                history,
+                strength,
+                padded if mixed else None,
+                prior=torch.tensor(which),
+                out=in_place,
+            )
+            assert got is in_place
+            torch.testing.assert_close(got, torch.cat(wanted), atol=1e-5, rtol=1e-5)
+        together = add_log_prior(joined, scores, history, strength, padded if mixed else None, prior=which[0])
+        torch.testing.assert_close(together[:1], wanted[0], atol=1e-5, rtol=1e-5)

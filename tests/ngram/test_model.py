@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ngram import NGramError, NGramModel
-from ngram.tables import add_log_prior, mixture_of_orders
+from ngram.tables import TENSORS, add_log_prior, join, mixture_of_orders
 
 IDS = np.random.default_rng(0).integers(0, 40, 3000)
 
@@ -107,14 +107,35 @@ def test_the_accelerator_path_agrees_with_the_host_path(trained, monkeypatch):
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_on_an_accelerator_nothing_waits_for_the_device(order):
     """The device "meta" holds no data: whatever asks it for a number, or for a shape that depends on one, fails."""
-    tables = NGramModel.train(IDS, 50, order=order).tables.to("meta")
+    one = NGramModel.train(IDS, 50, order=order).tables
+    several = join([one, NGramModel.train(IDS[:200], 50, order=2).tables, one]).indexed()
     scores, history = torch.empty(8, 55, device="meta"), torch.empty(8, 9, dtype=torch.int64, device="meta")
-    mixture = mixture_of_orders([1 / order] * order).to("meta")
-    for options in ((), (mixture,)):
-        result = add_log_prior(tables, scores, history, torch.empty(8, device="meta"), *options)
-        assert result.shape == scores.shape
+    prior, strength = torch.empty(8, dtype=torch.int64, device="meta"), torch.empty(8, device="meta")
+    for tables, which in ((one, 0), (one.indexed(), 0), (several, prior)):
+        mixture = mixture_of_orders([1 / tables.order] * tables.order).expand(3, -1, -1).to("meta")
+        moved = tables.to("meta").widened(55)
+        for options in ((), (mixture,)):
+            result = add_log_prior(moved, scores, history, strength, *options, prior=which)
+            assert result.shape == scores.shape
     with pytest.raises(RuntimeError, match="meta"):
         bool(result[0, 0] > 0)
+
+
+def test_in_memory_the_tables_are_as_small_as_their_file(tmp_path):
+    ids = np.random.default_rng(0).zipf(1.3, 200_000) % 5000
+    priors = [NGramModel.train(ids + shift, 5010, order=4) for shift in (0, 7)]
+    size = 0
+    for prior in priors:
+        prior.save(tmp_path / "m.safetensors")
+        size += (tmp_path / "m.safetensors").stat().st_size
+    for tables in ([prior.tables for prior in priors], [join([prior.tables for prior in priors])]):
+        memory = sum(getattr(each, name).nbytes for each in tables for name in TENSORS)
+        assert memory < 1.05 * size
+
+
+def test_priors_of_different_vocabularies_are_not_joined(trained):
+    with pytest.raises(NGramError, match="one vocabulary"):
+        join([trained.tables, NGramModel.train(IDS, 51).tables])
 
 
 def test_an_old_file_survives_a_failed_save(trained, tmp_path, monkeypatch):
