@@ -21,7 +21,7 @@ from decoding.errors import DecodingError
 from decoding.priors import DEFAULT_ORDER, PRIOR_FILE, load_prior, resolve_style
 from ngram import NGramModel
 from ngram.storage import write_atomically
-from ngram.tables import add_log_prior, mixture_of_orders
+from ngram.tables import Tables, add_log_prior, mixture_of_orders
 
 Combine = Literal["matching", "interpolated"]
 CONFIG_FILE = "style_prior.json"
@@ -59,6 +59,10 @@ class StylePrior(LogitsProcessor):
         pad_token_id: leading tokens of this id are padding and no context; by default the tokenizer's.
         allow_any_lambda: accept λ outside [0, 1].
 
+    Attributes:
+        model: the n-gram model, once there is a tokenizer.
+        mixture: how its orders are weighted, for `ngram.tables.add_log_prior`; None for the plain interpolated prior.
+
     Raises:
         DecodingError: unusable parameters, or, when called, no tokenizer, NaN scores, or scores narrower than the
             prior's vocabulary. On CUDA devices NaN is reported at a later step, so that no step waits for the device.
@@ -93,6 +97,8 @@ class StylePrior(LogitsProcessor):
         self.order = order
         self.pad_token_id = pad_token_id
         self.model: NGramModel | None = None
+        self.mixture: Tensor | None = None
+        self._tables: Tables | None = None
         self._nan = _NaNCheck()
         if tokenizer is not None:
             self.bind(tokenizer)
@@ -108,8 +114,8 @@ class StylePrior(LogitsProcessor):
 
     def _use(self, model: NGramModel) -> None:
         self.model = model
-        self._tables = model.tables.indexed()
-        self._mixture = _mixture(model.order, self.orders, self.weights, self.combine)
+        self.mixture = _mixture(model.order, self.orders, self.weights, self.combine)
+        self._tables = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Steers one step.
@@ -128,24 +134,27 @@ class StylePrior(LogitsProcessor):
                 f"this StylePrior has no tokenizer: write StylePrior(λ={self.lambda_:g}, style={str(self.style)!r}, "
                 "tokenizer=tokenizer), or use decoding.generate, which binds it"
             )
-        if scores.shape[1] < self._tables.vocab_size:
-            raise DecodingError(
-                f"the model scores {scores.shape[1]} ids and the prior has {self._tables.vocab_size}: "
-                "it belongs to another model"
-            )
+        if self._tables is None or self._tables.unigram.shape[1] != scores.shape[1]:
+            self._tables = self._tables_for(self.model, scores)
         if self._tables.unigram.device != scores.device:
             self._tables = self._tables.to(scores.device)
-        if self._tables.unigram.shape[1] != scores.shape[1]:
-            self._tables = self._tables.widened(scores.shape[1])
-        if self._mixture is not None:
-            self._mixture = self._mixture.to(scores.device)
+            self.mixture = None if self.mixture is None else self.mixture.to(scores.device)
         self._nan.check(scores)
         strength = torch.full((len(scores),), self.lambda_, device=scores.device)
-        return add_log_prior(self._tables, scores, self._history(input_ids), strength, self._mixture)
+        return add_log_prior(self._tables, scores, self._history(input_ids, self._tables.order), strength, self.mixture)
 
-    def _history(self, input_ids: Tensor) -> Tensor:
+    @staticmethod
+    def _tables_for(model: NGramModel, scores: Tensor) -> Tables:
+        if scores.shape[1] < model.vocab_size:
+            raise DecodingError(
+                f"the model scores {scores.shape[1]} ids and the prior has {model.vocab_size}: "
+                "it belongs to another model"
+            )
+        return model.tables.widened(scores.shape[1]).indexed()
+
+    def _history(self, input_ids: Tensor, order: int) -> Tensor:
         """The tokens that can be context, int64 [B, ≤ n−1]: −1 for left padding."""
-        longest = max(self._tables.order - 1, 1)
+        longest = max(order - 1, 1)
         window = input_ids[:, -longest:]
         if self.pad_token_id is None:
             return window

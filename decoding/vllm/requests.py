@@ -1,0 +1,218 @@
+"""What a request asks for, and the priors that answer it. Knows nothing of vLLM's runners, and does not import vLLM.
+
+A server's styles are declared in one environment variable, ``DECODING_STYLES``: a JSON object from names to saved
+priors. vLLM checks requests in the process that receives them and applies them in others, and gives the check no
+configuration; the environment is what all of them share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from decoding.errors import DecodingError
+from decoding.priors import is_saved_prior, load_prior
+from decoding.style import CONFIG_FILE, StylePrior, checked_lambda
+from ngram import NGramError, NGramModel
+from ngram.tables import Tables, add_log_prior, join
+
+STYLES_VARIABLE = "DECODING_STYLES"
+PROCESSOR = "decoding.vllm.processor:StyleLogitsProcessor"
+MOST_STYLES_PER_REQUEST = 8
+
+
+def style_engine_args(styles: Mapping[str, str | PathLike]) -> dict[str, Any]:
+    """Arguments that give ``vllm.LLM`` or ``AsyncEngineArgs`` style priors.
+
+    Declares the styles in the environment, since the engine's processes are started from it.
+
+    Examples:
+        >>> llm = LLM("path-or-hub-id", **style_engine_args({"king-james": "king-james.safetensors"}))
+        >>> llm.generate(prompts, SamplingParams(extra_args={"style": "king-james", "lambda": 0.1}))
+
+    Args:
+        styles: a saved prior for every name: a file of ``decoding style train``, a folder of
+            `StylePrior.save_pretrained` (its settings apply, and its λ where a request gives none), or a hub id.
+
+    Raises:
+        DecodingError: a name without a saved prior.
+    """
+    declared = {name: _absolute(name, source) for name, source in styles.items()}
+    os.environ[STYLES_VARIABLE] = json.dumps(declared, ensure_ascii=False)
+    copied = os.environ.get("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "")
+    if STYLES_VARIABLE not in copied.split(","):  # Ray's workers on other machines get only what is listed
+        os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] = ",".join(filter(None, (copied, STYLES_VARIABLE)))
+    return {"logits_processors": [PROCESSOR]}
+
+
+def _absolute(name: str, source: str | PathLike) -> str:
+    if Path(source).exists():
+        return str(Path(source).resolve())
+    if Path(source).suffix == ".safetensors" or str(source).count("/") != 1:
+        raise DecodingError(f"style {name!r}: no saved prior at {source}; make one with `decoding style train`")
+    return str(source)
+
+
+def declared_styles() -> dict[str, str]:
+    """What this process's environment declares: a saved prior for every name.
+
+    Raises:
+        DecodingError: the variable is not a JSON object of strings.
+    """
+    return dict(_parsed(os.environ.get(STYLES_VARIABLE, "{}")))
+
+
+@lru_cache(maxsize=8)
+def _parsed(text: str) -> dict[str, str]:
+    try:
+        declared = json.loads(text)
+    except ValueError as error:
+        raise DecodingError(f"{STYLES_VARIABLE} is no JSON: {error}") from error
+    if not isinstance(declared, dict) or not all(isinstance(source, str) for source in declared.values()):
+        raise DecodingError(f'{STYLES_VARIABLE} must map names to saved priors, like {{"name": "path"}}')
+    return declared
+
+
+def requested_styles(extra_args: Mapping[str, Any] | None, known: Collection[str]) -> list[tuple[str, float | None]]:
+    """The styles that a request's arguments name, and the λ of each, None where it gives none.
+
+    Args:
+        extra_args: a request's own arguments: ``style``, a name or a list of names, and ``lambda``, a number or as
+            many. Others are somebody else's.
+        known: names that are served.
+
+    Raises:
+        DecodingError: an unknown style, λ outside [0, 1], or lists that do not fit each other.
+    """
+    style, lambda_ = (extra_args or {}).get("style"), (extra_args or {}).get("lambda")
+    if style is None:
+        if lambda_ is not None:
+            raise DecodingError("lambda without a style: name one in style")
+        return []
+    names = style if isinstance(style, list) else [style]
+    lambdas = [None] * len(names) if lambda_ is None else lambda_ if isinstance(lambda_, list) else [lambda_]
+    if len(names) != len(lambdas):
+        raise DecodingError(f"style and lambda must have the same length: {len(names)} and {len(lambdas)}")
+    if len(names) > MOST_STYLES_PER_REQUEST:
+        raise DecodingError(f"a request can have {MOST_STYLES_PER_REQUEST} styles, not {len(names)}")
+    for name in names:
+        if not isinstance(name, str) or name not in known:
+            served = ", ".join(sorted(known)) or "none; start it with --style NAME=FILE"
+            raise DecodingError(f"unknown style {name!r}; this server has: {served}")
+    return [
+        (name, None if value is None else checked_lambda(value)) for name, value in zip(names, lambdas, strict=True)
+    ]
+
+
+class Layer(NamedTuple):
+    """At most one prior for each row of a batch; a request's second style stands in a second layer."""
+
+    prior: int | Tensor  # one for all rows, or int64 [rows]
+    strength: Tensor  # λ, float32 [rows], 0 for rows without one
+
+
+class LoadedStyles:
+    """Priors on a device, joined so that every row of a batch can have others.
+
+    Attributes:
+        context: how many tokens back a prior looks.
+    """
+
+    def __init__(self, priors: Mapping[str, StylePrior], width: int, device: torch.device | str):
+        self._index = {name: i for i, name in enumerate(priors)}
+        self._lambdas = [prior.lambda_ for prior in priors.values()]
+        self._tables: Tables | None = None
+        self.context = 1
+        if priors:
+            self._tables = join([_model_of(prior).tables for prior in priors.values()], width).to(device)
+            order = self._tables.order
+            self._mixtures = torch.cat([_mixture_of(prior, order) for prior in priors.values()]).to(device)
+            self.context = max(order - 1, 1)
+
+    def resolve(self, extra_args: Mapping[str, Any] | None) -> list[tuple[int, float]]:
+        """Index and λ of each prior that a request asks for, those with λ = 0 left out."""
+        styles = [(self._index[name], value) for name, value in requested_styles(extra_args, self._index)]
+        chosen = [(i, self._lambdas[i] if value is None else value) for i, value in styles]
+        return [(i, value) for i, value in chosen if value != 0]
+
+    def add(self, logits: Tensor, history: Tensor, layers: Iterable[Layer]) -> Tensor:
+        """Adds every layer's priors to ``logits`` in place.
+
+        Args:
+            logits: float32 [rows, W].
+            history: int64 [rows, context], −1 where there is no token.
+            layers: from `layers_of`, or a runner's own.
+        """
+        for prior, strength in layers:
+            assert self._tables is not None  # nobody can have asked for a style otherwise
+            add_log_prior(self._tables, logits, history, strength, self._mixtures, prior=prior, out=logits)
+        return logits
+
+
+def _model_of(prior: StylePrior) -> NGramModel:
+    assert prior.model is not None  # a saved prior has one
+    return prior.model
+
+
+def _mixture_of(prior: StylePrior, order: int) -> Tensor:
+    """How a prior weighs its orders, float32 [1, order, order], where others may have longer n-grams."""
+    own = _model_of(prior).order
+    mixture = prior.mixture
+    if mixture is None:  # log p of the longest order: the terms of all of them, whichever contexts match
+        mixture = torch.nn.functional.pad(torch.ones(1, 1, own), (0, 0, 0, own - 1))
+    return torch.nn.functional.pad(mixture, (0, order - own) * 2)
+
+
+def load_styles(declared: Mapping[str, str], tokenizer: Any | None, width: int, device: Any) -> LoadedStyles:
+    """Opens saved priors and checks them against the model.
+
+    Args:
+        declared: a saved prior for every name.
+        tokenizer: the model's; None to take the priors at their word.
+        width: columns of the model's logits.
+        device: where the logits are.
+
+    Raises:
+        DecodingError: a prior that is missing, damaged, or of another tokenizer.
+    """
+    priors = {}
+    for name, source in declared.items():
+        try:
+            priors[name] = _opened(source, tokenizer)
+        except DecodingError as error:
+            raise DecodingError(f"style {name!r}: {error}") from error
+        size = _model_of(priors[name]).vocab_size
+        if size > width:
+            raise DecodingError(f"style {name!r} has {size} token ids, the model scores {width}: another model's")
+    try:
+        return LoadedStyles(priors, width, device)
+    except NGramError as error:
+        raise DecodingError(str(error)) from error
+
+
+def _opened(source: str, tokenizer: Any | None) -> StylePrior:
+    if is_saved_prior(source) and not (Path(source) / CONFIG_FILE).is_file():
+        return StylePrior(load_prior(source, tokenizer))
+    return StylePrior.from_pretrained(source, tokenizer=tokenizer)
+
+
+def layers_of(rows: Sequence[Sequence[tuple[int, float]]], device: torch.device) -> list[Layer]:
+    """What `LoadedStyles.resolve` gave for each row of a batch, as layers."""
+    layers = []
+    for depth in range(max(map(len, rows), default=0)):
+        here = [row[depth] if depth < len(row) else None for row in rows]
+        used = [each for each in here if each is not None]
+        strength = torch.tensor([each[1] if each else 0.0 for each in here]).to(device)
+        if len({index for index, _ in used}) == 1:
+            layers.append(Layer(used[0][0], strength))
+        else:
+            layers.append(Layer(torch.tensor([each[0] if each else 0 for each in here]).to(device), strength))
+    return layers

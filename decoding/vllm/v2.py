@@ -1,0 +1,81 @@
+"""The V2 model runner: a row is a token to be sampled, requests have slots, histories are tensors on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decoding.vllm.requests import MOST_STYLES_PER_REQUEST, Layer, LoadedStyles
+
+
+class Slots:
+    """The styles of each request slot, on the host and on the device. No step waits for the device.
+
+    Args:
+        styles: the priors.
+        req_states: vLLM's ``LogitsProcRequestState``.
+    """
+
+    def __init__(self, styles: LoadedStyles, req_states: Any):
+        self._styles = styles
+        self._states = req_states
+        size = (req_states.max_num_reqs, MOST_STYLES_PER_REQUEST)
+        self._prior, self._strength = np.zeros(size, np.int64), np.zeros(size, np.float32)
+        self._depth = np.zeros(req_states.max_num_reqs, np.int64)  # number of styles
+        self._back = torch.arange(styles.context - 1, -1, -1, device=req_states.device)
+        self._changed = True
+        self.flush()
+
+    def add(self, slot: int, params: Any) -> bool:
+        """Puts a request into a slot, over whatever was there. Whether it has a style."""
+        chosen = self._styles.resolve(params.extra_args)
+        self._changed |= bool(chosen) or bool(self._depth[slot])
+        self._strength[slot] = 0
+        self._depth[slot] = len(chosen)
+        for depth, (index, strength) in enumerate(chosen):
+            self._prior[slot, depth], self._strength[slot, depth] = index, strength
+        return bool(chosen)
+
+    def flush(self) -> None:
+        """Copies what `add` changed to the device."""
+        if self._changed:
+            self._priors, self._strengths = self._to_device(self._prior), self._to_device(self._strength)
+            self._changed = False
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
+        # A copy each time: the last step's may still be on its way while the host writes the next one's.
+        held = torch.from_numpy(values.copy())
+        if self._states.device.type == "cuda":
+            held = held.pin_memory()
+        return held.to(self._states.device, non_blocking=True)
+
+    def apply(self, logits: Tensor, ctx: Any) -> Tensor:
+        """Steers a step, in place.
+
+        Args:
+            logits: float32 [rows, W].
+            ctx: vLLM's ``LogitsContext``.
+        """
+        depth = int(self._depth[ctx.idx_mapping_np].max(initial=0))
+        if not depth:
+            return logits
+        slots = ctx.expanded_idx_mapping.long()
+        in_use, slots = slots >= 0, slots.clamp(min=0)  # rows that only pad a CUDA graph's batch have no slot
+        strengths, priors = self._strengths[slots] * in_use[:, None], self._priors[slots]
+        layers = [Layer(priors[:, i], strengths[:, i]) for i in range(depth)]
+        return self._styles.add(logits, self._history(slots, ctx), layers)
+
+    def _history(self, slots: Tensor, ctx: Any) -> Tensor:
+        """The tokens up to each row's own, int64 [rows, context]; −1 before a text's start.
+
+        The draft tokens of this step are in ``ctx.input_ids`` alone, one row for each; earlier ones are committed.
+        """
+        local = ctx.expanded_local_pos.long()[:, None]
+        position = ctx.pos.long()[:, None] - self._back
+        rows = torch.arange(len(slots), device=slots.device)[:, None] - self._back
+        drafted = ctx.input_ids[rows.clamp(min=0)].long()
+        committed = self._states.all_token_ids.gpu[slots[:, None], position.clamp(min=0)].long()
+        return drafted.where(self._back < local, committed).masked_fill(position < 0, -1)
