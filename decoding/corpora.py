@@ -103,10 +103,14 @@ def load_corpus(spec: str, field: str | None = None) -> Corpus:
     return Corpus(name, tuple(documents))
 
 
-def _parse_spec(spec: str, field: str | None) -> tuple[str, str, str | None]:
+def split_name(spec: str) -> tuple[str, str]:
+    """``NAME=SPEC`` as its two parts; without a name, or if a file is called that, "" and the whole."""
     name, equals, source = spec.partition("=")
-    if not equals or Path(spec).exists():
-        name, source = "", spec
+    return (name, source) if equals and not Path(spec).exists() else ("", spec)
+
+
+def _parse_spec(spec: str, field: str | None) -> tuple[str, str, str | None]:
+    name, source = split_name(spec)
     if not Path(source).exists() and "#" in source:
         source, _, field = source.rpartition("#")
     return name or Path(source).stem, source, field

@@ -28,7 +28,7 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
     Raises:
         DecodingError: no such model, or one without a tokenizer.
     """
-    path = _resolve(name)
+    path = resolve_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -55,7 +55,7 @@ def load_model(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str | Non
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise DecodingError(f"unknown dtype {dtype!r}: choose from auto, float32, bfloat16, float16")
-    path = _resolve(name)
+    path = resolve_model(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
@@ -85,7 +85,12 @@ def cpu_capabilities() -> Mapping[str, Any]:
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
-def _resolve(name: str) -> str:
+def resolve_model(name: str) -> str:
+    """Where a model is: a folder, or a hub id as it stands. Unpacks the embedded default if it has not been yet.
+
+    Raises:
+        DecodingError: no such folder, or the default's package is missing.
+    """
     if name != DEFAULT_MODEL:
         is_path = name.startswith((".", os.sep)) or name.count("/") > 1  # a hub id is owner/name
         if is_path and not Path(name).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -9,9 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from decoding.corpora import DEFAULT_STYLE, Corpus, load_corpus, tokenize, tokenizer_fingerprint
+from decoding.corpora import (
+    DEFAULT_STYLE,
+    Corpus,
+    cache_dir,
+    load_corpus,
+    split_name,
+    tokenize,
+    tokenizer_fingerprint,
+)
 from decoding.errors import DecodingError
 from ngram import NGramError, NGramModel
+from ngram.storage import FORMAT
 
 DEFAULT_ORDER = 3
 DEFAULT_SMOOTHING = "kneser-ney"
@@ -65,6 +75,21 @@ def is_saved_prior(style: str | PathLike) -> bool:
     return path.suffix == ".safetensors" or (path / PRIOR_FILE).is_file()
 
 
+def may_be_hub_id(source: str) -> bool:
+    """Whether a text that names nothing here has the form of a repository on the hub, OWNER/NAME."""
+    return source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
+
+
+def require_distinct(names: Sequence[str]) -> None:
+    """Refuses styles of one name.
+
+    Raises:
+        DecodingError: as said.
+    """
+    if len(set(names)) < len(names):
+        raise DecodingError(f"two styles have one name ({', '.join(names)}): name them with NAME=SPEC")
+
+
 def load_prior(path: str | PathLike, tokenizer: Any | None = None) -> NGramModel:
     """Opens a saved prior, and checks it against a tokenizer if one is given.
 
@@ -95,6 +120,36 @@ def check_tokenizer(model: NGramModel, tokenizer: Any) -> None:
         )
     if model.vocab_size > len(tokenizer):
         raise DecodingError(f"the prior has {model.vocab_size} token ids, tokenizer {name!r} has {len(tokenizer)}")
+
+
+def name_and_file(
+    spec: str, tokenizer: Any, *, field: str | None = None, order: int, smoothing: str
+) -> tuple[str, str]:
+    """A style's name, and the saved prior that holds it, for engines that open priors themselves.
+
+    Args:
+        spec: a saved prior, a hub id, or anything `load_corpus` reads, which is trained once and kept in the cache
+            folder. ``NAME=SPEC`` names it.
+        tokenizer: the generating model's.
+        field: as for `load_corpus`.
+        order: as for `train_prior`.
+        smoothing: as for `train_prior`.
+
+    Raises:
+        DecodingError: an unknown style, or a prior of another tokenizer.
+    """
+    name, source = split_name(spec)
+    if is_saved_prior(source):
+        prior = load_prior(source, tokenizer)
+        return name or prior.metadata.get("style", Path(source).stem), source
+    if may_be_hub_id(source):
+        return name or source.split("/")[1], source
+    corpus = load_corpus(spec, field)
+    parts = (FORMAT, corpus.sha256, tokenizer_fingerprint(tokenizer)[1], str(order), smoothing)
+    path = cache_dir() / "priors" / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.safetensors"
+    if not path.is_file():
+        train_prior(corpus, tokenizer, order, smoothing).save(path)
+    return corpus.name, str(path)
 
 
 def resolve_style(

@@ -26,6 +26,7 @@ from ngram.tables import Tables, add_log_prior, mixture_of_orders
 Combine = Literal["matching", "interpolated"]
 CONFIG_FILE = "style_prior.json"
 DEFAULT_LAMBDA = 0.1
+ANY_LAMBDA_HINT = "; allow_any_lambda=True (--allow-any-lambda) lifts that"
 
 
 class StylePrior(LogitsProcessor):
@@ -212,8 +213,8 @@ class StylePrior(LogitsProcessor):
         return cls(model, tokenizer=tokenizer, **({"allow_any_lambda": not in_range} | parameters | changes))
 
 
-def checked_lambda(value: float, allow_any: bool = False) -> float:
-    """λ as a float.
+def checked_lambda(value: float, allow_any: bool = False, *, hint: str = ANY_LAMBDA_HINT) -> float:
+    """λ as a float. ``hint`` says what to do about a value outside [0, 1].
 
     Raises:
         DecodingError: not a finite number, or outside [0, 1] and not allowed.
@@ -221,9 +222,7 @@ def checked_lambda(value: float, allow_any: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DecodingError(f"λ must be a finite number, not {value!r}")
     if not (allow_any or 0 <= value <= 1):
-        raise DecodingError(
-            f"λ must lie in [0, 1], not {value:g}; allow_any_lambda=True (--allow-any-lambda) lifts that"
-        )
+        raise DecodingError(f"λ must lie in [0, 1], not {value:g}{hint}")
     return float(value)
 
 

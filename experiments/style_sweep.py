@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from decoding import metrics
-from decoding.corpora import load_corpus, read_text, tokenize, tokenizer_fingerprint
+from decoding.corpora import load_corpus, read_text, split_name, tokenize, tokenizer_fingerprint
 from decoding.errors import DecodingError
-from decoding.priors import is_saved_prior, load_prior, prior_of_tokens
+from decoding.priors import is_saved_prior, load_prior, prior_of_tokens, require_distinct
 from decoding.style import StylePrior
 from experiments.report import Point, write_report
 from experiments.runs import RunFolder
@@ -111,16 +111,15 @@ def load_styles(
     """
     styles = []
     for spec in specs:
-        if is_saved_prior(spec):
-            prior = load_prior(spec, tokenizer)
-            styles.append(Style(prior.metadata.get("style", Path(spec).stem), prior, None))
+        name, source = split_name(spec)
+        if is_saved_prior(source):
+            prior = load_prior(source, tokenizer)
+            styles.append(Style(name or prior.metadata.get("style", Path(source).stem), prior, None))
             continue
         corpus = load_corpus(spec, field)
         documents = tokenize(corpus, tokenizer)
         styles.append(Style(corpus.name, prior_of_tokens(documents, corpus, tokenizer, order, smoothing), documents))
-    names = [style.name for style in styles]
-    if len(set(names)) < len(names):
-        raise DecodingError(f"two styles have one name ({', '.join(names)}): name them with NAME=SPEC")
+    require_distinct([style.name for style in styles])
     return styles
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from decoding.errors import DecodingError
-from decoding.priors import is_saved_prior, load_prior
+from decoding.priors import is_saved_prior, load_prior, may_be_hub_id
 from decoding.style import CONFIG_FILE, StylePrior, checked_lambda
 from ngram import NGramError, NGramModel
 from ngram.tables import Tables, add_log_prior, join
@@ -54,9 +54,9 @@ def style_engine_args(styles: Mapping[str, str | PathLike]) -> dict[str, Any]:
 
 
 def _absolute(name: str, source: str | PathLike) -> str:
-    if Path(source).exists():
+    if is_saved_prior(source) and Path(source).exists():
         return str(Path(source).resolve())
-    if Path(source).suffix == ".safetensors" or str(source).count("/") != 1:
+    if not may_be_hub_id(str(source)):
         raise DecodingError(f"style {name!r}: no saved prior at {source}; make one with `decoding style train`")
     return str(source)
 
@@ -108,7 +108,8 @@ def requested_styles(extra_args: Mapping[str, Any] | None, known: Collection[str
             served = ", ".join(sorted(known)) or "none; start it with --style NAME=FILE"
             raise DecodingError(f"unknown style {name!r}; this server has: {served}")
     return [
-        (name, None if value is None else checked_lambda(value)) for name, value in zip(names, lambdas, strict=True)
+        (name, None if value is None else checked_lambda(value, hint=""))
+        for name, value in zip(names, lambdas, strict=True)
     ]
 
 

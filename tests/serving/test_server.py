@@ -1,0 +1,119 @@
+"""The server over loopback, as a client sees it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+from decoding.models import DEFAULT_MODEL
+from decoding.priors import name_and_file
+
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")
+openai = pytest.importorskip("openai")
+pytestmark = pytest.mark.real
+
+START = 300  # seconds
+PROMPT = "The captain said that"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    from decoding.models import load_tokenizer
+
+    _, presidents = name_and_file("presidents", load_tokenizer(), order=3, smoothing="kneser-ney")
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
+    command = [sys.executable, "-m", "decoding", "serve", "--style", "king-james", "--style", f"speeches={presidents}"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8", "--enforce-eager"]
+    command += ["--max-model-len", "512", "--dtype", "float32"]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        wait_until_healthy(server, port, log)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+        assert server.poll() is None, "the server died"
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def wait_until_healthy(server, port, log):
+    end = time.monotonic() + START
+    while time.monotonic() < end:
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return
+        except (URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"no answer within {START} s: {log.read_text()[-3000:]}")
+
+
+def complete(client, style=None, value=None, **options):
+    asked = {"vllm_xargs": {"style": style} | ({} if value is None else {"lambda": value})} if style else {}
+    options = {"temperature": 0, "max_tokens": 24, "prompt": PROMPT} | options
+    return client.completions.create(model=DEFAULT_MODEL, extra_body=asked, **options)
+
+
+def test_completions(client):
+    plain, king, both, off = (
+        complete(client, *asked).choices[0].text
+        for asked in ((), ("king-james", 0.8), (["king-james", "speeches"], [0.4, 0.8]), ("king-james", 0))
+    )
+    assert len({plain, king, both}) == 3
+    assert off == plain
+
+
+def test_chat_and_streaming(client):
+    asked = {"vllm_xargs": {"style": "speeches", "lambda": 0.8}}
+    common = {"model": DEFAULT_MODEL, "messages": [{"role": "user", "content": "Tell me about the weather."}]}
+    common |= {"temperature": 0, "max_tokens": 24}
+    plain = client.chat.completions.create(**common).choices[0].message.content
+    steered = client.chat.completions.create(**common, extra_body=asked).choices[0].message.content
+    parts = client.chat.completions.create(**common, extra_body=asked, stream=True)
+    streamed = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert plain != steered == streamed
+    chunks = complete(client, "king-james", 0.8, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == complete(client, "king-james", 0.8).choices[0].text
+
+
+def test_thirty_two_at_once_get_what_each_gets_alone(client):
+    kinds = [(), ("king-james", 0.3), ("speeches", 0.6), (["king-james", "speeches"], [0.2, 0.2])]
+    alone = [complete(client, *kind).choices[0].text for kind in kinds]
+    with ThreadPoolExecutor(32) as pool:
+        got = list(pool.map(lambda i: complete(client, *kinds[i % 4]).choices[0].text, range(32)))
+    assert got == alone * 8
+
+
+@pytest.mark.parametrize(
+    ("style", "value", "reason"),
+    [
+        ("nobody", 0.1, "unknown style 'nobody'; this server has: king-james, speeches"),
+        ("king-james", 1.5, "λ must lie in [0, 1], not 1.5"),
+        ("king-james", "much", "finite number"),
+        (["king-james", "speeches"], [0.1], "same length"),
+        (["king-james", "speeches"], 0.1, "same length"),
+    ],
+)
+def test_bad_arguments_are_a_400_with_the_reason_and_the_server_lives_on(client, style, value, reason):
+    with pytest.raises(openai.BadRequestError) as error:
+        complete(client, style, value)
+    assert error.value.status_code == 400
+    assert reason in error.value.message
+    assert complete(client, "king-james", 0.3).choices[0].text

@@ -1,0 +1,139 @@
+"""The V2 runner's contract, played on the CPU: its buffers' shapes and dtypes, recycled slots, reordered rows, drafts.
+
+The runner itself needs a GPU and has not run with this; `test_engine.py` holds these stand-ins to vLLM's classes.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from decoding.vllm.v2 import Slots
+from tests.serving.conftest import WIDTH, V, random_arguments, steered
+
+SLOTS, LENGTH = 6, 64
+
+
+def request_states():
+    def buffer(*size, dtype=torch.int32):
+        held = torch.zeros(size, dtype=dtype)
+        return SimpleNamespace(gpu=held, np=held.numpy())
+
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        max_num_reqs=SLOTS,
+        vocab_size=WIDTH,
+        all_token_ids=buffer(SLOTS, LENGTH),
+        prompt_len=buffer(SLOTS),
+        prefill_len=buffer(SLOTS),
+        total_len=buffer(SLOTS),
+    )
+
+
+def context(states, order, drafts):
+    """One step's layout: requests in ``order`` of slots, each with its rows: the committed token, then its drafts."""
+    rows = [(slot, i) for slot in order for i in range(len(drafts[slot]) + 1)]
+    total = states.total_len.gpu
+    return SimpleNamespace(
+        expanded_idx_mapping=torch.tensor([slot for slot, _ in rows], dtype=torch.int64),
+        idx_mapping=torch.tensor(order, dtype=torch.int64),
+        idx_mapping_np=np.array(order, dtype=np.intp),
+        expanded_local_pos=torch.tensor([i for _, i in rows], dtype=torch.int32),
+        input_ids=torch.tensor(
+            [drafts[slot][i - 1] if i else states.all_token_ids.gpu[slot, total[slot] - 1] for slot, i in rows],
+            dtype=torch.int32,
+        ),
+        pos=torch.tensor([total[slot] - 1 + i for slot, i in rows], dtype=torch.int64),
+        seq_lens_upper_bound_np=np.array([total[slot] + len(drafts[slot]) for slot in order], dtype=np.int32),
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_steps_get_what_each_row_gets_alone(priors, styles, seed):
+    rng = np.random.default_rng(seed)
+    states = request_states()
+    states.all_token_ids.gpu.random_(0, V)  # what earlier occupants of the slots left behind
+    slots = Slots(styles, states)
+    live = {}
+    for step in range(40):
+        for slot in [s for s in live if rng.random() < 0.15]:
+            del live[slot]
+        for slot in [s for s in range(SLOTS) if s not in live and rng.random() < 0.5]:
+            arguments, chosen = random_arguments(rng, priors)
+            tokens = rng.integers(0, V, rng.integers(1, 6)).tolist()
+            states.all_token_ids.gpu[slot, : len(tokens)] = torch.tensor(tokens)
+            states.prompt_len.gpu[slot] = states.prefill_len.gpu[slot] = states.total_len.gpu[slot] = len(tokens)
+            wants = slots.add(slot, SimpleNamespace(extra_args=arguments))
+            assert wants == any(value for _, value in chosen)
+            live[slot] = (chosen, tokens)
+        slots.flush()
+        running = [slot for slot in live if rng.random() < 0.8]
+        if not running:
+            continue
+        order = rng.permutation(running).tolist()
+        drafts = {slot: rng.integers(0, V, rng.integers(0, 4)).tolist() if step % 2 else [] for slot in order}
+        ctx = context(states, order, drafts)
+        scores = torch.randn(len(ctx.pos), WIDTH)
+        got = slots.apply(scores.clone(), ctx)
+        for row, (slot, local) in enumerate(
+            zip(ctx.expanded_idx_mapping.tolist(), ctx.expanded_local_pos.tolist(), strict=True)
+        ):
+            chosen, tokens = live[slot]
+            wanted = steered(priors, chosen, tokens + drafts[slot][:local], scores[row])
+            torch.testing.assert_close(got[row], wanted, atol=1e-5, rtol=1e-5)
+            if not any(value for _, value in chosen):
+                assert torch.equal(got[row], scores[row])
+        for slot in order:  # some drafts are accepted, and one token is sampled
+            accepted = [*drafts[slot][: rng.integers(0, len(drafts[slot]) + 1)], int(rng.integers(0, V))]
+            begin = int(states.total_len.gpu[slot])
+            states.all_token_ids.gpu[slot, begin : begin + len(accepted)] = torch.tensor(accepted)
+            states.total_len.gpu[slot] += len(accepted)
+            live[slot][1].extend(accepted)
+            if states.total_len.gpu[slot] > LENGTH - 8:
+                del live[slot]
+
+
+def test_without_styles_in_the_step_the_logits_come_back_themselves(styles):
+    states = request_states()
+    slots = Slots(styles, states)
+    assert not slots.add(0, SimpleNamespace(extra_args=None))
+    assert slots.add(1, SimpleNamespace(extra_args={"style": "plain"}))
+    slots.flush()
+    states.total_len.gpu[:] = 1
+    logits = torch.randn(1, WIDTH)
+    before = logits.clone()
+    assert slots.apply(logits, context(states, [0], {0: []})) is logits
+    assert torch.equal(logits, before)
+
+
+def test_a_recycled_slot_forgets_its_last_request(styles):
+    states = request_states()
+    slots = Slots(styles, states)
+    states.total_len.gpu[:] = 1
+    logits = torch.randn(1, WIDTH)
+    slots.add(0, SimpleNamespace(extra_args={"style": ["plain", "long"]}))
+    slots.flush()
+    assert not torch.equal(slots.apply(logits.clone(), context(states, [0], {0: []})), logits)
+    slots.add(0, SimpleNamespace(extra_args={"style": "short"}))
+    slots.add(1, SimpleNamespace(extra_args={"style": ["plain", "long"]}))
+    slots.flush()
+    both = slots.apply(torch.cat((logits, logits)), context(states, [0, 1], {0: [], 1: []}))
+    alone = slots.apply(logits.clone(), context(states, [0], {0: []}))
+    torch.testing.assert_close(both[:1], alone)
+
+
+def test_rows_without_a_slot_are_left_alone_and_masked_tokens_stay_masked(styles):
+    states = request_states()
+    slots = Slots(styles, states)
+    states.total_len.gpu[:] = 2
+    slots.add(0, SimpleNamespace(extra_args={"style": "plain", "lambda": 1}))
+    slots.flush()
+    ctx = context(states, [0, 0], {0: []})
+    ctx.expanded_idx_mapping[1] = -1
+    logits = torch.randn(2, WIDTH)
+    logits[:, ::3] = -torch.inf
+    got = slots.apply(logits.clone(), ctx)
+    assert torch.equal(got[1], logits[1])
+    assert not torch.equal(got[0], logits[0])
+    assert torch.equal(torch.isneginf(got), torch.isneginf(logits))
