@@ -155,6 +155,7 @@ def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: fl
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(min=1))
 @_batch_size
 @click.option("--combine", type=click.Choice(["matching", "interpolated"]), default="matching", show_default=True)
+@click.option("--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True)
 @_any_lambda
 @_model
 @_dtype
@@ -166,9 +167,13 @@ def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: fl
 def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int, ...], **options: Any) -> None:
     """Generates over λ and measures style, fluency and divergence; writes a table, pictures and a page."""
     from experiments import style_sweep
+    from experiments.engines import require_engine
 
     for value in lambdas:
         checked_lambda(value, options["allow_any_lambda"])
+    require_engine(options["engine"])
+    if options["engine"] == "vllm" and not all(0 <= value <= 1 for value in lambdas):
+        raise DecodingError("requests to vLLM take λ in [0, 1]: leave --engine vllm or --allow-any-lambda out")
     prompts = style_sweep.read_prompts(options["prompts"] or style_sweep.DEFAULT_PROMPTS)
     chosen = style_sweep.SweepOptions(
         prompts=prompts,
@@ -194,7 +199,9 @@ def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> 
     tokenizer = load_tokenizer(options["model"])
     loaded = style_sweep.load_styles(styles, tokenizer, options["field"], options["order"], options["smoothing"])
     model = load_model(options["model"], options["dtype"])
-    return style_sweep.Sweep(model, tokenizer, options["model"], loaded, chosen, out, options["resume"])
+    return style_sweep.Sweep(
+        model, tokenizer, options["model"], loaded, chosen, out, options["resume"], options["engine"]
+    )
 
 
 def _run_and_report(run: Any, work: Callable[[Any], Any]) -> None:
@@ -365,7 +372,7 @@ def reproduce_style(data: Path, **options: Any) -> None:
         max_new_tokens=options["max_new_tokens"],
         batch_size=options["batch_size"],
     )
-    run = _prepared_sweep(style_paper.style_specs(data), chosen, options | {"field": None})
+    run = _prepared_sweep(style_paper.style_specs(data), chosen, options | {"field": None, "engine": "transformers"})
     _run_and_report(run, style_paper.run)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,10 +24,9 @@ from decoding import metrics
 from decoding.corpora import load_corpus, read_text, split_name, tokenize, tokenizer_fingerprint
 from decoding.errors import DecodingError
 from decoding.priors import is_saved_prior, load_prior, prior_of_tokens, require_distinct
-from decoding.style import StylePrior
+from experiments.engines import Batch, Engine, TransformersEngine
 from experiments.report import Point, write_report
 from experiments.runs import RunFolder
-from experiments.timing import TimedProcessor
 from ngram import NGramModel
 
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -75,17 +73,6 @@ class Cell(NamedTuple):
         """File name of its record."""
         readable = f"{self.style or 'unsteered'}-lambda{self.lambda_:g}-t{self.temperature:.4f}-seed{self.seed}"
         return f"{readable}-{hashlib.sha256(json.dumps(self).encode()).hexdigest()[:8]}".replace("/", "_")
-
-
-class _Batch(NamedTuple):
-    """What one call of ``generate`` gave."""
-
-    prompt_ids: list[Tensor]  # of each row, int64, without padding
-    tokens: Tensor  # int64 [B, T], new ones only
-    logits: Sequence[Tensor]  # raw scores of each step, float [B, V]
-    scores: Sequence[Tensor]  # processed ones
-    seconds: float
-    prior_seconds: float  # of those, in the prior
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -143,6 +130,7 @@ class Sweep:
         options: the user's choices.
         out: the run folder's path.
         resume: go on with a run that is there.
+        engine: "transformers" or "vllm".
     """
 
     def __init__(
@@ -154,18 +142,31 @@ class Sweep:
         options: SweepOptions,
         out: Path,
         resume: bool,
+        engine: str = "transformers",
     ):
         self.model = model
+        self.model_name = model_name
+        self.engine_name = engine
         self.tokenizer = tokenizer
         self.styles = {style.name: style for style in styles}
         self.options = options
-        self.folder = RunFolder(out, self._settings(model_name), resume)
+        self.folder = RunFolder(out, self._settings(), resume)
         self.records: dict[Cell, dict[str, Any]] = {}
 
-    def _settings(self, model_name: str) -> dict[str, Any]:
+    @cached_property
+    def engine(self) -> Engine:
+        """Made when the first cell wants it."""
+        if self.engine_name == "transformers":
+            return TransformersEngine(self.model, self.tokenizer, self.styles, self.options)
+        from experiments.vllm_engine import VllmEngine
+
+        return VllmEngine(self.model, self.tokenizer, self.model_name, self.styles, self.options)
+
+    def _settings(self) -> dict[str, Any]:
         options = self.options
         return {
-            "model": model_name,
+            "engine": self.engine_name,
+            "model": self.model_name,
             "model_fingerprint": model_fingerprint(self.model),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "tokenizer_sha256": tokenizer_fingerprint(self.tokenizer)[1],
@@ -215,7 +216,7 @@ class Sweep:
         texts: list[dict[str, Any]] = []
         seconds = prior_seconds = 0.0
         for start, prompts in self._batches():
-            batch = self._generate(cell, start, prompts)
+            batch = self.engine.generate(cell, start, prompts)
             seconds += batch.seconds
             prior_seconds += batch.prior_seconds
             texts += self._measure_batch(cell, start, batch)
@@ -228,47 +229,9 @@ class Sweep:
         for start in range(0, len(self.options.prompts), size):
             yield start, list(self.options.prompts[start : start + size])
 
-    def _generate(self, cell: Cell, start: int, prompts: list[str]) -> _Batch:
-        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
-        inputs.pop("token_type_ids", None)
-        processors = []
-        if cell.style is not None:
-            prior = StylePrior(
-                self.styles[cell.style].prior,
-                λ=cell.lambda_,
-                combine=self.options.combine,  # type: ignore[arg-type]  # checked there
-                pad_token_id=self.tokenizer.pad_token_id,
-                allow_any_lambda=self.options.allow_any_lambda,
-            )
-            processors.append(TimedProcessor(prior))
-        torch.manual_seed(cell.seed * 1_000_003 + start)
-        began = time.perf_counter()
-        output = self.model.generate(
-            **inputs,
-            logits_processor=processors,
-            do_sample=True,
-            temperature=cell.temperature,
-            top_k=0,
-            top_p=1.0,
-            min_new_tokens=self.options.max_new_tokens,
-            max_new_tokens=self.options.max_new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id,
-            output_logits=True,
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
-        prior_seconds = sum(processor.seconds for processor in processors)
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        width = inputs["input_ids"].shape[1]
-        mask = inputs["attention_mask"].bool()
-        prompt_ids = [ids[keep].cpu() for ids, keep in zip(inputs["input_ids"], mask, strict=True)]
-        return _Batch(prompt_ids, output.sequences[:, width:], output.logits, output.scores, seconds, prior_seconds)
-
-    def _measure_batch(self, cell: Cell, start: int, batch: _Batch) -> list[dict[str, Any]]:
+    def _measure_batch(self, cell: Cell, start: int, batch: Batch) -> list[dict[str, Any]]:
         steps: dict[str, list[Tensor]] = {"base_log_prob": [], "log_prob": [], "js": [], "entropy": []}
-        for step, (raw, processed) in enumerate(zip(batch.logits, batch.scores, strict=True)):
+        for step, (raw, processed) in enumerate(batch.steps):
             base = raw.float().masked_fill(torch.isneginf(processed), -torch.inf)  # the ruled-out end of sequence
             chosen = batch.tokens[:, step]
             steps["base_log_prob"].append(metrics.token_log_probs(base, chosen))

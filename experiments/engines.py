@@ -1,0 +1,108 @@
+"""What generates a cell's texts: transformers here, vLLM in `experiments.vllm_engine`."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from decoding.errors import DecodingError
+from decoding.style import StylePrior
+from experiments.timing import TimedProcessor
+
+if TYPE_CHECKING:
+    from experiments.style_sweep import Cell, Style, SweepOptions
+
+ENGINES = ("transformers", "vllm")
+
+
+class Batch(NamedTuple):
+    """Texts of equal length, and the distributions that they were drawn from."""
+
+    prompt_ids: Sequence[Tensor]  # of each row, int64, without padding
+    tokens: Tensor  # int64 [B, T], new ones only
+    steps: Iterable[tuple[Tensor, Tensor]]  # of each new token, the raw and the processed scores, float [B, V]
+    seconds: float
+    prior_seconds: float  # of those, in the prior
+
+
+class Engine(Protocol):
+    """Generates texts."""
+
+    def generate(self, cell: Cell, start: int, prompts: list[str]) -> Batch:
+        """Samples a text for each prompt; ``start`` is the number of the first one among all of the sweep's."""
+        ...
+
+
+def require_engine(name: str) -> None:
+    """Refuses an engine that is not installed.
+
+    Raises:
+        DecodingError: as said.
+    """
+    if name == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise DecodingError("--engine vllm needs vLLM, 0.32 or newer: pip install vllm")
+
+
+def prior_of(cell: Cell, styles: Mapping[str, Style], options: SweepOptions, pad_token_id: int | None) -> StylePrior:
+    """The processor of a steered cell."""
+    assert cell.style is not None
+    return StylePrior(
+        styles[cell.style].prior,
+        λ=cell.lambda_,
+        combine=options.combine,  # type: ignore[arg-type]  # checked there
+        pad_token_id=pad_token_id,
+        allow_any_lambda=options.allow_any_lambda,
+    )
+
+
+class TransformersEngine:
+    """``model.generate``, in padded batches."""
+
+    def __init__(self, model: Any, tokenizer: Any, styles: Mapping[str, Style], options: SweepOptions):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.styles = styles
+        self.options = options
+
+    def generate(self, cell: Cell, start: int, prompts: list[str]) -> Batch:
+        """See `Engine`."""
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
+        inputs.pop("token_type_ids", None)
+        processors = []
+        if cell.style is not None:
+            processors.append(TimedProcessor(prior_of(cell, self.styles, self.options, self.tokenizer.pad_token_id)))
+        torch.manual_seed(seed_of(cell, start))
+        began = time.perf_counter()
+        output = self.model.generate(
+            **inputs,
+            logits_processor=processors,
+            do_sample=True,
+            temperature=cell.temperature,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=self.options.max_new_tokens,
+            max_new_tokens=self.options.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            output_logits=True,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        prior_seconds = sum(processor.seconds for processor in processors)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        width = inputs["input_ids"].shape[1]
+        mask = inputs["attention_mask"].bool()
+        prompt_ids = [ids[keep].cpu() for ids, keep in zip(inputs["input_ids"], mask, strict=True)]
+        steps = zip(output.logits, output.scores, strict=True)
+        return Batch(prompt_ids, output.sequences[:, width:], steps, seconds, prior_seconds)
+
+
+def seed_of(cell: Cell, number: int) -> int:
+    """One seed for each seed of the user's and each prompt, or first prompt of a batch."""
+    return cell.seed * 1_000_003 + number
