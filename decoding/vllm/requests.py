@@ -154,7 +154,7 @@ class LoadedStyles:
         """
         for prior, strength in layers:
             assert self._tables is not None  # nobody can have asked for a style otherwise
-            add_log_prior(self._tables, logits, history, strength, self._mixtures, prior=prior, out=logits)
+            add_log_prior(self._tables, logits, history, strength, self._mixtures, prior=prior, shift=False, out=logits)
         return logits
 
 

@@ -1,3 +1,5 @@
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -139,17 +141,18 @@ def test_a_batch_may_mix_priors_that_share_a_trie(some, data):
             )
             for row, s in enumerate(which)
         ]
-        for layout in (joined, joined.indexed()):
+        for walked in (0, 64):  # rows are looked up by tensor operations, or by a walk in Python
             in_place = scores.clone()
-            got = add_log_prior(
-                layout,
-                in_place,
-                history,
-                strength,
-                padded if mixed else None,
-                prior=torch.tensor(which),
-                out=in_place,
-            )
+            with patch("ngram.tables.MOST_ROWS_WALKED", walked):
+                got = add_log_prior(
+                    joined,
+                    in_place,
+                    history,
+                    strength,
+                    padded if mixed else None,
+                    prior=torch.tensor(which),
+                    out=in_place,
+                )
             assert got is in_place
             torch.testing.assert_close(got, torch.cat(wanted), atol=1e-5, rtol=1e-5)
         together = add_log_prior(joined, scores, history, strength, padded if mixed else None, prior=which[0])

@@ -108,10 +108,10 @@ def test_the_accelerator_path_agrees_with_the_host_path(trained, monkeypatch):
 def test_on_an_accelerator_nothing_waits_for_the_device(order):
     """The device "meta" holds no data: whatever asks it for a number, or for a shape that depends on one, fails."""
     one = NGramModel.train(IDS, 50, order=order).tables
-    several = join([one, NGramModel.train(IDS[:200], 50, order=2).tables, one]).indexed()
+    several = join([one, NGramModel.train(IDS[:200], 50, order=2).tables, one])
     scores, history = torch.empty(8, 55, device="meta"), torch.empty(8, 9, dtype=torch.int64, device="meta")
     prior, strength = torch.empty(8, dtype=torch.int64, device="meta"), torch.empty(8, device="meta")
-    for tables, which in ((one, 0), (one.indexed(), 0), (several, prior)):
+    for tables, which in ((one, 0), (several, prior)):
         mixture = mixture_of_orders([1 / tables.order] * tables.order).expand(3, -1, -1).to("meta")
         moved = tables.to("meta").widened(55)
         for options in ((), (mixture,)):
