@@ -145,7 +145,7 @@ class LoadedStyles:
         return [(i, value) for i, value in chosen if value != 0]
 
     def add(self, logits: Tensor, history: Tensor, layers: Iterable[Layer]) -> Tensor:
-        """Adds every layer's priors to ``logits`` in place.
+        """Adds every layer's priors to ``logits`` in place, up to a number that is the same for a whole row.
 
         Args:
             logits: float32 [rows, W].

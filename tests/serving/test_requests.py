@@ -16,6 +16,7 @@ from decoding.vllm.requests import (
     requested_styles,
 )
 from tests.conftest import WORDS, make_tokenizer
+from tests.serving.conftest import assert_same_distribution
 
 KNOWN = ["a", "b"]
 
@@ -118,7 +119,7 @@ def test_saved_settings_apply_and_a_request_may_leave_lambda_out(saved, tokenize
     scores, history = torch.randn(2, 60), torch.tensor([[3, 4], [5, 6]])
     wanted = StylePrior.from_pretrained(saved["folder"])(history, scores)
     got = styles.add(scores.clone(), history, layers_of([[(1, 0.7)]] * 2, torch.device("cpu")))
-    torch.testing.assert_close(got, wanted)
+    assert_same_distribution(got, wanted)
 
 
 def test_priors_that_do_not_fit_the_model_are_refused(saved, tokenizer, tmp_path):
