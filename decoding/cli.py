@@ -345,6 +345,20 @@ def bench_style(spec: str, model: str, field: str | None, out: Path | None, lmpl
     style_bench.main(spec, model, field, out, lmplz)
 
 
+@bench.command(name="vllm")
+@_model
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the figures here.")
+def bench_vllm(model: str, max_new_tokens: int, rounds: int, out: Path | None) -> None:
+    """Measures what styles cost in vLLM. Let the machine be idle."""
+    from experiments import vllm_bench
+
+    if out is not None:
+        require_writable(out)
+    vllm_bench.main(model, max_new_tokens, rounds, out)
+
+
 @cli.group()
 def reproduce() -> None:
     """Reproduces the papers' experiments."""

@@ -7,45 +7,29 @@ given for a GPU alone.
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from decoding.corpora import load_corpus, tokenize
 from decoding.models import load_model, load_tokenizer
 from decoding.priors import prior_of_tokens
 from decoding.style import StylePrior
-from experiments.runs import environment
+from experiments.figures import Figure, interleaved, not_measured, ratio_of, report, seconds_of
 from experiments.timing import TimedProcessor
 from ngram import NGramModel
-from ngram.storage import write_atomically
 from ngram.tables import add_log_prior, mixture_of_orders
 
 BATCH = 8
 GPU_BATCH, GPU_VOCAB = 64, 151_936
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table. ``met`` is None where there is no target or nothing was measured."""
-
-    what: str
-    value: float | None
-    shown: str
-    target: str = ""
-    met: bool | None = None
 
 
 def main(spec: str, model_name: str, field: str | None, out: Path | None, lmplz: Path | None) -> None:
@@ -75,42 +59,8 @@ def main(spec: str, model_name: str, field: str | None, out: Path | None, lmplz:
     torch.set_num_threads(threads)
     figures.append(_decode_share(model_name, tokenizer, priors[3], corpus.documents))
     figures.append(_gpu(ids))
-    _print(figures, corpus.name, len(ids))
-    if out is not None:
-        content = {"corpus": corpus.name, "tokens": len(ids), **environment(), "figures": [asdict(f) for f in figures]}
-        write_atomically(out, json.dumps(content, indent=1, ensure_ascii=False).encode())
-
-
-def _print(figures: Sequence[Figure], corpus: str, tokens: int) -> None:
-    table = Table("measured", "figure", "target", "met", title=f"style prior of {corpus} ({tokens:,} tokens)")
-    console = Console()
-    for figure in figures:
-        met = {None: "", True: "yes", False: "NO"}[figure.met]
-        table.add_row(figure.what, figure.shown, figure.target, met)
-    Console(width=None if console.is_terminal else 150).print(table)
-
-
-def _not_measured(what: str, target: str, why: str) -> Figure:
-    return Figure(what, None, f"not measured: {why}", target)
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def _interleaved(works: Sequence[Callable[[int], Any]], rounds: int) -> np.ndarray:
-    """Seconds [works, rounds]; the works take turns, so that drifts of the machine hit all of them."""
-    for work in works:
-        work(0)
-    return np.array([[_seconds(partial(work, i)) for work in works] for i in range(rounds)]).T
-
-
-def _ratio(times: np.ndarray, baseline: np.ndarray) -> tuple[float, str]:
-    ratio = float(np.median(times) / np.median(baseline))
-    low, high = (float(np.quantile(times, q) / np.quantile(baseline, q)) for q in (0.25, 0.75))
-    return ratio, f"{ratio:.2f}× [{low:.2f}, {high:.2f}]"
+    title = f"style prior of {corpus.name} ({len(ids):,} tokens)"
+    report(figures, title, {"corpus": corpus.name, "tokens": len(ids)}, out)
 
 
 def _histories(ids: np.ndarray, batch: int, count: int) -> list[Tensor]:
@@ -129,9 +79,9 @@ def _adding(priors: dict[int, NGramModel], ids: np.ndarray, vocab: int) -> list[
     def add(order: int, i: int) -> Tensor:
         return add_log_prior(priors[order].tables, scores, histories[i], strength, mixtures[order])
 
-    base, third, fifth = _interleaved([lambda i: scores + row, lambda i: add(3, i), lambda i: add(5, i)], 600)
-    dense, shown = _ratio(third, base)
-    deeper, shown_deeper = _ratio(fifth, third)
+    base, third, fifth = interleaved([lambda i: scores + row, lambda i: add(3, i), lambda i: add(5, i)], 600)
+    dense, shown = ratio_of(third, base)
+    deeper, shown_deeper = ratio_of(fifth, third)
     return [
         Figure(
             f"adding the prior, batch {BATCH}, V={vocab}, one thread, against scores + row",
@@ -147,7 +97,7 @@ def _adding(priors: dict[int, NGramModel], ids: np.ndarray, vocab: int) -> list[
 def _against_kenlm(prior: NGramModel, ids: np.ndarray) -> list[Figure]:
     what, target = f"the kenlm package's loop over the vocabulary against a row, in a batch of {BATCH}", "≥ 100×"
     if importlib.util.find_spec("kenlm") is None:
-        return [_not_measured(what, target, "pip install kenlm")]
+        return [not_measured(what, target, "pip install kenlm")]
     import kenlm
 
     with tempfile.TemporaryDirectory() as folder:
@@ -170,9 +120,9 @@ def _against_kenlm(prior: NGramModel, ids: np.ndarray) -> list[Figure]:
             state, after = after, state
         return [theirs.BaseScore(state, word, after) for word in words]
 
-    slow, batch, alone = _interleaved([loop, partial(rows, BATCH), partial(rows, 1)], 20)
-    ratio, shown = _ratio(slow, batch / BATCH)
-    single, shown_single = _ratio(slow, alone)
+    slow, batch, alone = interleaved([loop, partial(rows, BATCH), partial(rows, 1)], 20)
+    ratio, shown = ratio_of(slow, batch / BATCH)
+    single, shown_single = ratio_of(slow, alone)
     return [
         Figure(what, ratio, shown, target, ratio >= 100),
         Figure("the same against a row on its own", single, shown_single),
@@ -180,14 +130,14 @@ def _against_kenlm(prior: NGramModel, ids: np.ndarray) -> list[Figure]:
 
 
 def _training(ids: np.ndarray, vocab: int, lmplz: Path | None) -> list[Figure]:
-    seconds = [_seconds(lambda: NGramModel.train(ids, vocab, order=3)) for _ in range(5)]
+    seconds = [seconds_of(lambda: NGramModel.train(ids, vocab, order=3)) for _ in range(5)]
     rate = len(ids) / float(np.median(seconds))
     figures = [
         Figure("training, order 3, tokens per second and core", rate, f"{rate / 1e6:.1f} M", "≥ 1 M", rate >= 1e6)
     ]
     what, target = "training end to end (ids as text to a saved model) against lmplz", "< 1×"
     if lmplz is None:
-        return [*figures, _not_measured(what, target, "give --lmplz PATH")]
+        return [*figures, not_measured(what, target, "give --lmplz PATH")]
     with tempfile.TemporaryDirectory() as folder:
         text, saved = Path(folder) / "ids", Path(folder) / "m.safetensors"
         lines = (" ".join(map(str, ids[i : i + 256])) for i in range(0, len(ids), 256))
@@ -207,8 +157,8 @@ def _training(ids: np.ndarray, vocab: int, lmplz: Path | None) -> list[Figure]:
                     check=True,
                 )
 
-        own, other = _interleaved([ours, theirs], 5)
-    ratio, shown = _ratio(own, other)
+        own, other = interleaved([ours, theirs], 5)
+    ratio, shown = ratio_of(own, other)
     return [*figures, Figure(what, ratio, shown, target, ratio < 1)]
 
 
@@ -217,7 +167,7 @@ def _file(prior: NGramModel) -> list[Figure]:
         path = Path(folder) / "m.safetensors"
         prior.save(path)
         size = path.stat().st_size / len(prior)
-        opening = float(np.median([_seconds(lambda: NGramModel.load(path)) for _ in range(9)])) * 1e3
+        opening = float(np.median([seconds_of(lambda: NGramModel.load(path)) for _ in range(9)])) * 1e3
     return [
         Figure(f"bytes per n-gram on disk, order {prior.order}", size, f"{size:.2f}", "≤ 9.2", size <= 9.2),
         Figure(f"opening a saved model of order {prior.order}", opening, f"{opening:.0f} ms", "< 50 ms", opening < 50),
@@ -254,7 +204,7 @@ def _decode_share(model_name: str, tokenizer: Any, prior: NGramModel, documents:
 def _gpu(ids: np.ndarray) -> Figure:
     what, target = f"on a GPU, in a CUDA graph, batch {GPU_BATCH}, V={GPU_VOCAB}", "≤ 30 µs, no host sync"
     if not torch.cuda.is_available():
-        return _not_measured(what, target, "no GPU here")
+        return not_measured(what, target, "no GPU here")
     tables = NGramModel.train(ids, GPU_VOCAB, order=3, pad_vocab=True).to("cuda").tables
     scores = torch.randn(GPU_BATCH, GPU_VOCAB, device="cuda")
     strength, mixture = torch.full((GPU_BATCH,), 0.1, device="cuda"), mixture_of_orders([1 / 3] * 3).cuda()

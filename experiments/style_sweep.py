@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -158,6 +159,7 @@ class Sweep:
         """Made when the first cell wants it."""
         if self.engine_name == "transformers":
             return TransformersEngine(self.model, self.tokenizer, self.styles, self.options)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its messages would break the progress bar
         from experiments.vllm_engine import VllmEngine
 
         return VllmEngine(self.model, self.tokenizer, self.model_name, self.styles, self.options)

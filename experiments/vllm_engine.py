@@ -65,7 +65,8 @@ class VllmEngine:
             max_num_seqs=options.batch_size,
             enforce_eager=not on_gpu,
             disable_log_stats=True,
-            **({"gpu_memory_utilization": 0.5} if on_gpu else {}),  # the other half is transformers'
+            # On a GPU the other half is transformers'. On a CPU vLLM would take, and fill, much of the memory.
+            **({"gpu_memory_utilization": 0.5} if on_gpu else {"kv_cache_memory_bytes": 1 << 30}),
             **style_engine_args(folders) | {"logits_processors": [f"{__name__}:{TimedStyleProcessor.__name__}"]},
         )
 

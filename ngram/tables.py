@@ -20,7 +20,7 @@ as to carry out.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import repeat
@@ -104,6 +104,11 @@ class Tables:
     def word_bias(self) -> int:
         """What to add to a stored word."""
         return SMALL_BIAS if self.words.dtype == torch.int16 else 0
+
+    @cached_property
+    def shape(self) -> Shape:
+        """For `join`, if the tables hold one prior."""
+        return Shape(self.vocab_size, (self.vocab_size, *np.diff(self.first_ngrams).tolist()))
 
     def starts(self) -> Tensor:
         """Position of every node's first continuation, and the end: int32 [C + 1]. For the host, as the next two."""
@@ -393,74 +398,85 @@ def pack_nodes(counts: Tensor, codes: Tensor, books: Sequence[Tensor]) -> NodeFi
         codes: of the log γ of every node in its prior's book, int [C].
         books: float32 [K] of every prior.
     """
-    starts = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    runs = starts[:: 1 << RUN_BITS]
-    distances = starts - runs.repeat_interleave(1 << RUN_BITS)[: len(starts)]
-    records = torch.stack((distances, torch.nn.functional.pad(codes, (0, 1)).to(torch.int32)), 1)
-    small = int(records.max()) < 2 * SMALL_BIAS
+    run = 1 << RUN_BITS
+    distances = torch.zeros(len(counts) + 1, dtype=torch.int32)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=distances[1:])
+    runs = distances[::run].clone()
+    whole = len(distances) // run * run  # in place: there may be a hundred million of them
+    distances[:whole].view(-1, run).sub_(runs[: whole // run, None])
+    distances[whole:].sub_(runs[whole // run :])
+    small = max(int(distances.max()), int(codes.max())) < 2 * SMALL_BIAS
     bias = SMALL_BIAS if small else 0
+    nodes = torch.zeros(len(distances), 2, dtype=torch.int16 if small else torch.int32)
+    nodes[:, 0] = distances.sub_(bias)
+    nodes[:-1, 1] = codes - bias
     return {
-        "nodes": (records - bias).to(torch.int16) if small else records,
+        "nodes": nodes,
         "runs": runs + bias,
         "backoff_book": torch.cat(list(books)),
         "book_starts": torch.tensor([0, *map(len, books)], dtype=torch.int32).cumsum(0, dtype=torch.int32)[:-1] + bias,
     }
 
 
-def join(priors: Sequence[Tables], width: int | None = None) -> Tables:
+class Shape(NamedTuple):
+    """What `join` needs to know of a prior before it sees it."""
+
+    vocab_size: int
+    ngrams: tuple[int, ...]  # number of 1-, 2- … n-grams, all ids counted as 1-grams
+
+
+def join(shapes: Sequence[Shape], priors: Iterable[Tables], width: int | None = None) -> Tables:
     """Several priors in one trie, so that one call of `add_log_prior` can give every row another one.
 
-    Takes the memory of its parts and no more; those can be let go of.
+    Takes as much memory as they do; each can be let go of before the next one is made.
 
     Args:
+        shapes: `Tables.shape` of each.
         priors: each holds one, all over the same vocabulary, on the CPU. Orders may differ.
         width: columns of the scores they will be added to; V by default.
 
     Raises:
         NGramError: no prior, or vocabularies of different sizes.
     """
-    sizes = {prior.vocab_size for prior in priors}
+    sizes = {shape.vocab_size for shape in shapes}
     if len(sizes) != 1:
         raise NGramError(f"priors can be joined over one vocabulary, not over {len(sizes)}: {sorted(sizes)} token ids")
-    order = max(prior.order for prior in priors)
-    none = torch.zeros(1, dtype=torch.int32)
-    lengths, counts, codes = [], [none], [none]
-    for length in range(1, order):
-        parts = [_nodes_of_length(prior, length) for prior in priors]
-        lengths.append(sum(len(part[0]) for part in parts) + (len(parts) - 1 if length == 1 else 0))
-        for part_counts, part_codes in parts:
-            counts += [part_counts, *([none] if length == 1 else [])]
-            codes += [part_codes, *([none] if length == 1 else [])]
-        if length > 1:
-            counts.append(none)
-            codes.append(none)
-    slices = [
-        (prior, slice(*prior.first_ngrams[k - 2 : k]))
-        for k in range(2, order + 1)
-        for prior in priors
-        if k <= prior.order
+    (vocab_size,) = sizes
+    order = max(len(shape.ngrams) for shape in shapes)
+    per_order = [[shape.ngrams[k] if k < len(shape.ngrams) else 0 for shape in shapes] for k in range(order)]
+    # Nodes of length 1: each prior's tokens and one empty node. Longer ones: all priors' and one empty node.
+    blocks = [[count + (length == 1) for count in per_order[length - 1]] for length in range(1, order)]
+    lengths = tuple(sum(block) - (i == 0) for i, block in enumerate(blocks))
+    ends = np.cumsum([0, *(count for row in per_order[1:] for count in row)])
+    ngram_starts = ends[:-1].reshape(order - 1, len(shapes))
+    node_starts = [
+        first + np.cumsum([0, *block[:-1]])
+        for first, block in zip(np.cumsum([1, *(length + 1 for length in lengths)]), blocks, strict=False)
     ]
+    counts, codes = (torch.zeros(sum(lengths) + len(lengths) + 1, dtype=torch.int32) for _ in range(2))
+    unigram = torch.empty(len(shapes), width or vocab_size)
+    seen = torch.empty(len(shapes), vocab_size, dtype=torch.bool)
+    small = vocab_size <= SMALL_VOCAB
+    words = torch.empty(int(ends[-1]), dtype=torch.int16 if small else torch.int32)
+    deltas = torch.empty(int(ends[-1]))
+    books = []
+    for i, prior in enumerate(priors):
+        unigram[i], seen[i] = prior.widened(unigram.shape[1]).unigram[0], prior.seen[0]
+        books.append(torch.cat((torch.zeros(1), prior.backoff_book)))  # empty nodes, nobody's, have code 0 in any book
+        own_counts, own_codes = prior.counts(), prior.backoff_codes() + 1
+        for k in range(2, prior.order + 1):
+            nodes = slice(prior.first_nodes[k - 2], prior.first_nodes[k - 2] + prior.lengths[k - 2])
+            at = int(node_starts[k - 2][i])
+            counts[at : at + prior.lengths[k - 2]] = own_counts[nodes]
+            codes[at : at + prior.lengths[k - 2]] = own_codes[nodes]
+            ngrams = slice(*prior.first_ngrams[k - 2 : k])
+            at = int(ngram_starts[k - 2, i])
+            words[at : at + ngrams.stop - ngrams.start] = prior.words[ngrams]
+            deltas[at : at + ngrams.stop - ngrams.start] = prior.deltas[ngrams]
+        del prior
     return Tables(
-        unigram=torch.cat([prior.widened(width or prior.vocab_size).unigram for prior in priors]),
-        seen=torch.cat([prior.seen for prior in priors]),
-        # Code 0 is 0 in every book, since empty nodes belong to no prior in particular.
-        **pack_nodes(
-            torch.cat(counts), torch.cat(codes), [torch.cat((torch.zeros(1), p.backoff_book)) for p in priors]
-        ),
-        words=torch.cat([priors[0].words[:0], *(prior.words[part] for prior, part in slices)]),
-        deltas=torch.cat([priors[0].deltas[:0], *(prior.deltas[part] for prior, part in slices)]),
-        lengths=tuple(lengths),
+        unigram=unigram, seen=seen, **pack_nodes(counts, codes, books), words=words, deltas=deltas, lengths=lengths
     )
-
-
-def _nodes_of_length(prior: Tables, length: int) -> tuple[Tensor, Tensor]:
-    """Counts and back-off codes in a book that begins with a 0. A prior's longest n-grams are childless nodes."""
-    if length < prior.order:
-        part = slice(prior.first_nodes[length - 1], prior.first_nodes[length - 1] + prior.lengths[length - 1])
-        return prior.counts()[part], prior.backoff_codes()[part] + 1
-    ngrams = (prior.vocab_size, *np.diff(prior.first_ngrams).tolist(), *[0] * length)[length - 1]
-    childless = torch.zeros(ngrams, dtype=torch.int32)
-    return childless, childless
 
 
 def mixture_of_orders(weights: Sequence[float]) -> Tensor:

@@ -7,9 +7,11 @@ configuration; the environment is what all of them share.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from decoding.errors import DecodingError
 from decoding.priors import is_saved_prior, load_prior, may_be_hub_id
@@ -123,20 +126,36 @@ class Layer(NamedTuple):
 class LoadedStyles:
     """Priors on a device, joined so that every row of a batch can have others.
 
+    Args:
+        names: of the styles.
+        opened: gives the prior of a name. Called twice for each, so that no more than one need be in memory beside
+            the joined ones.
+        width: columns of the model's logits.
+        device: where the logits are.
+
     Attributes:
         context: how many tokens back a prior looks.
     """
 
-    def __init__(self, priors: Mapping[str, StylePrior], width: int, device: torch.device | str):
-        self._index = {name: i for i, name in enumerate(priors)}
-        self._lambdas = [prior.lambda_ for prior in priors.values()]
+    def __init__(
+        self, names: Sequence[str], opened: Callable[[str], StylePrior], width: int, device: torch.device | str
+    ):
+        self._index = {name: i for i, name in enumerate(names)}
+        self._lambdas: list[float] = []
         self._tables: Tables | None = None
         self.context = 1
-        if priors:
-            self._tables = join([_model_of(prior).tables for prior in priors.values()], width).to(device)
-            order = self._tables.order
-            self._mixtures = torch.cat([_mixture_of(prior, order) for prior in priors.values()]).to(device)
-            self.context = max(order - 1, 1)
+        if not names:
+            return
+        shapes, mixtures = [], []
+        for name in names:
+            prior = opened(name)
+            self._lambdas.append(prior.lambda_)
+            shapes.append(_model_of(prior).tables.shape)
+            mixtures.append(_mixture_of(prior))
+        self._tables = join(shapes, (_model_of(opened(name)).tables for name in names), width).to(device)
+        order = self._tables.order
+        self._mixtures = torch.cat([pad(each, (0, order - each.shape[1]) * 2) for each in mixtures]).to(device)
+        self.context = max(order - 1, 1)
 
     def resolve(self, extra_args: Mapping[str, Any] | None) -> list[tuple[int, float]]:
         """Index and λ of each prior that a request asks for, those with λ = 0 left out."""
@@ -163,13 +182,12 @@ def _model_of(prior: StylePrior) -> NGramModel:
     return prior.model
 
 
-def _mixture_of(prior: StylePrior, order: int) -> Tensor:
-    """How a prior weighs its orders, float32 [1, order, order], where others may have longer n-grams."""
-    own = _model_of(prior).order
-    mixture = prior.mixture
-    if mixture is None:  # log p of the longest order: the terms of all of them, whichever contexts match
-        mixture = torch.nn.functional.pad(torch.ones(1, 1, own), (0, 0, 0, own - 1))
-    return torch.nn.functional.pad(mixture, (0, order - own) * 2)
+def _mixture_of(prior: StylePrior) -> Tensor:
+    """How a prior weighs its orders, float32 [1, n, n]."""
+    if prior.mixture is not None:
+        return prior.mixture
+    order = _model_of(prior).order  # log p_n: the terms of all orders, whichever contexts match
+    return pad(torch.ones(1, 1, order), (0, 0, 0, order - 1))
 
 
 def load_styles(declared: Mapping[str, str], tokenizer: Any | None, width: int, device: Any) -> LoadedStyles:
@@ -184,19 +202,29 @@ def load_styles(declared: Mapping[str, str], tokenizer: Any | None, width: int, 
     Raises:
         DecodingError: a prior that is missing, damaged, or of another tokenizer.
     """
-    priors = {}
-    for name, source in declared.items():
+
+    def opened(name: str) -> StylePrior:
         try:
-            priors[name] = _opened(source, tokenizer)
+            prior = _opened(declared[name], tokenizer)
         except DecodingError as error:
             raise DecodingError(f"style {name!r}: {error}") from error
-        size = _model_of(priors[name]).vocab_size
+        size = _model_of(prior).vocab_size
         if size > width:
             raise DecodingError(f"style {name!r} has {size} token ids, the model scores {width}: another model's")
+        return prior
+
     try:
-        return LoadedStyles(priors, width, device)
+        return LoadedStyles(list(declared), opened, width, device)
     except NGramError as error:
         raise DecodingError(str(error)) from error
+    finally:
+        _give_back_freed_memory()
+
+
+def _give_back_freed_memory() -> None:
+    """Opening files leaves some 200 MB with glibc's allocator, which a server would hold for good."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
 def _opened(source: str, tokenizer: Any | None) -> StylePrior:

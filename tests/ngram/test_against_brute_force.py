@@ -124,7 +124,7 @@ def test_arpa_and_files_keep_every_row(case, tmp_path_factory):
 def test_a_batch_may_mix_priors_that_share_a_trie(some, data):
     """Rows with a prior each, of different orders and smoothings, against each prior on its own, row by row."""
     tables = [build(case)[0].tables for case in some]
-    joined = join(tables, width=V + 2)
+    joined = join([each.shape for each in tables], tables, width=V + 2)
     contexts = [context for case in some for context in case["contexts"]]
     which = data.draw(st.lists(st.integers(0, len(some) - 1), min_size=len(contexts), max_size=len(contexts)))
     history, scores, strength = torch.tensor(contexts), torch.randn(len(contexts), V + 2), torch.rand(len(contexts))

@@ -85,6 +85,10 @@ def test_padding_the_vocabulary_fits_new_text_better():
     assert NGramModel.train(train, 50, pad_vocab=True).perplexity(held) < NGramModel.train(train, 50).perplexity(held)
 
 
+def joined(tables):
+    return join([each.shape for each in tables], iter(tables))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_scores_of_any_dtype(trained, dtype):
     history, strength = torch.from_numpy(IDS[:8].reshape(4, 2)), torch.full((4,), 0.5)
@@ -108,7 +112,7 @@ def test_the_accelerator_path_agrees_with_the_host_path(trained, monkeypatch):
 def test_on_an_accelerator_nothing_waits_for_the_device(order):
     """The device "meta" holds no data: whatever asks it for a number, or for a shape that depends on one, fails."""
     one = NGramModel.train(IDS, 50, order=order).tables
-    several = join([one, NGramModel.train(IDS[:200], 50, order=2).tables, one])
+    several = joined([one, NGramModel.train(IDS[:200], 50, order=2).tables, one])
     scores, history = torch.empty(8, 55, device="meta"), torch.empty(8, 9, dtype=torch.int64, device="meta")
     prior, strength = torch.empty(8, dtype=torch.int64, device="meta"), torch.empty(8, device="meta")
     for tables, which in ((one, 0), (several, prior)):
@@ -128,14 +132,14 @@ def test_in_memory_the_tables_are_as_small_as_their_file(tmp_path):
     for prior in priors:
         prior.save(tmp_path / "m.safetensors")
         size += (tmp_path / "m.safetensors").stat().st_size
-    for tables in ([prior.tables for prior in priors], [join([prior.tables for prior in priors])]):
+    for tables in ([prior.tables for prior in priors], [joined([prior.tables for prior in priors])]):
         memory = sum(getattr(each, name).nbytes for each in tables for name in TENSORS)
         assert memory < 1.05 * size
 
 
 def test_priors_of_different_vocabularies_are_not_joined(trained):
     with pytest.raises(NGramError, match="one vocabulary"):
-        join([trained.tables, NGramModel.train(IDS, 51).tables])
+        joined([trained.tables, NGramModel.train(IDS, 51).tables])
 
 
 def test_an_old_file_survives_a_failed_save(trained, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def priors():
 
 @pytest.fixture(scope="module")
 def styles(priors):
-    return LoadedStyles(priors, WIDTH, "cpu")
+    return LoadedStyles(list(priors), priors.__getitem__, WIDTH, "cpu")
 
 
 def steered(priors, styles, history, row):

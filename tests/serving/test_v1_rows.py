@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from decoding.vllm.v1 import Rows
-from tests.serving.conftest import V, WIDTH, assert_same_distribution, random_arguments, steered
+from tests.serving.conftest import WIDTH, V, assert_same_distribution, random_arguments, steered
 
 
 class Direction(Enum):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from decoding.vllm.v2 import Slots
-from tests.serving.conftest import V, WIDTH, assert_same_distribution, random_arguments, steered
+from tests.serving.conftest import WIDTH, V, assert_same_distribution, random_arguments, steered
 
 SLOTS, LENGTH = 6, 64
 
