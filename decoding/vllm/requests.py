@@ -202,15 +202,17 @@ def load_styles(declared: Mapping[str, str], tokenizer: Any | None, width: int, 
     Raises:
         DecodingError: a prior that is missing, damaged, or of another tokenizer.
     """
+    checked: set[str] = set()
 
     def opened(name: str) -> StylePrior:
         try:
-            prior = _opened(declared[name], tokenizer)
+            prior = _opened(declared[name], None if name in checked else tokenizer)
         except DecodingError as error:
             raise DecodingError(f"style {name!r}: {error}") from error
         size = _model_of(prior).vocab_size
         if size > width:
             raise DecodingError(f"style {name!r} has {size} token ids, the model scores {width}: another model's")
+        checked.add(name)
         return prior
 
     try:
