@@ -119,3 +119,15 @@ def test_a_placeholder_counts_only_until_its_token_is_there(priors, styles):
     scores = torch.randn(1, WIDTH)
     wanted = steered(priors, [("long", 1)], [1, 2, 3, 4], scores[0])
     assert_same_distribution(rows.apply(scores.clone())[0], wanted)
+
+
+def test_a_move_onto_an_occupied_row_replaces_it(styles):
+    rows = Rows(styles, torch.device("cpu"))
+    plain = SimpleNamespace(extra_args={"style": "plain"})
+    rows.update(
+        batch_update(added=[(0, plain, [1], []), (1, plain, [2], [])], moved=[(1, 0, Direction.UNIDIRECTIONAL)])
+    )
+    logits = torch.randn(2, WIDTH)
+    got = rows.apply(logits.clone())
+    assert not torch.equal(got[0], logits[0])
+    assert torch.equal(got[1], logits[1])
