@@ -18,9 +18,10 @@ import torch
 
 from ngram.counts import Ints
 from ngram.errors import NGramError
+from ngram.layout import SortedNGrams, tables_from_estimates
 from ngram.smoothing import Estimates, Floats
 from ngram.storage import write_atomically
-from ngram.tables import SortedNGrams, Tables, tables_from_estimates
+from ngram.tables import Tables
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 LN10 = float(np.log(10))

@@ -13,8 +13,9 @@ from torch import Tensor
 from ngram import arpa, storage
 from ngram.counts import count_ngrams, documents_as_arrays
 from ngram.errors import NGramError
+from ngram.layout import SortedNGrams, tables_from_estimates
 from ngram.smoothing import Smoothing, estimate
-from ngram.tables import NEVER, SortedNGrams, Tables, add_log_prior, tables_from_estimates
+from ngram.tables import NEVER, Tables, add_log_prior
 
 MAX_ORDER = 6
 Oov = Literal["spread", "unk", "exclude"]

@@ -16,7 +16,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ngram.errors import NGramError
-from ngram.tables import SMALL_VOCAB, Tables, pack_nodes
+from ngram.layout import pack_nodes
+from ngram.tables import SMALL_VOCAB, Tables
 
 FORMAT = "decoding-ngram/1"
 

@@ -9,8 +9,9 @@ Contexts form a trie laid out as in `ngram.counts`. A *node* is a context: nodes
 of length l are sorted by (node of the first l−1 tokens, last token). Every length ends on one empty node, which
 stands for "not a context of this model" and has no continuations. One more comes first of all: token −1, "no token".
 
-Several priors over one vocabulary can share a trie (`join`), so that a batch may mix them: their nodes of length 1
-stand one prior after the other, each prior's ending on an empty node, and everything longer follows from those.
+Several priors over one vocabulary can share a trie (`ngram.layout.join`), so that a batch may mix them: their nodes of
+length 1 stand one prior after the other, each prior's ending on an empty node, and everything longer follows from
+those.
 
 In memory the tables are as small as in a file: a context is searched for among its parent's continuations, without
 an index of contexts. Written for few and cheap operations: at batch 8 a tensor operation costs about as much to start
@@ -20,20 +21,16 @@ as to carry out.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import repeat
 from math import isqrt
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-
-from ngram.errors import NGramError
-from ngram.smoothing import Estimates
 
 NEVER = -1e30
 """Log-probability of what cannot occur. Finite, so that a weight of 0 leaves scores as they are (0 · −inf is NaN)."""
@@ -53,6 +50,13 @@ class Contexts(NamedTuple):
     starts: Tensor  # int32 [B · (n−1)], position of the node's first continuation
     ends: Tensor  # int32 [B · (n−1)], one past its last; the same where the model lacks the context
     codes: Tensor  # int32 [B · (n−1)], position of log γ in the tables' book
+
+
+class Shape(NamedTuple):
+    """What `ngram.layout.join` needs to know of a prior before it sees it."""
+
+    vocab_size: int
+    ngrams: tuple[int, ...]  # number of 1-, 2- … n-grams, all ids counted as 1-grams
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +111,7 @@ class Tables:
 
     @cached_property
     def shape(self) -> Shape:
-        """For `join`, if the tables hold one prior."""
+        """For `ngram.layout.join`, if the tables hold one prior."""
         return Shape(self.vocab_size, (self.vocab_size, *np.diff(self.first_ngrams).tolist()))
 
     def starts(self) -> Tensor:
@@ -342,143 +346,6 @@ def _look_up(keys: Tensor, wanted: Tensor) -> Tensor:
     return at.where(hit, keys.numel() - 1)
 
 
-class SortedNGrams(NamedTuple):
-    """The k-grams of one order k ≥ 2, sorted by (index of the first k−1 tokens in their order, last token)."""
-
-    parents: NDArray[np.int64]  # that index [N]
-    words: NDArray[np.int64]  # that token [N]
-
-
-def tables_from_estimates(seen: NDArray[np.bool_], ngrams: Sequence[SortedNGrams], estimates: Estimates) -> Tables:
-    """Lays a smoothed model out as `Tables`, on the CPU.
-
-    Args:
-        seen: ids that occur, bool [V].
-        ngrams: of the orders 2 … n.
-        estimates: of the same.
-    """
-    vocab_size = len(seen)
-    lengths = (vocab_size, *(len(each.words) for each in ngrams))[: len(ngrams)]
-    backoff: list = [[0.0]]
-    counts: list = [[0]]
-    for length, gamma, longer in zip(lengths, estimates.backoffs, ngrams, strict=True):
-        backoff += [gamma, [0.0]]
-        counts.append(np.bincount(longer.parents, minlength=length + 1))
-    book, codes = torch.from_numpy(_joined(backoff, np.float32)).unique(return_inverse=True)
-    words = _joined([each.words for each in ngrams], np.int64)
-    small = vocab_size <= SMALL_VOCAB
-    return Tables(
-        unigram=torch.from_numpy(np.maximum(estimates.unigram, NEVER).astype(np.float32))[None],
-        seen=torch.from_numpy(seen)[None],
-        **pack_nodes(torch.from_numpy(_joined(counts, np.int64)), codes, [book]),
-        words=torch.from_numpy((words - SMALL_BIAS).astype(np.int16) if small else words.astype(np.int32)),
-        deltas=torch.from_numpy(_joined(estimates.deltas, np.float32)),
-        lengths=lengths,
-    )
-
-
-def _joined(parts: list, dtype: type) -> np.ndarray:
-    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
-
-
-class NodeFields(TypedDict):
-    """The fields of `Tables` that describe nodes."""
-
-    nodes: Tensor
-    runs: Tensor
-    backoff_book: Tensor
-    book_starts: Tensor
-
-
-def pack_nodes(counts: Tensor, codes: Tensor, books: Sequence[Tensor]) -> NodeFields:
-    """Lays nodes out.
-
-    Args:
-        counts: number of continuations of every node, int [C].
-        codes: of the log γ of every node in its prior's book, int [C].
-        books: float32 [K] of every prior.
-    """
-    run = 1 << RUN_BITS
-    distances = torch.zeros(len(counts) + 1, dtype=torch.int32)
-    torch.cumsum(counts, 0, dtype=torch.int32, out=distances[1:])
-    runs = distances[::run].clone()
-    whole = len(distances) // run * run  # in place: there may be a hundred million of them
-    distances[:whole].view(-1, run).sub_(runs[: whole // run, None])
-    distances[whole:].sub_(runs[whole // run :])
-    small = max(int(distances.max()), int(codes.max())) < 2 * SMALL_BIAS
-    bias = SMALL_BIAS if small else 0
-    nodes = torch.zeros(len(distances), 2, dtype=torch.int16 if small else torch.int32)
-    nodes[:, 0] = distances.sub_(bias)
-    nodes[:-1, 1] = codes - bias
-    return {
-        "nodes": nodes,
-        "runs": runs + bias,
-        "backoff_book": torch.cat(list(books)),
-        "book_starts": torch.tensor([0, *map(len, books)], dtype=torch.int32).cumsum(0, dtype=torch.int32)[:-1] + bias,
-    }
-
-
-class Shape(NamedTuple):
-    """What `join` needs to know of a prior before it sees it."""
-
-    vocab_size: int
-    ngrams: tuple[int, ...]  # number of 1-, 2- … n-grams, all ids counted as 1-grams
-
-
-def join(shapes: Sequence[Shape], priors: Iterable[Tables], width: int | None = None) -> Tables:
-    """Several priors in one trie, so that one call of `add_log_prior` can give every row another one.
-
-    Takes as much memory as they do; each can be let go of before the next one is made.
-
-    Args:
-        shapes: `Tables.shape` of each.
-        priors: each holds one, all over the same vocabulary, on the CPU. Orders may differ.
-        width: columns of the scores they will be added to; V by default.
-
-    Raises:
-        NGramError: no prior, or vocabularies of different sizes.
-    """
-    sizes = {shape.vocab_size for shape in shapes}
-    if len(sizes) != 1:
-        raise NGramError(f"priors can be joined over one vocabulary, not over {len(sizes)}: {sorted(sizes)} token ids")
-    (vocab_size,) = sizes
-    order = max(len(shape.ngrams) for shape in shapes)
-    per_order = [[shape.ngrams[k] if k < len(shape.ngrams) else 0 for shape in shapes] for k in range(order)]
-    # Nodes of length 1: each prior's tokens and one empty node. Longer ones: all priors' and one empty node.
-    blocks = [[count + (length == 1) for count in per_order[length - 1]] for length in range(1, order)]
-    lengths = tuple(sum(block) - (i == 0) for i, block in enumerate(blocks))
-    ends = np.cumsum([0, *(count for row in per_order[1:] for count in row)])
-    ngram_starts = ends[:-1].reshape(order - 1, len(shapes))
-    node_starts = [
-        first + np.cumsum([0, *block[:-1]])
-        for first, block in zip(np.cumsum([1, *(length + 1 for length in lengths)]), blocks, strict=False)
-    ]
-    counts, codes = (torch.zeros(sum(lengths) + len(lengths) + 1, dtype=torch.int32) for _ in range(2))
-    unigram = torch.empty(len(shapes), width or vocab_size)
-    seen = torch.empty(len(shapes), vocab_size, dtype=torch.bool)
-    small = vocab_size <= SMALL_VOCAB
-    words = torch.empty(int(ends[-1]), dtype=torch.int16 if small else torch.int32)
-    deltas = torch.empty(int(ends[-1]))
-    books = []
-    for i, prior in enumerate(priors):
-        unigram[i], seen[i] = prior.widened(unigram.shape[1]).unigram[0], prior.seen[0]
-        books.append(torch.cat((torch.zeros(1), prior.backoff_book)))  # empty nodes, nobody's, have code 0 in any book
-        own_counts, own_codes = prior.counts(), prior.backoff_codes() + 1
-        for k in range(2, prior.order + 1):
-            nodes = slice(prior.first_nodes[k - 2], prior.first_nodes[k - 2] + prior.lengths[k - 2])
-            at = int(node_starts[k - 2][i])
-            counts[at : at + prior.lengths[k - 2]] = own_counts[nodes]
-            codes[at : at + prior.lengths[k - 2]] = own_codes[nodes]
-            ngrams = slice(*prior.first_ngrams[k - 2 : k])
-            at = int(ngram_starts[k - 2, i])
-            words[at : at + ngrams.stop - ngrams.start] = prior.words[ngrams]
-            deltas[at : at + ngrams.stop - ngrams.start] = prior.deltas[ngrams]
-        del prior
-    return Tables(
-        unigram=unigram, seen=seen, **pack_nodes(counts, codes, books), words=words, deltas=deltas, lengths=lengths
-    )
-
-
 def mixture_of_orders(weights: Sequence[float]) -> Tensor:
     """The ``mixture`` of `add_log_prior` for one prior Σ_k w_k log p_k: float32 [1, n, n], row k for order k.
 
@@ -504,7 +371,7 @@ def add_log_prior(
     is in the model. Entries at −inf stay there.
 
     Args:
-        tables: one prior, or several (see `join`), on the device of ``scores``.
+        tables: one prior, or several (see `ngram.layout.join`), on the device of ``scores``.
         scores: float [B, W], W the width of ``tables.unigram`` (see `Tables.widened`).
         history: token ids, int64 [B, H]; −1 where there is no token.
         strength: λ of each row, float32 [B]. Rows with 0 come back as they are.

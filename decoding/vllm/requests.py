@@ -25,7 +25,8 @@ from decoding.errors import DecodingError
 from decoding.priors import is_saved_prior, load_prior, may_be_hub_id
 from decoding.style import CONFIG_FILE, StylePrior, checked_lambda
 from ngram import NGramError, NGramModel
-from ngram.tables import Tables, add_log_prior, join
+from ngram.layout import join
+from ngram.tables import Tables, add_log_prior
 
 STYLES_VARIABLE = "DECODING_STYLES"
 PROCESSOR = "decoding.vllm.processor:StyleLogitsProcessor"

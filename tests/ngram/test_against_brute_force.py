@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngram import NGramModel
-from ngram.tables import add_log_prior, join, mixture_of_orders
+from ngram.layout import join
+from ngram.tables import add_log_prior, mixture_of_orders
 from tests.ngram.reference import Reference
 
 V = 7

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ngram import NGramError, NGramModel
-from ngram.tables import TENSORS, add_log_prior, join, mixture_of_orders
+from ngram.layout import join
+from ngram.tables import TENSORS, add_log_prior, mixture_of_orders
 
 IDS = np.random.default_rng(0).integers(0, 40, 3000)
 

@@ -1,0 +1,145 @@
+"""Makes `ngram.tables.Tables`: of a smoothed model, or of several priors that are to share a trie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ngram.errors import NGramError
+from ngram.smoothing import Estimates
+from ngram.tables import NEVER, RUN_BITS, SMALL_BIAS, SMALL_VOCAB, Shape, Tables
+
+
+class SortedNGrams(NamedTuple):
+    """The k-grams of one order k ≥ 2, sorted by (index of the first k−1 tokens in their order, last token)."""
+
+    parents: NDArray[np.int64]  # that index [N]
+    words: NDArray[np.int64]  # that token [N]
+
+
+def tables_from_estimates(seen: NDArray[np.bool_], ngrams: Sequence[SortedNGrams], estimates: Estimates) -> Tables:
+    """Lays a smoothed model out as `Tables`, on the CPU.
+
+    Args:
+        seen: ids that occur, bool [V].
+        ngrams: of the orders 2 … n.
+        estimates: of the same.
+    """
+    vocab_size = len(seen)
+    lengths = (vocab_size, *(len(each.words) for each in ngrams))[: len(ngrams)]
+    backoff: list = [[0.0]]
+    counts: list = [[0]]
+    for length, gamma, longer in zip(lengths, estimates.backoffs, ngrams, strict=True):
+        backoff += [gamma, [0.0]]
+        counts.append(np.bincount(longer.parents, minlength=length + 1))
+    book, codes = torch.from_numpy(_joined(backoff, np.float32)).unique(return_inverse=True)
+    words = _joined([each.words for each in ngrams], np.int64)
+    small = vocab_size <= SMALL_VOCAB
+    return Tables(
+        unigram=torch.from_numpy(np.maximum(estimates.unigram, NEVER).astype(np.float32))[None],
+        seen=torch.from_numpy(seen)[None],
+        **pack_nodes(torch.from_numpy(_joined(counts, np.int64)), codes, [book]),
+        words=torch.from_numpy((words - SMALL_BIAS).astype(np.int16) if small else words.astype(np.int32)),
+        deltas=torch.from_numpy(_joined(estimates.deltas, np.float32)),
+        lengths=lengths,
+    )
+
+
+def _joined(parts: list, dtype: type) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+
+class NodeFields(TypedDict):
+    """The fields of `Tables` that describe nodes."""
+
+    nodes: Tensor
+    runs: Tensor
+    backoff_book: Tensor
+    book_starts: Tensor
+
+
+def pack_nodes(counts: Tensor, codes: Tensor, books: Sequence[Tensor]) -> NodeFields:
+    """Lays nodes out.
+
+    Args:
+        counts: number of continuations of every node, int [C].
+        codes: of the log γ of every node in its prior's book, int [C].
+        books: float32 [K] of every prior.
+    """
+    run = 1 << RUN_BITS
+    distances = torch.zeros(len(counts) + 1, dtype=torch.int32)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=distances[1:])
+    runs = distances[::run].clone()
+    whole = len(distances) // run * run  # in place: there may be a hundred million of them
+    distances[:whole].view(-1, run).sub_(runs[: whole // run, None])
+    distances[whole:].sub_(runs[whole // run :])
+    small = max(int(distances.max()), int(codes.max())) < 2 * SMALL_BIAS
+    bias = SMALL_BIAS if small else 0
+    nodes = torch.zeros(len(distances), 2, dtype=torch.int16 if small else torch.int32)
+    nodes[:, 0] = distances.sub_(bias)
+    nodes[:-1, 1] = codes - bias
+    return {
+        "nodes": nodes,
+        "runs": runs + bias,
+        "backoff_book": torch.cat(list(books)),
+        "book_starts": torch.tensor([0, *map(len, books)], dtype=torch.int32).cumsum(0, dtype=torch.int32)[:-1] + bias,
+    }
+
+
+def join(shapes: Sequence[Shape], priors: Iterable[Tables], width: int | None = None) -> Tables:
+    """Several priors in one trie, so that one call of `add_log_prior` can give every row another one.
+
+    Takes as much memory as they do; each can be let go of before the next one is made.
+
+    Args:
+        shapes: `Tables.shape` of each.
+        priors: each holds one, all over the same vocabulary, on the CPU. Orders may differ.
+        width: columns of the scores they will be added to; V by default.
+
+    Raises:
+        NGramError: no prior, or vocabularies of different sizes.
+    """
+    sizes = {shape.vocab_size for shape in shapes}
+    if len(sizes) != 1:
+        raise NGramError(f"priors can be joined over one vocabulary, not over {len(sizes)}: {sorted(sizes)} token ids")
+    (vocab_size,) = sizes
+    order = max(len(shape.ngrams) for shape in shapes)
+    per_order = [[shape.ngrams[k] if k < len(shape.ngrams) else 0 for shape in shapes] for k in range(order)]
+    # Nodes of length 1: each prior's tokens and one empty node. Longer ones: all priors' and one empty node.
+    blocks = [[count + (length == 1) for count in per_order[length - 1]] for length in range(1, order)]
+    lengths = tuple(sum(block) - (i == 0) for i, block in enumerate(blocks))
+    ends = np.cumsum([0, *(count for row in per_order[1:] for count in row)])
+    ngram_starts = ends[:-1].reshape(order - 1, len(shapes))
+    node_starts = [
+        first + np.cumsum([0, *block[:-1]])
+        for first, block in zip(np.cumsum([1, *(length + 1 for length in lengths)]), blocks, strict=False)
+    ]
+    counts, codes = (torch.zeros(sum(lengths) + len(lengths) + 1, dtype=torch.int32) for _ in range(2))
+    unigram = torch.empty(len(shapes), width or vocab_size)
+    seen = torch.empty(len(shapes), vocab_size, dtype=torch.bool)
+    small = vocab_size <= SMALL_VOCAB
+    words = torch.empty(int(ends[-1]), dtype=torch.int16 if small else torch.int32)
+    deltas = torch.empty(int(ends[-1]))
+    books = []
+    for i, prior in enumerate(priors):
+        unigram[i], seen[i] = prior.widened(unigram.shape[1]).unigram[0], prior.seen[0]
+        books.append(torch.cat((torch.zeros(1), prior.backoff_book)))  # empty nodes, nobody's, have code 0 in any book
+        own_counts, own_codes = prior.counts(), prior.backoff_codes() + 1
+        for k in range(2, prior.order + 1):
+            nodes = slice(prior.first_nodes[k - 2], prior.first_nodes[k - 2] + prior.lengths[k - 2])
+            at = int(node_starts[k - 2][i])
+            counts[at : at + prior.lengths[k - 2]] = own_counts[nodes]
+            codes[at : at + prior.lengths[k - 2]] = own_codes[nodes]
+            ngrams = slice(*prior.first_ngrams[k - 2 : k])
+            at = int(ngram_starts[k - 2, i])
+            words[at : at + ngrams.stop - ngrams.start] = prior.words[ngrams]
+            deltas[at : at + ngrams.stop - ngrams.start] = prior.deltas[ngrams]
+        del prior
+    return Tables(
+        unigram=unigram, seen=seen, **pack_nodes(counts, codes, books), words=words, deltas=deltas, lengths=lengths
+    )
