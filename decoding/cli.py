@@ -286,8 +286,7 @@ def info(prior: Path) -> None:
     from decoding.priors import load_prior
 
     model = load_prior(prior)
-    ends = model.tables.first_ngrams
-    counts = [int(model.seen.sum()), *(b - a for a, b in zip(ends[:-1], ends[1:], strict=True))]
+    counts = [int(model.seen.sum()), *model.tables.shape.ngrams[1:]]
     about = {
         "order": model.order,
         "smoothing": model.smoothing,

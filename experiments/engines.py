@@ -17,8 +17,6 @@ from experiments.timing import TimedProcessor
 if TYPE_CHECKING:
     from experiments.style_sweep import Cell, Style, SweepOptions
 
-ENGINES = ("transformers", "vllm")
-
 
 class Batch(NamedTuple):
     """Texts of equal length, and the distributions that they were drawn from."""
