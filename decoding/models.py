@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -63,6 +64,15 @@ def load_model(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str | Non
     if dtype == "auto" and device == "cpu" and not _cpu_computes_in(model.dtype):
         model = model.float()
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps the method
+
+
+def model_fingerprint(model: Any) -> str:
+    """SHA-256 of every parameter's name, shape and first 64 values: quick, and another for other weights."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()[:64].float().cpu().numpy()
+        digest.update(f"{name} {list(parameter.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def _no_tokenizer(name: str, why: str) -> DecodingError:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from decoding.corpora import DEFAULT_STYLE
 from decoding.errors import DecodingError
+from decoding.hub import find_file, upload
+from decoding.late import LateAnswer
 from decoding.priors import DEFAULT_ORDER, PRIOR_FILE, load_prior, resolve_style
 from ngram import NGramModel
 from ngram.storage import write_atomically
@@ -100,7 +99,7 @@ class StylePrior(LogitsProcessor):
         self.model: NGramModel | None = None
         self.mixture: Tensor | None = None
         self._tables: Tables | None = None
-        self._nan = _NaNCheck()
+        self._holds_nan = LateAnswer()
         if tokenizer is not None:
             self.bind(tokenizer)
         elif isinstance(style, NGramModel):
@@ -140,7 +139,8 @@ class StylePrior(LogitsProcessor):
         if self._tables.unigram.device != scores.device:
             self._tables = self._tables.to(scores.device)
             self.mixture = None if self.mixture is None else self.mixture.to(scores.device)
-        self._nan.check(scores)
+        if self._holds_nan(scores.device, lambda: torch.isnan(scores.amax())):
+            raise DecodingError("the scores hold NaN before the style prior: the model or an earlier processor made it")
         strength = torch.full((len(scores),), self.lambda_, device=scores.device)
         return add_log_prior(self._tables, scores, self._history(input_ids, self._tables.order), strength, self.mixture)
 
@@ -178,12 +178,7 @@ class StylePrior(LogitsProcessor):
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Uploads what `save_pretrained` writes to a repository on the hub, made if needed, and returns its address."""
-        api = HfApi(token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            address = api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload style prior")
-        return str(address)
+        return upload(self.save_pretrained, "style prior", repo_id, private, token)
 
     @classmethod
     def from_pretrained(
@@ -200,8 +195,8 @@ class StylePrior(LogitsProcessor):
             DecodingError: nothing there, damaged, or of another tokenizer.
         """
         hub: dict[str, Any] = {key: changes.pop(key) for key in ("revision", "token") if key in changes}
-        model = load_prior(_find_file(name_or_path, PRIOR_FILE, hub), tokenizer)
-        config_path = _find_file(name_or_path, CONFIG_FILE, hub)
+        model = load_prior(find_file(name_or_path, PRIOR_FILE, "style prior", hub), tokenizer)
+        config_path = find_file(name_or_path, CONFIG_FILE, "style prior", hub)
         try:
             config = json.loads(config_path.read_bytes())
             parameters = {key: config[key] for key in ("orders", "weights", "combine")} | {"lambda_": config["lambda"]}
@@ -244,41 +239,3 @@ def _mixture(
         raise DecodingError(f"weights must be {len(used)} finite numbers, none negative and not all 0, not {weights}")
     by_order = dict(zip(used, share, strict=True))
     return mixture_of_orders([by_order.get(k, 0.0) for k in range(1, model_order + 1)])
-
-
-def _find_file(name_or_path: str | PathLike, file: str, hub: dict[str, Any]) -> Path:
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path) / file
-    try:
-        return Path(hf_hub_download(str(name_or_path), file, **hub))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise DecodingError(f"no style prior at {name_or_path}, neither a folder nor on the hub: {error}") from error
-
-
-class _NaNCheck:
-    """Reports NaN in scores: at once on a host, and on CUDA with the first step that finds the answer already there."""
-
-    def __init__(self):
-        self._answer: Tensor | None = None
-        self._event: torch.cuda.Event | None = None
-
-    def check(self, scores: Tensor) -> None:
-        if scores.device.type != "cuda":
-            self._report(torch.isnan(scores.amax()))
-            return
-        if torch.cuda.is_current_stream_capturing():
-            return
-        if self._event is not None:
-            if not self._event.query():
-                return
-            self._report(self._answer)
-        if self._answer is None:
-            self._answer = torch.zeros((), dtype=torch.bool, pin_memory=True)
-        self._answer.copy_(torch.isnan(scores.amax()), non_blocking=True)
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def _report(self, found: Tensor | None) -> None:
-        if found is not None and bool(found):
-            self._answer = self._event = None
-            raise DecodingError("the scores hold NaN before the style prior: the model or an earlier processor made it")

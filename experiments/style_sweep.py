@@ -24,6 +24,7 @@ from torch import Tensor
 from decoding import metrics
 from decoding.corpora import load_corpus, read_text, split_name, tokenize, tokenizer_fingerprint
 from decoding.errors import DecodingError
+from decoding.models import model_fingerprint
 from decoding.priors import is_saved_prior, load_prior, prior_of_tokens, require_distinct
 from experiments.engines import Batch, Engine, TransformersEngine
 from experiments.report import Point, write_report
@@ -109,15 +110,6 @@ def load_styles(
         styles.append(Style(corpus.name, prior_of_tokens(documents, corpus, tokenizer, order, smoothing), documents))
     require_distinct([style.name for style in styles])
     return styles
-
-
-def model_fingerprint(model: Any) -> str:
-    """SHA-256 of every parameter's name, shape and first 64 values: quick, and another for other weights."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:64].float().cpu().numpy()
-        digest.update(f"{name} {list(parameter.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()
 
 
 class Sweep:

@@ -21,7 +21,8 @@ import torch
 
 from decoding.models import load_tokenizer, resolve_model
 from decoding.priors import name_and_file
-from decoding.vllm.requests import load_styles, style_engine_args
+from decoding.vllm.declaration import engine_args
+from decoding.vllm.requests import load_styles
 from experiments.engines import require_engine
 from experiments.figures import Figure, interleaved, not_measured, report
 from experiments.style_sweep import DEFAULT_PROMPTS, DEFAULT_STYLES, read_prompts
@@ -66,7 +67,7 @@ def _throughput(model: str, files: Sequence[str], tokens: int, rounds: int) -> l
             max_num_seqs=BATCH,
             enforce_eager=not on_gpu,
             **({} if on_gpu else {"kv_cache_memory_bytes": 1 << 29}),
-            **style_engine_args(names),
+            **engine_args(names),
         )
 
         def write(styles: Sequence[str | None], _: int) -> None:

@@ -15,7 +15,7 @@ from vllm import LLM, SamplingParams
 
 from decoding.models import resolve_model
 from decoding.style import StylePrior
-from decoding.vllm import style_engine_args
+from decoding.vllm import engine_args
 from decoding.vllm.processor import StyleLogitsProcessor
 from experiments.engines import Batch, prior_of, seed_of
 from experiments.timing import Timer
@@ -67,7 +67,7 @@ class VllmEngine:
             disable_log_stats=True,
             # On a GPU the other half is transformers'. On a CPU vLLM would take, and fill, much of the memory.
             **({"gpu_memory_utilization": 0.5} if on_gpu else {"kv_cache_memory_bytes": 1 << 30}),
-            **style_engine_args(folders) | {"logits_processors": [f"{__name__}:{TimedStyleProcessor.__name__}"]},
+            **engine_args(folders) | {"logits_processors": [f"{__name__}:{TimedStyleProcessor.__name__}"]},
         )
 
     def generate(self, cell: Cell, start: int, prompts: list[str]) -> Batch:

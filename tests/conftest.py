@@ -95,3 +95,41 @@ def real_model():
     from decoding.models import load_model, load_tokenizer
 
     return load_model(dtype="float32"), load_tokenizer()
+
+
+ASKING = "translate into german french summarize article write poem story because cause effect which answer example :"
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A tiny BERT with a tokenizer of words."""
+    from transformers import BertConfig, BertModel
+
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
+    for word in [*WORDS, *ASKING.split()]:
+        vocabulary.setdefault(word, len(vocabulary))
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = tmp_path_factory.mktemp("encoder")
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def encoder(encoder_folder):
+    from decoding.encoder import load_encoder
+
+    return load_encoder(str(encoder_folder), window=16)

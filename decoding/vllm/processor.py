@@ -1,8 +1,9 @@
-"""The class that vLLM loads: one for its two interfaces, which share a registry and refuse each other's classes."""
+"""The classes that vLLM loads: each for its two interfaces, which share a registry and refuse each other's classes."""
 
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from functools import lru_cache
 from typing import Any
 
@@ -15,33 +16,17 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
 from decoding.errors import DecodingError
-from decoding.vllm.requests import PROCESSOR, LoadedStyles, declared_styles, load_styles, requested_styles
-from decoding.vllm.v1 import Rows
-from decoding.vllm.v2 import Slots
+from decoding.vllm.declaration import TEMPERATURE_VARIABLE, declared_selector, declared_styles
+from decoding.vllm.requests import LoadedStyles, check_request, load_styles
+from decoding.vllm.temperatures import PromptTemperatures, load_temperatures
+from decoding.vllm.v1 import StyleRows, TemperatureRows
+from decoding.vllm.v2 import StyleSlots, TemperatureSlots
 
 logger = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=1)
-def _loaded(declared: tuple[tuple[str, str], ...], tokenizer: Any | None, width: int, device: str) -> LoadedStyles:
-    """The styles of a process, loaded once."""
-    styles = load_styles(dict(declared), tokenizer, width, device)
-    logger.info("loaded %d style priors: %s", len(declared), ", ".join(name for name, _ in declared))
-    return styles
-
-
-def _styles_of(vllm_config: VllmConfig, device: torch.device) -> LoadedStyles:
-    config = vllm_config.model_config
-    tokenizer = cached_tokenizer_from_config(config)
-    return _loaded(tuple(declared_styles().items()), tokenizer, config.get_vocab_size(), str(device))
-
-
-class StyleLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
-    """Style priors per request, by ``extra_args={"style": …, "lambda": …}`` (``vllm_xargs`` over HTTP).
-
-    Declare it in ``logits_processors`` (`decoding.vllm.style_engine_args` and ``decoding serve`` do), not as an
-    installed plugin: V1 keeps histories up to date for declared processors alone, and refuses those, rather than
-    skipping them, under speculative decoding. V2 gives draft tokens their histories, and priors apply to them.
+class _Processor(V1LogitsProcessor, V2LogitsProcessor):
+    """Hands a runner's calls on to what keeps its rows (V1) or its slots (V2).
 
     Args:
         vllm_config: the engine's.
@@ -51,20 +36,23 @@ class StyleLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def __init__(self, vllm_config: VllmConfig, device_or_states: Any, is_pin_memory: bool = False):
         if not vllm_config.model_config.logits_processors:
-            raise DecodingError(f"declare the style processor with the engine: --logits-processors {PROCESSOR}")
+            name = f"{type(self).__module__}:{type(self).__name__}"
+            raise DecodingError(f"declare this processor with the engine: --logits-processors {name}")
         if isinstance(device_or_states, torch.device):
-            self._rows = Rows(_styles_of(vllm_config, device_or_states), device_or_states)
+            self._rows = self._rows_of(vllm_config, device_or_states)
         else:
-            self._slots = Slots(_styles_of(vllm_config, device_or_states.device), device_or_states)
+            self._slots = self._slots_of(vllm_config, device_or_states)
+
+    @abstractmethod
+    def _rows_of(self, vllm_config: VllmConfig, device: torch.device) -> StyleRows | TemperatureRows: ...
+
+    @abstractmethod
+    def _slots_of(self, vllm_config: VllmConfig, states: Any) -> StyleSlots | TemperatureSlots: ...
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuses a request that names an unknown style, or λ or lists that are off: HTTP 400 with the reason."""
-        requested_styles(sampling_params.extra_args, declared_styles())
-
-    def is_argmax_invariant(self) -> bool:
-        """No: greedy texts are steered too."""
-        return False
+        """Refuses a request that asks for what this server does not have: HTTP 400 with the reason."""
+        check_request(sampling_params)
 
     def update_state(self, batch_update: Any | None) -> None:
         """V1: requests joined, left or moved."""
@@ -79,5 +67,68 @@ class StyleLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         self._slots.flush()
 
     def apply(self, logits: Tensor, ctx: Any | None = None) -> Tensor:
-        """Steers a step, in place: logits float32 [rows, W], and V2's layout of the batch."""
+        """Changes a step, in place: logits float32 [rows, W], and V2's layout of the batch."""
         return self._rows.apply(logits) if ctx is None else self._slots.apply(logits, ctx)
+
+
+class StyleLogitsProcessor(_Processor):
+    """Style priors per request, by ``extra_args={"style": …, "lambda": …}`` (``vllm_xargs`` over HTTP).
+
+    Declare it in ``logits_processors`` (`decoding.vllm.engine_args` and ``decoding serve`` do), not as an installed
+    plugin: V1 keeps histories up to date for declared processors alone, and refuses those, rather than skipping them,
+    under speculative decoding. V2 gives draft tokens their histories, and priors apply to them.
+    """
+
+    def is_argmax_invariant(self) -> bool:
+        """No: greedy texts are steered too."""
+        return False
+
+    def _rows_of(self, vllm_config: VllmConfig, device: torch.device) -> StyleRows:
+        return StyleRows(_styles_of(vllm_config, device), device)
+
+    def _slots_of(self, vllm_config: VllmConfig, states: Any) -> StyleSlots:
+        return StyleSlots(_styles_of(vllm_config, states.device), states)
+
+
+class TemperatureLogitsProcessor(_Processor):
+    """A temperature chosen for each request by its prompt, with ``extra_args={"temperature": "auto"}``.
+
+    The request's own temperature is 1. It cannot be the chosen one: vLLM checks requests without their prompts, and has
+    copied their temperatures before processors hear of them. So the logits are divided here, where vLLM would divide:
+    after penalties and before top-k and top-p on both runners. Only min-p differs: V1 takes it first, at temperature 1.
+
+    Declare it as the style processor. Draft tokens under V2 get the temperature of their request.
+    """
+
+    def is_argmax_invariant(self) -> bool:
+        """Yes, which has V1 call it after penalties, and not at all for greedy batches."""
+        return True
+
+    def _rows_of(self, vllm_config: VllmConfig, device: torch.device) -> TemperatureRows:
+        return TemperatureRows(_temperatures_of(vllm_config, device), device)
+
+    def _slots_of(self, vllm_config: VllmConfig, states: Any) -> TemperatureSlots:
+        return TemperatureSlots(_temperatures_of(vllm_config, states.device), states)
+
+
+def _styles_of(vllm_config: VllmConfig, device: torch.device) -> LoadedStyles:
+    config = vllm_config.model_config
+    tokenizer = cached_tokenizer_from_config(config)
+    return _loaded_styles(tuple(declared_styles().items()), tokenizer, config.get_vocab_size(), str(device))
+
+
+@lru_cache(maxsize=1)
+def _loaded_styles(
+    declared: tuple[tuple[str, str], ...], tokenizer: Any | None, width: int, device: str
+) -> LoadedStyles:
+    """The styles of a process, loaded once."""
+    styles = load_styles(dict(declared), tokenizer, width, device)
+    logger.info("loaded %d style priors: %s", len(declared), ", ".join(name for name, _ in declared))
+    return styles
+
+
+def _temperatures_of(vllm_config: VllmConfig, device: torch.device) -> PromptTemperatures:
+    declared, config = declared_selector(), vllm_config.model_config
+    if declared is None:
+        raise DecodingError(f"no temperature selector is declared: {TEMPERATURE_VARIABLE} is not set")
+    return load_temperatures(declared, cached_tokenizer_from_config(config), config.hf_text_config, str(device))

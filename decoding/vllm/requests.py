@@ -1,19 +1,10 @@
-"""What a request asks for, and the priors that answer it. Knows nothing of vLLM's runners, and does not import vLLM.
-
-A server's styles are declared in one environment variable, ``DECODING_STYLES``: a JSON object from names to saved
-priors. vLLM checks requests in the process that receives them and applies them in others, and gives the check no
-configuration; the environment is what all of them share.
-"""
+"""What a request asks for, and the priors that answer it. Knows nothing of vLLM's runners, and does not import vLLM."""
 
 from __future__ import annotations
 
 import ctypes
-import json
-import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,67 +13,28 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from decoding.errors import DecodingError
-from decoding.priors import is_saved_prior, load_prior, may_be_hub_id
+from decoding.priors import is_saved_prior, load_prior
 from decoding.style import CONFIG_FILE, StylePrior, checked_lambda
+from decoding.vllm.declaration import declared_selector, declared_styles
 from ngram import NGramError, NGramModel
 from ngram.layout import join
 from ngram.tables import Tables, add_log_prior
 
-STYLES_VARIABLE = "DECODING_STYLES"
-PROCESSOR = "decoding.vllm.processor:StyleLogitsProcessor"
 MOST_STYLES_PER_REQUEST = 8
+AUTO = "auto"
 
 
-def style_engine_args(styles: Mapping[str, str | PathLike]) -> dict[str, Any]:
-    """Arguments that give ``vllm.LLM`` or ``AsyncEngineArgs`` style priors.
-
-    Declares the styles in the environment, since the engine's processes are started from it.
-
-    Examples:
-        >>> llm = LLM("path-or-hub-id", **style_engine_args({"king-james": "king-james.safetensors"}))
-        >>> llm.generate(prompts, SamplingParams(extra_args={"style": "king-james", "lambda": 0.1}))
+def check_request(params: Any) -> None:
+    """Refuses what this process's environment does not offer, so that it is not silently left out.
 
     Args:
-        styles: a saved prior for every name: a file of ``decoding style train``, a folder of
-            `StylePrior.save_pretrained` (its settings apply, and its λ where a request gives none), or a hub id.
+        params: vLLM's ``SamplingParams``.
 
     Raises:
-        DecodingError: a name without a saved prior.
+        DecodingError: as `requested_styles` and `check_temperature`.
     """
-    declared = {name: _absolute(name, source) for name, source in styles.items()}
-    os.environ[STYLES_VARIABLE] = json.dumps(declared, ensure_ascii=False)
-    copied = os.environ.get("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "")
-    if STYLES_VARIABLE not in copied.split(","):  # Ray's workers on other machines get only what is listed
-        os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] = ",".join(filter(None, (copied, STYLES_VARIABLE)))
-    return {"logits_processors": [PROCESSOR]}
-
-
-def _absolute(name: str, source: str | PathLike) -> str:
-    if is_saved_prior(source) and Path(source).exists():
-        return str(Path(source).resolve())
-    if not may_be_hub_id(str(source)):
-        raise DecodingError(f"style {name!r}: no saved prior at {source}; make one with `decoding style train`")
-    return str(source)
-
-
-def declared_styles() -> dict[str, str]:
-    """What this process's environment declares: a saved prior for every name.
-
-    Raises:
-        DecodingError: the variable is not a JSON object of strings.
-    """
-    return dict(_parsed(os.environ.get(STYLES_VARIABLE, "{}")))
-
-
-@lru_cache(maxsize=8)
-def _parsed(text: str) -> dict[str, str]:
-    try:
-        declared = json.loads(text)
-    except ValueError as error:
-        raise DecodingError(f"{STYLES_VARIABLE} is no JSON: {error}") from error
-    if not isinstance(declared, dict) or not all(isinstance(source, str) for source in declared.values()):
-        raise DecodingError(f'{STYLES_VARIABLE} must map names to saved priors, like {{"name": "path"}}')
-    return declared
+    requested_styles(params.extra_args, declared_styles())
+    check_temperature(params.extra_args, params.temperature, is_served=declared_selector() is not None)
 
 
 def requested_styles(extra_args: Mapping[str, Any] | None, known: Collection[str]) -> list[tuple[str, float | None]]:
@@ -115,6 +67,39 @@ def requested_styles(extra_args: Mapping[str, Any] | None, known: Collection[str
         (name, None if value is None else checked_lambda(value, hint=""))
         for name, value in zip(names, lambdas, strict=True)
     ]
+
+
+def check_temperature(extra_args: Mapping[str, Any] | None, own: float, is_served: bool) -> None:
+    """Refuses a request that asks for the temperature selector and cannot have it.
+
+    Args:
+        extra_args: a request's own arguments: ``temperature``, "auto" or not there. Others are somebody else's.
+        own: the request's own temperature, by which vLLM divides as well.
+        is_served: whether there is a selector.
+
+    Raises:
+        DecodingError: another value than "auto", no selector, or an own temperature other than 1.
+    """
+    asked = (extra_args or {}).get("temperature")
+    if asked is None:
+        return
+    if asked != AUTO:
+        raise DecodingError(
+            f'the temperature in extra_args or vllm_xargs can be "{AUTO}" alone, not {asked!r}: '
+            "a number belongs in the request's own temperature"
+        )
+    if not is_served:
+        raise DecodingError("this server has no temperature selector; start it with --temperature-selector default")
+    if own != 1:
+        raise DecodingError(
+            f'with "{AUTO}" the request\'s own temperature must be 1, not {own:g} (where a request has none, the '
+            "model's generation_config.json may set one, unless the server has --generation-config vllm)"
+        )
+
+
+def leaves_temperature_open(extra_args: Mapping[str, Any] | None) -> bool:
+    """Whether a request wants its temperature chosen."""
+    return (extra_args or {}).get("temperature") == AUTO
 
 
 class Layer(NamedTuple):

@@ -1,23 +1,52 @@
-"""The V1 model runner: rows are requests, which join, leave and move; histories are Python lists."""
+"""The V1 model runner: rows are requests, which join, leave and move; prompts and histories are Python lists."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from decoding.vllm.requests import Layer, LoadedStyles, layers_of
+from decoding.vllm.requests import Layer, LoadedStyles, layers_of, leaves_temperature_open
+from decoding.vllm.temperatures import PromptTemperatures
+
+Kept = TypeVar("Kept")
 
 
-class _Row(NamedTuple):
+def take_in(
+    batch_update: Any, rows: dict[int, Kept], kept: Callable[[Any, Sequence[int] | None, Sequence[int]], Kept | None]
+) -> None:
+    """Takes a vLLM ``BatchUpdate`` into ``rows``: what was removed, added, moved, in that order.
+
+    Args:
+        batch_update: the changes of a step.
+        rows: what is kept of the requests that matter, by row.
+        kept: makes that of a request's parameters, its prompt, and its output, the engine's own list, which grows; None
+            for a request that does not matter.
+    """
+    for row in batch_update.removed:
+        rows.pop(row, None)
+    for row, params, prompt, output in batch_update.added:
+        rows.pop(row, None)  # an added request may take an occupied row
+        if (keep := kept(params, prompt, output)) is not None:
+            rows[row] = keep
+    for source, target, direction in batch_update.moved:
+        moved, replaced = rows.pop(source, None), rows.pop(target, None)
+        if moved is not None:
+            rows[target] = moved
+        if replaced is not None and direction.name == "SWAP":
+            rows[source] = replaced
+
+
+class _Styled(NamedTuple):
     styles: list[tuple[int, float]]
     prompt_tail: list[int]  # as many as can be context
-    output: Sequence[int]  # the engine's own list, which grows
+    output: Sequence[int]
 
 
-class Rows:
+class StyleRows:
     """The styled requests by row.
 
     Args:
@@ -28,26 +57,18 @@ class Rows:
     def __init__(self, styles: LoadedStyles, device: torch.device):
         self._styles = styles
         self._device = device
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, _Styled] = {}
         self._layers: list[Layer] | None = None  # of the rows as they stand; None if they changed
 
     def update(self, batch_update: Any | None) -> None:
-        """Takes in a vLLM ``BatchUpdate``: what was removed, added, moved, in that order."""
-        if batch_update is None:
-            return
-        self._layers = None
-        for row in batch_update.removed:
-            self._rows.pop(row, None)
-        for row, params, prompt, output in batch_update.added:
-            self._rows.pop(row, None)  # an added request may take an occupied row
-            if styles := self._styles.resolve(params.extra_args):
-                self._rows[row] = _Row(styles, list((prompt or [])[-self._styles.context :]), output)
-        for source, target, direction in batch_update.moved:
-            moved, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
-            if moved is not None:
-                self._rows[target] = moved
-            if replaced is not None and direction.name == "SWAP":
-                self._rows[source] = replaced
+        """Takes in a vLLM ``BatchUpdate``."""
+        if batch_update is not None:
+            self._layers = None
+            take_in(batch_update, self._rows, self._kept)
+
+    def _kept(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> _Styled | None:
+        styles = self._styles.resolve(params.extra_args)
+        return _Styled(styles, list((prompt or [])[-self._styles.context :]), output) if styles else None
 
     def apply(self, logits: Tensor) -> Tensor:
         """Steers a step, in place: logits float32 [rows, W]."""
@@ -69,3 +90,51 @@ class Rows:
                 tail = (request.prompt_tail + list(request.output[-context:]))[-context:]
                 histories[row] = [-1] * (context - len(tail)) + tail
         return torch.tensor(histories).to(self._device, non_blocking=True)
+
+
+@dataclass
+class _Open:
+    """A request whose temperature is for the selector to choose."""
+
+    prompt: Sequence[int] | None  # None for one of embeddings
+    chosen: Tensor | None = None
+
+
+class TemperatureRows:
+    """The requests whose temperatures are chosen, by row.
+
+    Args:
+        choose: the selector.
+        device: of the logits.
+    """
+
+    def __init__(self, choose: PromptTemperatures, device: torch.device):
+        self._choose = choose
+        self._one = torch.ones((), device=device)
+        self._rows: dict[int, _Open] = {}
+        self._temperatures: Tensor | None = None  # of the rows as they stand; None if they changed
+
+    def update(self, batch_update: Any | None) -> None:
+        """Takes in a vLLM ``BatchUpdate``."""
+        if batch_update is not None:
+            self._temperatures = None
+            take_in(batch_update, self._rows, self._kept)
+
+    def _kept(self, params: Any, prompt: Sequence[int] | None, _: Sequence[int]) -> _Open | None:
+        return _Open(prompt) if leaves_temperature_open(params.extra_args) else None
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Divides the rows of a step by their temperatures, in place: logits float32 [rows, W]."""
+        if not self._rows:
+            return logits
+        if self._temperatures is None or len(self._temperatures) != len(logits):
+            self._temperatures = self._of_rows(len(logits))
+        return logits.div_(self._temperatures[:, None])
+
+    def _of_rows(self, count: int) -> Tensor:
+        """Float32 [count], 1 for rows with temperatures of their own."""
+        new = [request for request in self._rows.values() if request.chosen is None]
+        for request, chosen in zip(new, self._choose([request.prompt for request in new]), strict=True):
+            request.chosen = chosen
+        open_rows = {row: request.chosen for row, request in self._rows.items() if request.chosen is not None}
+        return torch.stack([open_rows.get(row, self._one) for row in range(count)])

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoding.vllm.requests import MOST_STYLES_PER_REQUEST, Layer, LoadedStyles
+from decoding.vllm.requests import MOST_STYLES_PER_REQUEST, Layer, LoadedStyles, leaves_temperature_open
+from decoding.vllm.temperatures import PromptTemperatures
 
 
-class Slots:
+class StyleSlots:
     """The styles of each request slot, on the host and on the device. No step waits for the device.
 
     Args:
@@ -79,3 +80,85 @@ class Slots:
         drafted = ctx.input_ids[rows.clamp(min=0)].long()
         committed = self._states.all_token_ids.gpu[slots[:, None], position.clamp(min=0)].long()
         return drafted.where(self._back < local, committed).masked_fill(position < 0, -1)
+
+
+class _Copy:
+    """A tensor on its way to the host."""
+
+    def __init__(self, tensor: Tensor):
+        self._host = tensor.to("cpu", non_blocking=tensor.is_cuda)
+        self._event = None
+        if tensor.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def arrived(self) -> Tensor:
+        """The tensor there, once the device has got as far as it was when this was made."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
+class TemperatureSlots:
+    """The temperatures of each request slot.
+
+    Prompts are on the device alone. They are sent for when requests join, before the model computes, and read in the
+    same step's `apply`, while it computes: the host waits for the step before, not for this one.
+
+    Args:
+        choose: the selector.
+        req_states: vLLM's ``LogitsProcRequestState``.
+    """
+
+    def __init__(self, choose: PromptTemperatures, req_states: Any):
+        self._choose = choose
+        self._states = req_states
+        self._is_open = np.zeros(req_states.max_num_reqs, bool)
+        self._temperatures = torch.ones(req_states.max_num_reqs, device=req_states.device)
+        self._joined: dict[int, int] = {}  # slot -> length of its prompt, since the last `flush`
+        self._waiting: dict[int, tuple[_Copy, slice]] = {}  # slot -> where its prompt arrives
+
+    def add(self, slot: int, params: Any) -> bool:
+        """Puts a request into a slot, over whatever was there. Whether its temperature is to be chosen."""
+        self._joined.pop(slot, None)
+        self._waiting.pop(slot, None)
+        was_open, is_open = bool(self._is_open[slot]), leaves_temperature_open(params.extra_args)
+        self._is_open[slot] = is_open
+        if is_open:
+            self._joined[slot] = int(self._states.prompt_len.np[slot])
+        elif was_open:
+            self._temperatures[slot] = 1
+        return is_open
+
+    def flush(self) -> None:
+        """Sends for the prompts of the requests that joined."""
+        if not self._joined:
+            return
+        ids = self._states.all_token_ids.gpu
+        copy = _Copy(torch.cat([ids[slot, :length] for slot, length in self._joined.items()]))
+        end = 0
+        for slot, length in self._joined.items():
+            begin, end = end, end + length
+            self._waiting[slot] = copy, slice(begin, end)
+        self._joined.clear()
+
+    def apply(self, logits: Tensor, ctx: Any) -> Tensor:
+        """Divides the rows of a step by their temperatures, in place.
+
+        Args:
+            logits: float32 [rows, W].
+            ctx: vLLM's ``LogitsContext``.
+        """
+        if not self._is_open[ctx.idx_mapping_np].any():
+            return logits
+        if self._waiting:
+            self._choose_waiting()
+        slots = ctx.expanded_idx_mapping.long()
+        # rows that only pad a CUDA graph's batch have no slot
+        return logits.div_(self._temperatures[slots.clamp(min=0)].where(slots >= 0, 1)[:, None])
+
+    def _choose_waiting(self) -> None:
+        prompts = [copy.arrived()[place].tolist() for copy, place in self._waiting.values()]
+        for slot, chosen in zip(self._waiting, self._choose(prompts), strict=True):
+            self._temperatures[slot] = chosen
+        self._waiting.clear()

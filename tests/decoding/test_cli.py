@@ -8,7 +8,8 @@ import torch
 from click.testing import CliRunner
 
 from decoding import DecodingError, NGramModel, generate
-from decoding.cli import cli, parse_lambdas
+from decoding.cli import cli
+from decoding.cli.options import parse_numbers
 from decoding.corpora import cache_dir
 from tests.conftest import TEXT, make_tokenizer
 
@@ -30,13 +31,13 @@ def run(monkeypatch, tmp_path):
     ],
 )
 def test_lambda_texts(text, values):
-    assert parse_lambdas(text) == values
+    assert parse_numbers(text, "λ") == values
 
 
 @pytest.mark.parametrize("text", ["", "x", "0:", "1:0", "0:1:0", "0:1:-1", "0:1:2:3", "0,1:2", "nan", "0:inf", "0,,1"])
 def test_lambda_texts_that_do_not_parse(text):
     with pytest.raises(DecodingError):
-        parse_lambdas(text)
+        parse_numbers(text, "λ")
 
 
 def test_a_sweep_from_the_command_line(run, model_folder, style_file, tmp_path):

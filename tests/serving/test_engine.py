@@ -15,8 +15,8 @@ import torch
 from decoding import StylePrior
 from decoding.models import DEFAULT_MODEL, load_tokenizer, resolve_model
 from decoding.priors import load_prior, name_and_file
-from decoding.vllm import style_engine_args
-from decoding.vllm.requests import PROCESSOR
+from decoding.vllm import engine_args
+from decoding.vllm.declaration import STYLE_PROCESSOR, TEMPERATURE_PROCESSOR
 from experiments.style_sweep import DEFAULT_PROMPTS, read_prompts
 from tests.serving import test_v2_slots as stand_in
 
@@ -42,6 +42,7 @@ def in_this_process():
         for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
             patch.setenv(name, value)
         patch.setenv("DECODING_STYLES", "{}")
+        patch.delenv("DECODING_TEMPERATURE", raising=False)
         yield
 
 
@@ -49,7 +50,7 @@ def in_this_process():
 def llm(files):
     """Four requests at a time, prefill in pieces of 64 tokens, and a cache of 288, so that some are preempted."""
     arguments = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 9, "block_size": 32}
-    return vllm.LLM(resolve_model(DEFAULT_MODEL), **ENGINE, **arguments, **style_engine_args(files))
+    return vllm.LLM(resolve_model(DEFAULT_MODEL), **ENGINE, **arguments, **engine_args(files))
 
 
 def params(**options):
@@ -162,6 +163,7 @@ def test_bad_arguments_are_refused_and_the_engine_lives_on(llm):
         (style("nobody", 0.1), "unknown style"),
         (style(NAMES[0], 2), "λ must lie"),
         (style(list(NAMES), [0.1]), "same length"),
+        ({"temperature": "auto"}, "no temperature selector"),
     ):
         with pytest.raises(VLLMValidationError, match=reason):
             llm.generate([PROMPTS[0]], params(extra_args=extra), use_tqdm=False)
@@ -181,7 +183,7 @@ def test_speculative_decoding_is_refused_at_start(files):
     """V1 gives draft tokens no history; vLLM refuses declared processors, and would skip installed ones in silence."""
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     with pytest.raises(ValueError, match="speculative decoding"):
-        vllm.LLM(resolve_model(DEFAULT_MODEL), **ENGINE, speculative_config=drafts, **style_engine_args(files))
+        vllm.LLM(resolve_model(DEFAULT_MODEL), **ENGINE, speculative_config=drafts, **engine_args(files))
 
 
 def test_a_processor_that_is_not_declared_is_refused_at_start():
@@ -192,15 +194,16 @@ def test_a_processor_that_is_not_declared_is_refused_at_start():
         StyleLogitsProcessor(config, torch.device("cpu"), False)
 
 
-def test_both_loaders_take_the_class():
+def test_both_loaders_take_the_classes():
     from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns
     from vllm.v1.worker.gpu.sample.logits_processor.loader import (
         _load_v2_logitsprocs_by_fqcns,
         build_custom_logits_processors_params_validator,
     )
 
-    assert _load_logitsprocs_by_fqcns([PROCESSOR]) == _load_v2_logitsprocs_by_fqcns([PROCESSOR])
-    check = build_custom_logits_processors_params_validator([PROCESSOR])
+    both = [STYLE_PROCESSOR, TEMPERATURE_PROCESSOR]
+    assert _load_logitsprocs_by_fqcns(both) == _load_v2_logitsprocs_by_fqcns(both)
+    check = build_custom_logits_processors_params_validator(both)
     with pytest.raises(VLLMValidationError, match="unknown style"):
         check(params(extra_args=style("nobody", 0.1)))
 

@@ -1,17 +1,15 @@
-import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from decoding import DecodingError, StylePrior
-from decoding.corpora import load_corpus
-from decoding.priors import train_prior
-from decoding.vllm import style_engine_args
 from decoding.vllm.requests import (
     MOST_STYLES_PER_REQUEST,
-    PROCESSOR,
-    declared_styles,
+    check_request,
+    check_temperature,
     layers_of,
+    leaves_temperature_open,
     load_styles,
     requested_styles,
 )
@@ -67,6 +65,48 @@ def test_without_styles_the_reason_says_how_to_get_some():
         requested_styles({"style": "a"}, [])
 
 
+@pytest.mark.parametrize("arguments", [None, {}, {"style": "a"}, {"temperature": None}])
+@pytest.mark.parametrize("is_served", [True, False])
+def test_requests_may_leave_the_selector_alone(arguments, is_served):
+    check_temperature(arguments, 0.3, is_served)
+    assert not leaves_temperature_open(arguments)
+
+
+def test_requests_may_leave_their_temperature_to_the_selector():
+    arguments = {"style": "a", "temperature": "auto"}
+    check_temperature(arguments, 1.0, is_served=True)
+    assert leaves_temperature_open(arguments)
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "is_served", "reason"),
+    [
+        (0.7, 1, True, '"auto" alone, not 0.7: a number belongs in the request\'s own temperature'),
+        (0, 1, True, "not 0: a number"),
+        ("Auto", 1, True, "not 'Auto'"),
+        (["auto"], 1, True, "not \\['auto'\\]"),
+        (True, 1, True, "not True"),
+        ("auto", 0, True, "must be 1, not 0 .*--generation-config vllm"),
+        ("auto", 0.6, True, "must be 1, not 0.6 "),
+        ("auto", 1, False, "no temperature selector; start it with --temperature-selector"),
+    ],
+)
+def test_what_the_selector_refuses(asked, own, is_served, reason):
+    with pytest.raises(DecodingError, match=reason):
+        check_temperature({"temperature": asked}, own, is_served)
+
+
+def test_what_a_server_does_not_have_is_refused(monkeypatch):
+    monkeypatch.delenv("DECODING_STYLES", raising=False)
+    monkeypatch.delenv("DECODING_TEMPERATURE", raising=False)
+    auto, styled = (SimpleNamespace(temperature=1.0, extra_args={key: "auto"}) for key in ("temperature", "style"))
+    for params, reason in ((auto, "no temperature selector"), (styled, "unknown style 'auto'")):
+        with pytest.raises(DecodingError, match=reason):
+            check_request(params)
+    monkeypatch.setenv("DECODING_TEMPERATURE", "{}")
+    check_request(auto)
+
+
 def test_rows_become_layers():
     first, second = layers_of([[(2, 0.5)], [], [(2, 0.25), (1, 0.125)]], torch.device("cpu"))
     assert first.prior == 2
@@ -76,40 +116,6 @@ def test_rows_become_layers():
     (mixed,) = layers_of([[(2, 0.5)], [], [(1, 0.25)]], torch.device("cpu"))
     assert mixed.prior.tolist() == [2, 0, 1]
     assert layers_of([[], []], torch.device("cpu")) == []
-
-
-@pytest.fixture
-def saved(tmp_path, tokenizer, style_file):
-    prior = train_prior(load_corpus(str(style_file)), tokenizer)
-    prior.save(tmp_path / "file.safetensors")
-    StylePrior(prior, λ=0.7, orders=[2], tokenizer=tokenizer).save_pretrained(tmp_path / "folder")
-    return {"file": tmp_path / "file.safetensors", "folder": tmp_path / "folder"}
-
-
-def test_styles_are_declared_in_the_environment(saved, monkeypatch):
-    monkeypatch.setenv("DECODING_STYLES", "{}")
-    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "MINE")
-    assert style_engine_args(saved) == {"logits_processors": [PROCESSOR]}
-    assert style_engine_args(saved | {"hub": "me/mine"}) == {"logits_processors": [PROCESSOR]}
-    assert declared_styles() == {name: str(path) for name, path in saved.items()} | {"hub": "me/mine"}
-    import os
-
-    assert os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] == "MINE,DECODING_STYLES"
-
-
-def test_a_style_that_is_not_there_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("DECODING_STYLES", "{}")
-    for source in (tmp_path / "no.safetensors", "no", tmp_path):
-        with pytest.raises(DecodingError, match="style 'x': no saved prior"):
-            style_engine_args({"x": source})
-    assert declared_styles() == {}
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}'])
-def test_a_spoilt_declaration_is_refused(text, monkeypatch):
-    monkeypatch.setenv("DECODING_STYLES", text)
-    with pytest.raises(DecodingError, match="DECODING_STYLES"):
-        declared_styles()
 
 
 def test_saved_settings_apply_and_a_request_may_leave_lambda_out(saved, tokenizer):
@@ -131,8 +137,3 @@ def test_priors_that_do_not_fit_the_model_are_refused(saved, tokenizer, tmp_path
     (tmp_path / "spoilt.safetensors").write_bytes(b"spoilt")
     with pytest.raises(DecodingError, match="style 'x':.*not a whole n-gram model"):
         load_styles({"x": str(tmp_path / "spoilt.safetensors")}, tokenizer, 60, "cpu")
-
-
-def test_the_declaration_is_json_that_vllm_users_can_write(saved, monkeypatch):
-    monkeypatch.setenv("DECODING_STYLES", json.dumps({"mine": str(saved["file"])}))
-    assert list(declared_styles()) == ["mine"]

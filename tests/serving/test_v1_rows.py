@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from decoding.vllm.v1 import Rows
-from tests.serving.conftest import WIDTH, V, assert_same_distribution, random_arguments, steered
+from decoding.vllm.v1 import StyleRows, TemperatureRows
+from tests.serving.conftest import (
+    UNKNOWN,
+    WIDTH,
+    V,
+    assert_same_distribution,
+    fake_temperature,
+    random_arguments,
+    steered,
+)
 
 
 class Direction(Enum):
@@ -30,14 +38,12 @@ def added(row, it):
     return (row, it.params, it.prompt, it.output)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_random_batches_get_what_each_request_gets_alone(priors, styles, seed):
-    rng = np.random.default_rng(seed)
-    rows = Rows(styles, torch.device("cpu"))
+def steps(rng, new_request, count=40):
+    """The requests in the rows of each step, and the ``BatchUpdate`` that made them so."""
     batch = []
-    for _ in range(40):
+    for _ in range(count):
         removed = sorted(rng.choice(len(batch), rng.integers(0, len(batch) + 1), replace=False).tolist(), reverse=True)
-        new = [request(rng, priors) for _ in range(rng.integers(0, 4))]
+        new = [new_request() for _ in range(rng.integers(0, 4))]
         placed, moved = [], []
         free = sorted(removed)
         for it in new:  # new requests fill freed rows first, as in vLLM
@@ -60,7 +66,15 @@ def test_random_batches_get_what_each_request_gets_alone(priors, styles, seed):
             batch[i], batch[j] = batch[j], batch[i]
             moved.append((i, j, Direction.SWAP))
         changed = removed or placed or moved
-        rows.update(batch_update(removed, placed, moved) if changed else None)
+        yield batch, batch_update(removed, placed, moved) if changed else None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_batches_get_what_each_request_gets_alone(priors, styles, seed):
+    rng = np.random.default_rng(seed)
+    rows = StyleRows(styles, torch.device("cpu"))
+    for batch, update in steps(rng, lambda: request(rng, priors)):
+        rows.update(update)
         if not batch:
             continue
         scores = torch.randn(len(batch), WIDTH)
@@ -74,7 +88,7 @@ def test_random_batches_get_what_each_request_gets_alone(priors, styles, seed):
 
 
 def test_without_styles_the_logits_come_back_themselves(styles):
-    rows = Rows(styles, torch.device("cpu"))
+    rows = StyleRows(styles, torch.device("cpu"))
     logits = torch.randn(2, WIDTH)
     before = logits.clone()
     rows.update(None)
@@ -92,7 +106,7 @@ def test_without_styles_the_logits_come_back_themselves(styles):
 
 
 def test_masked_tokens_stay_masked_and_prompts_may_be_embeddings(priors, styles):
-    rows = Rows(styles, torch.device("cpu"))
+    rows = StyleRows(styles, torch.device("cpu"))
     params = SimpleNamespace(extra_args={"style": ["plain", "long"], "lambda": [1, 1]})
     rows.update(batch_update(added=[(0, params, None, [])]))
     logits = torch.randn(1, WIDTH)
@@ -102,7 +116,7 @@ def test_masked_tokens_stay_masked_and_prompts_may_be_embeddings(priors, styles)
 
 
 def test_a_request_without_a_style_takes_the_place_of_one_with_it(styles):
-    rows = Rows(styles, torch.device("cpu"))
+    rows = StyleRows(styles, torch.device("cpu"))
     rows.update(batch_update(added=[(0, SimpleNamespace(extra_args={"style": "plain"}), [1], [])]))
     logits = torch.randn(1, WIDTH)
     assert not torch.equal(rows.apply(logits.clone()), logits)
@@ -112,7 +126,7 @@ def test_a_request_without_a_style_takes_the_place_of_one_with_it(styles):
 
 def test_a_placeholder_counts_only_until_its_token_is_there(priors, styles):
     """Async scheduling puts −1 into the list that it shares; the runner fills it in before the logits are processed."""
-    rows = Rows(styles, torch.device("cpu"))
+    rows = StyleRows(styles, torch.device("cpu"))
     output = [3, -1]
     rows.update(batch_update(added=[(0, SimpleNamespace(extra_args={"style": "long", "lambda": 1}), [1, 2], output)]))
     output[-1] = 4
@@ -122,7 +136,7 @@ def test_a_placeholder_counts_only_until_its_token_is_there(priors, styles):
 
 
 def test_a_move_onto_an_occupied_row_replaces_it(styles):
-    rows = Rows(styles, torch.device("cpu"))
+    rows = StyleRows(styles, torch.device("cpu"))
     plain = SimpleNamespace(extra_args={"style": "plain"})
     rows.update(
         batch_update(added=[(0, plain, [1], []), (1, plain, [2], [])], moved=[(1, 0, Direction.UNIDIRECTIONAL)])
@@ -131,3 +145,72 @@ def test_a_move_onto_an_occupied_row_replaces_it(styles):
     got = rows.apply(logits.clone())
     assert not torch.equal(got[0], logits[0])
     assert torch.equal(got[1], logits[1])
+
+
+AUTO, OWN = SimpleNamespace(extra_args={"temperature": "auto"}), SimpleNamespace(extra_args={"style": "plain"})
+
+
+def prompt_request(rng):
+    prompt = rng.integers(1, V, rng.integers(1, 3)).tolist()  # short, so that some come again
+    return SimpleNamespace(params=AUTO if rng.random() < 0.6 else OWN, prompt=prompt, output=[])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_batches_get_the_temperature_of_each_prompt(choose, selector, seed):
+    rng = np.random.default_rng(seed)
+    rows = TemperatureRows(choose, torch.device("cpu"))
+    prompts, in_vain = set(), 0
+    for batch, update in steps(rng, lambda: prompt_request(rng)):
+        rows.update(update)
+        if not batch or rng.random() < 0.2:  # a step of greedy requests alone does not ask
+            continue
+        scores = torch.randn(len(batch), WIDTH)
+        reads = len(selector.batches)
+        got = rows.apply(scores.clone())
+        for row, it in enumerate(batch):
+            if it.params is AUTO:
+                prompts.add(tuple(it.prompt))
+                assert torch.equal(got[row], scores[row] / fake_temperature(it.prompt))
+            else:
+                assert torch.equal(got[row], scores[row])
+        assert len(selector.batches) - reads <= 1
+        in_vain += len(selector.batches) == reads
+    read = [prompt for batch in selector.batches for prompt in batch]
+    assert len(read) == len(set(read)) == len(prompts)
+    assert in_vain
+
+
+def test_without_open_temperatures_the_logits_come_back_themselves(choose, selector):
+    rows = TemperatureRows(choose, torch.device("cpu"))
+    logits = torch.randn(1, WIDTH)
+    before = logits.clone()
+    rows.update(None)
+    assert rows.apply(logits) is logits
+    rows.update(batch_update(added=[(0, OWN, [1], [])]))
+    assert rows.apply(logits) is logits
+    rows.update(batch_update(removed=[0], added=[(0, AUTO, [1], [])]))
+    rows.update(batch_update(removed=[0]))
+    assert rows.apply(logits) is logits
+    assert torch.equal(logits, before)
+    assert not selector.batches
+
+
+def test_masked_tokens_stay_masked_and_prompts_of_embeddings_are_of_unknown_kind(choose, selector):
+    rows = TemperatureRows(choose, torch.device("cpu"))
+    rows.update(batch_update(added=[(0, AUTO, None, []), (1, AUTO, [3], [])]))
+    logits = torch.randn(2, WIDTH)
+    logits[:, ::2] = -torch.inf
+    got = rows.apply(logits.clone())
+    assert torch.equal(got, logits / torch.tensor([[UNKNOWN], [fake_temperature([3])]]))
+    assert selector.batches == [["3"]]
+
+
+def test_a_request_keeps_its_temperature_when_its_prompt_is_forgotten(choose, selector, monkeypatch):
+    monkeypatch.setattr(choose, "_remembered", 1)
+    rows = TemperatureRows(choose, torch.device("cpu"))
+    rows.update(batch_update(added=[(row, AUTO, [row + 1], []) for row in range(3)]))
+    logits = torch.randn(3, WIDTH)
+    first = rows.apply(logits.clone())
+    rows.update(batch_update(moved=[(0, 2, Direction.SWAP)]))
+    assert torch.equal(rows.apply(logits.flip(0)), first.flip(0))
+    assert selector.batches == [["1", "2", "3"]]

@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from decoding.vllm.v2 import Slots
-from tests.serving.conftest import WIDTH, V, assert_same_distribution, random_arguments, steered
+from decoding.vllm.v2 import StyleSlots, TemperatureSlots
+from tests.serving.conftest import (
+    UNKNOWN,
+    WIDTH,
+    V,
+    assert_same_distribution,
+    fake_temperature,
+    random_arguments,
+    steered,
+)
 
 SLOTS, LENGTH = 6, 64
 
@@ -54,7 +62,7 @@ def test_random_steps_get_what_each_row_gets_alone(priors, styles, seed):
     rng = np.random.default_rng(seed)
     states = request_states()
     states.all_token_ids.gpu.random_(0, V)  # what earlier occupants of the slots left behind
-    slots = Slots(styles, states)
+    slots = StyleSlots(styles, states)
     live = {}
     for step in range(40):
         for slot in [s for s in live if rng.random() < 0.15]:
@@ -96,7 +104,7 @@ def test_random_steps_get_what_each_row_gets_alone(priors, styles, seed):
 
 def test_without_styles_in_the_step_the_logits_come_back_themselves(styles):
     states = request_states()
-    slots = Slots(styles, states)
+    slots = StyleSlots(styles, states)
     assert not slots.add(0, SimpleNamespace(extra_args=None))
     assert slots.add(1, SimpleNamespace(extra_args={"style": "plain"}))
     slots.flush()
@@ -109,7 +117,7 @@ def test_without_styles_in_the_step_the_logits_come_back_themselves(styles):
 
 def test_a_recycled_slot_forgets_its_last_request(styles):
     states = request_states()
-    slots = Slots(styles, states)
+    slots = StyleSlots(styles, states)
     states.total_len.gpu[:] = 1
     logits = torch.randn(1, WIDTH)
     slots.add(0, SimpleNamespace(extra_args={"style": ["plain", "long"]}))
@@ -125,7 +133,7 @@ def test_a_recycled_slot_forgets_its_last_request(styles):
 
 def test_rows_without_a_slot_are_left_alone_and_masked_tokens_stay_masked(styles):
     states = request_states()
-    slots = Slots(styles, states)
+    slots = StyleSlots(styles, states)
     states.total_len.gpu[:] = 2
     slots.add(0, SimpleNamespace(extra_args={"style": "plain", "lambda": 1}))
     slots.flush()
@@ -137,3 +145,102 @@ def test_rows_without_a_slot_are_left_alone_and_masked_tokens_stay_masked(styles
     assert torch.equal(got[1], logits[1])
     assert not torch.equal(got[0], logits[0])
     assert torch.equal(torch.isneginf(got), torch.isneginf(logits))
+
+
+AUTO, OWN = SimpleNamespace(extra_args={"temperature": "auto"}), SimpleNamespace(extra_args={"style": "plain"})
+
+
+def take_slot(states, slot, prompt, output=()):
+    """As the runner does before it tells processors: lengths at once; tokens are sure to be there at `flush` only."""
+    tokens = [*prompt, *output]
+    states.all_token_ids.gpu[slot, : len(tokens)] = torch.tensor(tokens)
+    states.prompt_len.np[slot] = len(prompt)
+    states.prefill_len.np[slot] = states.total_len.np[slot] = len(tokens)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_steps_get_the_temperature_of_each_prompt(choose, selector, seed):
+    rng = np.random.default_rng(seed)
+    states = request_states()
+    states.all_token_ids.gpu.random_(0, V)
+    slots = TemperatureSlots(choose, states)
+    live, prompts = {}, set()
+    for step in range(60):
+        for slot in [s for s in live if rng.random() < 0.25]:
+            del live[slot]
+        for slot in [s for s in range(SLOTS) if s not in live and rng.random() < 0.5]:
+            prompt, is_open = rng.integers(1, V, rng.integers(1, 3)).tolist(), bool(rng.random() < 0.6)
+            take_slot(states, slot, prompt, output=rng.integers(0, V, rng.integers(0, 3)).tolist())
+            assert slots.add(slot, AUTO if is_open else OWN) == is_open
+            live[slot] = prompt if is_open else None
+        slots.flush()
+        order = rng.permutation([slot for slot in live if rng.random() < 0.7]).astype(int).tolist()
+        if not order:
+            continue
+        drafts = {slot: rng.integers(0, V, rng.integers(0, 4)).tolist() if step % 2 else [] for slot in order}
+        ctx = context(states, order, drafts)
+        scores = torch.randn(len(ctx.pos), WIDTH)
+        reads = len(selector.batches)
+        got = slots.apply(scores.clone(), ctx)
+        for row, slot in enumerate(ctx.expanded_idx_mapping.tolist()):
+            wanted = scores[row] if live[slot] is None else scores[row] / fake_temperature(live[slot])
+            assert torch.equal(got[row], wanted)
+        assert len(selector.batches) - reads <= 1
+        prompts |= {tuple(live[slot]) for slot in order if live[slot]}
+    read = [prompt for batch in selector.batches for prompt in batch]
+    assert len(read) == len(set(read)) >= len(prompts)
+
+
+def test_without_open_temperatures_in_the_step_the_logits_come_back_themselves(choose, selector):
+    states = request_states()
+    slots = TemperatureSlots(choose, states)
+    take_slot(states, 0, [1])
+    take_slot(states, 1, [2])
+    assert not slots.add(0, OWN)
+    assert slots.add(1, AUTO)
+    slots.flush()
+    logits = torch.randn(1, WIDTH)
+    before = logits.clone()
+    assert slots.apply(logits, context(states, [0], {0: []})) is logits
+    assert torch.equal(logits, before)
+    assert not selector.batches
+
+
+def test_a_recycled_slot_has_the_temperature_of_its_new_request(choose, selector):
+    states = request_states()
+    slots = TemperatureSlots(choose, states)
+    logits = torch.randn(2, WIDTH)
+    both = {0: [], 1: []}
+    for slot in both:
+        take_slot(states, slot, [3])
+        slots.add(slot, AUTO)
+    slots.flush()
+    assert torch.equal(slots.apply(logits.clone(), context(states, [0, 1], both)), logits / fake_temperature([3]))
+    take_slot(states, 0, [4])
+    slots.add(0, OWN)
+    slots.flush()
+    got = slots.apply(logits.clone(), context(states, [0, 1], both))
+    assert torch.equal(got[0], logits[0])
+    assert torch.equal(got[1], logits[1] / fake_temperature([3]))
+    for prompt in ([5], [6]):  # the first is gone before its first step
+        take_slot(states, 0, prompt)
+        slots.add(0, AUTO)
+        slots.flush()
+    got = slots.apply(logits.clone(), context(states, [0, 1], both))
+    assert torch.equal(got[0], logits[0] / fake_temperature([6]))
+    assert selector.batches == [["3"], ["6"]]
+
+
+def test_rows_without_a_slot_keep_their_scores_and_embeddings_are_of_unknown_kind(choose):
+    states = request_states()
+    slots = TemperatureSlots(choose, states)
+    take_slot(states, 0, [0, 0, 0], output=[3])  # vLLM writes zeros for embeddings
+    slots.add(0, AUTO)
+    slots.flush()
+    ctx = context(states, [0, 0], {0: []})
+    ctx.expanded_idx_mapping[1] = -1
+    logits = torch.randn(2, WIDTH)
+    logits[:, ::3] = -torch.inf
+    got = slots.apply(logits.clone(), ctx)
+    assert torch.equal(got[0], logits[0] / UNKNOWN)
+    assert torch.equal(got[1], logits[1])

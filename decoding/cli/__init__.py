@@ -11,81 +11,15 @@ from typing import Any
 
 import click
 
-from decoding.corpora import DEFAULT_STYLE, load_corpus, registered_styles
+from decoding.cli import options as shared
+from decoding.cli.temperature import temperature
+from decoding.corpora import DEFAULT_STYLE, load_corpus
 from decoding.errors import DecodingError
 from decoding.files import require_writable
-from decoding.models import DEFAULT_MODEL
 from decoding.style import checked_lambda
-from ngram import NGramError
 
 
-class _BadInput(click.ClickException):
-    exit_code = 2
-
-
-class _Group(click.Group):
-    """Turns the errors that users can mend into one line and exit status 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (DecodingError, NGramError) as error:
-            raise _BadInput(str(error)) from error
-
-
-class Lambdas(click.ParamType):
-    """``0:1``, ``0:1:0.05`` or ``0,0.1,0.3``."""
-
-    name = "λ"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        """Parses the text."""
-        try:
-            return parse_lambdas(value)
-        except DecodingError as error:
-            self.fail(str(error), param, ctx)
-
-
-def parse_lambdas(text: str) -> tuple[float, ...]:
-    """A range ``first:last[:step]`` (step 0.1 by default, last included) or a list with commas, ascending.
-
-    Raises:
-        DecodingError: anything else.
-    """
-    try:
-        numbers = [float(part) for part in text.replace(":", ",").split(",")]
-    except ValueError:
-        numbers = []
-    is_range = ":" in text
-    if not numbers or (is_range and ("," in text or len(numbers) > 3)) or not all(abs(x) < 1e6 for x in numbers):
-        raise DecodingError(f"λ must read like 0:1, 0:1:0.05 or 0,0.1,0.3, not {text!r}")
-    if is_range:
-        first, last, step = (*numbers, 0.1)[:3]
-        if step <= 0 or last < first or (last - first) / step > 10_000:
-            raise DecodingError(f"λ range {text!r} must ascend, by a positive step")
-        count = int((last - first) / step + 1e-9) + 1
-        numbers = [round(first + i * step, 10) for i in range(count)]
-    return tuple(sorted(set(numbers)))
-
-
-_model = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A folder or a Hugging Face hub id.")
-_dtype = click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-_field = click.option("--field", help="The text's field in a .jsonl style; or write FILE.jsonl#FIELD.")
-_order = click.option("--order", default=3, show_default=True, help="Order of the n-gram prior, 1 to 6.")
-_smoothing = click.option(
-    "--smoothing", default="kneser-ney", show_default=True, help="kneser-ney, witten-bell or additive."
-)
-_any_lambda = click.option("--allow-any-lambda", is_flag=True, help="Accept λ outside [0, 1].")
-_prompts = click.option(
-    "--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default."
-)
-_batch_size = click.option("--batch-size", default=24, show_default=True, type=click.IntRange(min=1))
-_style_help = f"{', '.join(registered_styles())}, a text file, a folder, a .jsonl file, or a saved prior."
-_out = click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; a new one by default.")
-_resume = click.option("--resume", is_flag=True, help="Go on with the run in --out.")
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=shared.Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="decoding-middleware")
 def cli() -> None:
     """Inference-time decoding middleware for large language models."""
@@ -97,14 +31,14 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("prompt")
-@_model
-@_dtype
-@click.option("--style", default=DEFAULT_STYLE, show_default=True, help=_style_help)
+@shared.model
+@shared.dtype
+@click.option("--style", default=DEFAULT_STYLE, show_default=True, help=shared.style_help)
 @click.option("--lambda", "lambda_", default=0.1, show_default=True, help="Strength of the style.")
-@_any_lambda
-@_field
-@_order
-@_smoothing
+@shared.any_lambda
+@shared.field
+@shared.order
+@shared.smoothing
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--temperature",
@@ -147,23 +81,28 @@ def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: fl
 
 @cli.command()
 @click.option(
-    "--lambda", "lambdas", type=Lambdas(), default="0:1", show_default=True, help="0:1, 0:1:0.05 or 0,0.1,0.3."
+    "--lambda",
+    "lambdas",
+    type=shared.Numbers("λ"),
+    default="0:1",
+    show_default=True,
+    help="0:1, 0:1:0.05 or 0,0.1,0.3.",
 )
-@click.option("--style", "styles", multiple=True, help=f"{_style_help} NAME=SPEC names it. May repeat.")
+@click.option("--style", "styles", multiple=True, help=f"{shared.style_help} NAME=SPEC names it. May repeat.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=(0,), show_default=True, help="May repeat.")
-@_prompts
+@shared.prompts
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(min=1))
-@_batch_size
+@shared.batch_size
 @click.option("--combine", type=click.Choice(["matching", "interpolated"]), default="matching", show_default=True)
 @click.option("--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True)
-@_any_lambda
-@_model
-@_dtype
-@_field
-@_order
-@_smoothing
-@_out
-@_resume
+@shared.any_lambda
+@shared.model
+@shared.dtype
+@shared.field
+@shared.order
+@shared.smoothing
+@shared.out
+@shared.resume
 def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int, ...], **options: Any) -> None:
     """Generates over λ and measures style, fluency and divergence; writes a table, pictures and a page."""
     from experiments import style_sweep
@@ -233,15 +172,19 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
-@_model
-@click.option("--style", "styles", multiple=True, help=f"NAME=SPEC. SPEC: {_style_help} May repeat.")
-@_order
-@_smoothing
+@shared.model
+@click.option("--style", "styles", multiple=True, help=f"NAME=SPEC. SPEC: {shared.style_help} May repeat.")
+@shared.order
+@shared.smoothing
+@click.option("--temperature-selector", help='"default" (the embedded one), a folder or a hub id; none by default.')
+@click.option("--temperature-policy", type=click.Choice(["ability", "curve"]), help="Of the selector.")
+@click.option("--model-size", type=click.Choice(["small", "medium", "large"]), help="By its parameters by default.")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
-def serve(model: str, styles: tuple[str, ...], order: int, smoothing: str, vllm_options: tuple[str, ...]) -> None:
-    """Serves a model with styles over HTTP: vLLM's OpenAI-compatible server, which takes all of its own options.
+def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **options: Any) -> None:
+    """Serves a model over HTTP: vLLM's OpenAI-compatible server, which takes all of its own options.
 
-    A request names its style in vllm_xargs: {"style": "NAME", "lambda": 0.1}.
+    A request names its style in vllm_xargs, {"style": "NAME", "lambda": 0.1}, and has its temperature chosen with
+    {"temperature": "auto"}.
     """
     from decoding.models import load_tokenizer, resolve_model
     from decoding.priors import name_and_file, require_distinct
@@ -249,9 +192,19 @@ def serve(model: str, styles: tuple[str, ...], order: int, smoothing: str, vllm_
 
     path = resolve_model(model)
     tokenizer = load_tokenizer(model)
-    named = [name_and_file(spec, tokenizer, order=order, smoothing=smoothing) for spec in styles]
+    trained = {"order": options["order"], "smoothing": options["smoothing"]}
+    named = [name_and_file(spec, tokenizer, **trained) for spec in styles]
     require_distinct([name for name, _ in named])
-    run_server(path, model, dict(named), vllm_options)
+    selector = options["temperature_selector"]
+    run_server(
+        path,
+        model,
+        dict(named),
+        vllm_options,
+        temperature=True if selector == "default" else selector,
+        model_size=options["model_size"],
+        policy=options["temperature_policy"],
+    )
 
 
 @cli.group()
@@ -262,10 +215,10 @@ def style() -> None:
 @style.command()
 @click.argument("corpus")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The .safetensors file to write.")
-@_model
-@_field
-@_order
-@_smoothing
+@shared.model
+@shared.field
+@shared.order
+@shared.smoothing
 def train(corpus: str, out: Path, model: str, field: str | None, order: int, smoothing: str) -> None:
     """Trains a prior on CORPUS (a registered name, text file, folder or .jsonl file) for a model's tokenizer."""
     from decoding.models import load_tokenizer
@@ -300,10 +253,10 @@ def info(prior: Path) -> None:
 @style.command(name="eval")
 @click.argument("prior")
 @click.argument("text")
-@_model
-@_field
-@_order
-@_smoothing
+@shared.model
+@shared.field
+@shared.order
+@shared.smoothing
 def evaluate(prior: str, text: str, model: str, field: str | None, order: int, smoothing: str) -> None:
     """Perplexity of TEXT under PRIOR (saved, or trained now from a style), as JSON."""
     from decoding.corpora import tokenize
@@ -330,9 +283,9 @@ def bench() -> None:
 
 
 @bench.command(name="style")
-@click.option("--style", "spec", default=DEFAULT_STYLE, show_default=True, help=_style_help)
-@_model
-@_field
+@click.option("--style", "spec", default=DEFAULT_STYLE, show_default=True, help=shared.style_help)
+@shared.model
+@shared.field
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--lmplz", type=click.Path(exists=True, path_type=Path), help="KenLM's trainer, to compare with.")
 def bench_style(spec: str, model: str, field: str | None, out: Path | None, lmplz: Path | None) -> None:
@@ -345,7 +298,7 @@ def bench_style(spec: str, model: str, field: str | None, out: Path | None, lmpl
 
 
 @bench.command(name="vllm")
-@_model
+@shared.model
 @click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1))
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the figures here.")
@@ -365,15 +318,15 @@ def reproduce() -> None:
 
 @reproduce.command(name="style")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with the three corpora.")
-@_prompts
+@shared.prompts
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
-@_batch_size
-@_model
-@_dtype
-@_order
-@_smoothing
-@_out
-@_resume
+@shared.batch_size
+@shared.model
+@shared.dtype
+@shared.order
+@shared.smoothing
+@shared.out
+@shared.resume
 def reproduce_style(data: Path, **options: Any) -> None:
     """Three corpora × eight λ × three seeds, beside unsteered texts of the same entropy (arXiv 2601.16224)."""
     from experiments import style_paper, style_sweep
@@ -387,6 +340,9 @@ def reproduce_style(data: Path, **options: Any) -> None:
     )
     run = _prepared_sweep(style_paper.style_specs(data), chosen, options | {"field": None, "engine": "transformers"})
     _run_and_report(run, style_paper.run)
+
+
+cli.add_command(temperature)
 
 
 def main() -> None:

@@ -1,0 +1,76 @@
+"""The six abilities of arXiv 2506.07295, and the best temperature of each for a class of model sizes.
+
+The table is made of the paper's published scores (``ability_scores.json``): the mean over the models of a class.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from decoding.errors import DecodingError
+
+ABILITIES = ("CR", "CT", "ICL", "IF", "MT", "SUMM")
+NAMES = {
+    "CR": "causal reasoning",
+    "CT": "creativity",
+    "ICL": "in-context learning",
+    "IF": "instruction following",
+    "MT": "machine translation",
+    "SUMM": "summarization",
+}
+SIZES = ("small", "medium", "large")
+# The classes of the table: 1 to 4, 7 to 13, 47 to 70 thousand million parameters. The borders are ours.
+_BORDERS = (5e9, 25e9)
+DEFAULT_TOLERANCE = 0.01
+
+
+@cache
+def _published() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("ability_scores.json").read_bytes())
+
+
+def size_class(parameters: int) -> str:
+    """ "small", "medium" or "large" for a number of parameters."""
+    return SIZES[sum(parameters >= border for border in _BORDERS)]
+
+
+def published_scores(size: str) -> tuple[list[float], np.ndarray]:
+    """The paper's temperatures, K of them, and mean scores [6, K], abilities in order.
+
+    Raises:
+        DecodingError: no such size.
+    """
+    if size not in SIZES:
+        raise DecodingError(f"unknown model size {size!r}: choose from {', '.join(SIZES)}")
+    table = _published()
+    return table["temperatures"], np.array([table["sizes"][size]["scores"][ability] for ability in ABILITIES])
+
+
+def best_temperatures(size: str, tolerance: float = DEFAULT_TOLERANCE) -> list[float]:
+    """The temperature of each ability, and of a prompt of unknown ability in seventh place.
+
+    Args:
+        size: of the model.
+        tolerance: as for `lowest_within`.
+
+    Raises:
+        DecodingError: no such size.
+    """
+    temperatures, scores = published_scores(size)
+    relative = scores / scores.max(1, keepdims=True)
+    return [temperatures[lowest_within(row, tolerance)] for row in (*scores, relative.mean(0))]
+
+
+def lowest_within(scores: Sequence[float] | np.ndarray, tolerance: float) -> int:
+    """The first score within ``tolerance``, a share of the best one, of the best.
+
+    Scores are noisy and temperatures ascend: where more heat gains next to nothing, the lower one is as good and safer.
+    """
+    values = np.asarray(scores)
+    return int(np.argmax(values >= values.max() - tolerance * abs(values.max())))

@@ -1,0 +1,83 @@
+"""Options that several commands share, and how they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from decoding.corpora import registered_styles
+from decoding.errors import DecodingError
+from decoding.models import DEFAULT_MODEL
+from ngram import NGramError
+
+
+class BadInput(click.ClickException):
+    """One line, and exit status 2."""
+
+    exit_code = 2
+
+
+class Group(click.Group):
+    """Turns the errors that users can mend into one line and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except (DecodingError, NGramError) as error:
+            raise BadInput(str(error)) from error
+
+
+class Numbers(click.ParamType):
+    """``0:1``, ``0:1:0.05`` or ``0,0.1,0.3``."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        """Parses the text."""
+        try:
+            return parse_numbers(value, self.name)
+        except DecodingError as error:
+            self.fail(str(error), param, ctx)
+
+
+def parse_numbers(text: str, name: str) -> tuple[float, ...]:
+    """A range ``first:last[:step]`` (step 0.1 by default, last included) or a list with commas, ascending.
+
+    Raises:
+        DecodingError: anything else.
+    """
+    try:
+        numbers = [float(part) for part in text.replace(":", ",").split(",")]
+    except ValueError:
+        numbers = []
+    is_range = ":" in text
+    if not numbers or (is_range and ("," in text or len(numbers) > 3)) or not all(abs(x) < 1e6 for x in numbers):
+        raise DecodingError(f"{name} must read like 0:1, 0:1:0.05 or 0,0.1,0.3, not {text!r}")
+    if is_range:
+        first, last, step = (*numbers, 0.1)[:3]
+        if step <= 0 or last < first or (last - first) / step > 10_000:
+            raise DecodingError(f"the {name} range {text!r} must ascend, by a positive step")
+        count = int((last - first) / step + 1e-9) + 1
+        numbers = [round(first + i * step, 10) for i in range(count)]
+    return tuple(sorted(set(numbers)))
+
+
+model = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A folder or a Hugging Face hub id.")
+dtype = click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+field = click.option("--field", help="The text's field in a .jsonl style; or write FILE.jsonl#FIELD.")
+order = click.option("--order", default=3, show_default=True, help="Order of the n-gram prior, 1 to 6.")
+smoothing = click.option(
+    "--smoothing", default="kneser-ney", show_default=True, help="kneser-ney, witten-bell or additive."
+)
+any_lambda = click.option("--allow-any-lambda", is_flag=True, help="Accept λ outside [0, 1].")
+prompts = click.option(
+    "--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default."
+)
+batch_size = click.option("--batch-size", default=24, show_default=True, type=click.IntRange(min=1))
+style_help = f"{', '.join(registered_styles())}, a text file, a folder, a .jsonl file, or a saved prior."
+out = click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; a new one by default.")
+resume = click.option("--resume", is_flag=True, help="Go on with the run in --out.")

@@ -1,0 +1,189 @@
+"""``decoding temperature``: collects scores, trains, evaluates and asks temperature selectors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from decoding.cli import options as shared
+from decoding.errors import DecodingError
+
+_data = click.option(
+    "--data", required=True, type=click.Path(path_type=Path), help="Folder that the tasks' files are relative to."
+)
+_selector = click.option("--selector", help="A folder or a hub id; the embedded one by default.")
+_model_size = click.option(
+    "--model-size", default="small", show_default=True, help="small (below 5e9 parameters), medium or large (25e9)."
+)
+
+
+@click.group()
+def temperature() -> None:
+    """Collects scores, trains, evaluates and asks temperature selectors."""
+
+
+@temperature.command()
+@click.option(
+    "--task", "tasks", multiple=True, help="NAME or NAME:PROMPTS, or a .json file. May repeat; --suite by default."
+)
+@click.option("--suite", type=click.Choice(["abilities", "superglue"]), default="abilities", show_default=True)
+@_data
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(min=1), help="Prompts of each task.")
+@click.option(
+    "--temperatures", type=shared.Numbers("temperature"), default="0.1:1.9:0.3", show_default=True, help="0.1:1.9:0.3."
+)
+@click.option("--seeds", default=2, show_default=True, type=click.IntRange(min=1), help="Texts at each temperature.")
+@click.option("--top-p", default=0.9, show_default=True, type=click.FloatRange(0, 1, min_open=True))
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts in a batch.")
+@click.option("--entropy-based/--no-entropy-based", default=True, show_default=True, help="Also EDT and dynatemp.")
+@shared.model
+@shared.dtype
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the collection.")
+@shared.resume
+def collect(tasks: tuple[str, ...], suite: str, data: Path, limit: int, out: Path, resume: bool, **chosen: Any) -> None:
+    """Scores a model on tasks at every temperature; goes on with --resume after an interruption."""
+    from decoding.models import load_model, load_tokenizer, model_fingerprint
+    from decoding.temperature import checked_temperature
+    from experiments.runs import check_unused
+    from experiments.tasks import load_tasks
+    from experiments.temperature_collect import Collection, CollectOptions
+
+    for value in chosen["temperatures"]:
+        checked_temperature(value)
+    if not resume:
+        check_unused(out)
+    limits = dict(_name_and_limit(spec, limit) for spec in tasks)
+    definitions = load_tasks(list(limits), suite)
+    if unscored := [task.name for task in definitions if task.metric is None]:
+        raise DecodingError(f"task {unscored[0]} has no metric: its prompts are for classification alone")
+    items = {task: task.items(data, at) for task, at in zip(definitions, limits.values() or [limit] * 99, strict=False)}
+    tokenizer, model = load_tokenizer(chosen["model"]), load_model(chosen["model"], chosen["dtype"])
+    about = {
+        "model": chosen["model"],
+        "model_fingerprint": model_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    settings = {key: chosen[key] for key in ("temperatures", "seeds", "top_p", "batch_size", "entropy_based")}
+    collection = Collection(model, tokenizer, about, items, CollectOptions(**settings), out, resume)
+    try:
+        collection.run()
+    except KeyboardInterrupt:
+        click.echo(f"\ninterrupted; finished batches are kept: go on with --resume --out {out}", err=True)
+        sys.exit(130)
+    click.echo(f"{out}: train with `decoding temperature train --collection {out}`")
+
+
+def _name_and_limit(spec: str, limit: int) -> tuple[str, int]:
+    name, colon, number = spec.rpartition(":")
+    if not colon:
+        return spec, limit
+    if not number.isdigit() or int(number) < 1:
+        raise DecodingError(f"--task must read like NAME or NAME:100, not {spec!r}")
+    return name, int(number)
+
+
+@temperature.command()
+@_data
+@click.option("--task", "tasks", multiple=True, help="Tasks to learn from. May repeat; the embedded head's by default.")
+@click.option(
+    "--collection",
+    type=click.Path(path_type=Path),
+    help="Of `collect`: also learns this model's scores by temperature.",
+)
+@click.option("--encoder", default="minilm-l6", show_default=True, help="A BERT-family model: a folder or a hub id.")
+@click.option("--window", default=256, show_default=True, help="Tokens of a prompt that the encoder reads.")
+@click.option(
+    "--fine-tune", default=0, show_default=True, type=click.IntRange(min=0), help="Epochs; 0 keeps the encoder frozen."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the selector.")
+def train(
+    data: Path, tasks: tuple[str, ...], collection: Path | None, encoder: str, window: int, fine_tune: int, out: Path
+) -> None:
+    """Trains a selector: the classifier of abilities and, from a collection, one model's scores by temperature."""
+    from decoding.encoder import load_encoder
+    from decoding.files import require_writable
+    from experiments import temperature_data, temperature_eval, temperature_train
+
+    if out.is_dir() and any(out.iterdir()):
+        raise DecodingError(f"{out} holds files: choose a new folder with --out")
+    require_writable(out)
+    collected = None if collection is None else temperature_data.read_collection(collection)
+    names = tasks or temperature_data.TRAINED
+    labelled = temperature_data.training_prompts(data, names)
+    selector = temperature_train.train(load_encoder(encoder, window), labelled, collected, fine_tune)
+    if held_out := temperature_data.held_out_prompts(data, names):
+        found = temperature_eval.classification(selector, held_out)
+        selector.about["held_out_accuracy"] = {row["task"]: round(row["accuracy"], 4) for row in found["tasks"]}
+        click.echo(
+            f"{100 * found['over_prompts']:.1f} % of {sum(len(p.prompts) for p in held_out)} held-out prompts told"
+        )
+    chosen = [f"--task {name}" for name in tasks] + [f"--fine-tune {fine_tune}"] * (fine_tune > 0)
+    chosen += [f"--encoder {encoder} --window {window} --data DATA"] + ["--collection COLLECTION"] * bool(collected)
+    selector.about["command"] = " ".join(["decoding temperature train", *chosen])
+    selector.save_pretrained(out)
+    click.echo(f"{out}: judge it with `decoding temperature eval --selector {out}`")
+
+
+@temperature.command(name="eval")
+@_selector
+@_model_size
+@_data
+@click.option(
+    "--collection", "collections", multiple=True, type=click.Path(path_type=Path), help="Of `collect`. May repeat."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for tables, figures and picture.")
+def evaluate(selector: str | None, model_size: str, data: Path, collections: tuple[Path, ...], out: Path) -> None:
+    """Judges a selector on prompts that it was not trained on, against fixed and entropy-based temperatures."""
+    from decoding.abilities import best_temperatures
+    from decoding.selector import TemperatureSelector
+    from experiments import temperature_data, temperature_eval, temperature_report
+    from experiments.runs import check_unused
+
+    check_unused(out)
+    judged = TemperatureSelector.from_pretrained(selector)
+    needed = [*best_temperatures(model_size, judged.tolerance), *temperature_eval.DEFAULTS]
+    collected = [temperature_data.read_collection(folder, needed) for folder in collections]
+    labelled = temperature_data.held_out_prompts(data), temperature_data.kept_out_prompts(data)
+    results = temperature_eval.evaluate(judged, collected, labelled, model_size)
+    click.echo(temperature_report.write(results, out))
+
+
+@temperature.command()
+@click.argument("prompt")
+@_selector
+@_model_size
+@click.option("--policy", type=click.Choice(["ability", "curve"]), help="Both by default, where there is a curve.")
+def predict(prompt: str, selector: str | None, model_size: str, policy: str | None) -> None:
+    """Prints what a selector makes of PROMPT, as JSON."""
+    import json
+
+    from decoding.selector import TemperatureSelector
+
+    opened = TemperatureSelector.from_pretrained(selector)
+    click.echo(json.dumps(_prediction(opened, prompt, model_size, policy), indent=2))
+
+
+def _prediction(selector: Any, prompt: str, model_size: str, policy: str | None) -> dict[str, Any]:
+    from decoding.abilities import ABILITIES
+
+    shares = selector.abilities([prompt])[0].tolist()
+    found: dict[str, Any] = {"abilities": {name: round(x, 4) for name, x in zip(ABILITIES, shares, strict=True)}}
+    if policy != "curve":
+        found["ability"] = {"model_size": model_size, "temperature": selector.select([prompt], model_size)[0]}
+    if policy == "curve" or (policy is None and selector.curve is not None):
+        (chosen,) = selector.select([prompt], policy="curve")
+        mean, gain, error = (rows[0].tolist() for rows in selector.curves([prompt]))
+        temperatures = [round(t, 4) for t in selector.curve.temperatures.tolist()]
+        at = temperatures.index(chosen)
+        found["curve"] = {
+            "model": selector.about.get("model"),
+            "temperature": chosen,
+            "best_fixed_temperature": temperatures[int(selector.curve.fixed)],
+            "expected_gain": round(gain[at], 4),
+            "standard_error": round(error[at], 4),
+            "expected_scores": {f"{t:g}": round(x, 4) for t, x in zip(temperatures, mean, strict=True)},
+        }
+    return found

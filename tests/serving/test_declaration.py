@@ -1,0 +1,111 @@
+"""What engines and servers are started with."""
+
+import json
+import os
+
+import pytest
+
+from decoding import DecodingError
+from decoding.vllm import engine_args
+from decoding.vllm.declaration import (
+    STYLE_PROCESSOR,
+    TEMPERATURE_PROCESSOR,
+    DeclaredSelector,
+    declared_selector,
+    declared_styles,
+)
+
+STYLES = {"logits_processors": [STYLE_PROCESSOR]}
+TEMPERATURE = {"logits_processors": [TEMPERATURE_PROCESSOR]}
+BOTH = {"logits_processors": [STYLE_PROCESSOR, TEMPERATURE_PROCESSOR]}
+
+
+@pytest.fixture(autouse=True)
+def nothing_declared(monkeypatch):
+    for variable in ("DECODING_STYLES", "DECODING_TEMPERATURE", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"):
+        monkeypatch.setenv(variable, "")  # so that it is put back as it was
+        monkeypatch.delenv(variable)
+
+
+@pytest.fixture
+def saved_selector(tmp_path):
+    folder = tmp_path / "selector"
+    folder.mkdir()
+    (folder / "temperature_selector.json").write_text("{}")
+    return folder
+
+
+def test_styles_are_declared_in_the_environment(saved, monkeypatch):
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "MINE")
+    assert engine_args(saved) == STYLES
+    assert engine_args(saved | {"hub": "me/mine"}) == STYLES
+    assert declared_styles() == {name: str(path) for name, path in saved.items()} | {"hub": "me/mine"}
+    assert os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] == "MINE,DECODING_STYLES"
+
+
+def test_a_selector_is_declared_in_the_environment(saved_selector, monkeypatch):
+    monkeypatch.chdir(saved_selector.parent)
+    assert engine_args(temperature="selector") == TEMPERATURE
+    assert declared_selector() == DeclaredSelector(str(saved_selector))
+    assert engine_args(temperature=True, model_size="large", policy="curve") == TEMPERATURE
+    assert json.loads(os.environ["DECODING_TEMPERATURE"]) == {
+        "selector": None,
+        "model_size": "large",
+        "policy": "curve",
+    }
+    assert declared_selector() == DeclaredSelector(None, "large", "curve")
+    assert engine_args(temperature="me/mine") == TEMPERATURE
+    assert declared_selector() == DeclaredSelector("me/mine")
+    assert os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] == "DECODING_TEMPERATURE"
+
+
+def test_a_declaration_replaces_the_last_one(saved):
+    assert engine_args(saved, temperature=True) == BOTH
+    assert declared_styles()
+    assert declared_selector()
+    assert os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] == "DECODING_STYLES,DECODING_TEMPERATURE"
+    assert engine_args(temperature=True) == TEMPERATURE
+    assert declared_styles() == {}
+    assert engine_args({}) == STYLES  # which refuses styles, where vLLM would ignore them
+    assert declared_selector() is None
+    assert engine_args() == {"logits_processors": []}
+    assert engine_args(temperature=False) == {"logits_processors": []}
+
+
+def test_what_is_not_there_is_refused_and_nothing_declared(saved, tmp_path):
+    for source in (tmp_path / "no.safetensors", "no", tmp_path):
+        with pytest.raises(DecodingError, match="style 'x': no saved prior"):
+            engine_args({"x": source}, temperature=True)
+    for source in (tmp_path / "no", "no", tmp_path):
+        with pytest.raises(DecodingError, match="no temperature selector at"):
+            engine_args(saved, temperature=source)
+    for options, reason in (
+        ({"temperature": True, "model_size": "tiny"}, "unknown model size 'tiny': choose from small, medium, large"),
+        ({"temperature": True, "policy": "best"}, "unknown policy 'best': choose from ability, curve"),
+        ({"model_size": "small"}, "ask for one with temperature"),
+        ({"policy": "curve"}, "ask for one with temperature"),
+    ):
+        with pytest.raises(DecodingError, match=reason):
+            engine_args(saved, **options)
+    assert declared_styles() == {}
+    assert declared_selector() is None
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}'])
+def test_a_spoilt_declaration_is_refused(text, monkeypatch):
+    monkeypatch.setenv("DECODING_STYLES", text)
+    monkeypatch.setenv("DECODING_TEMPERATURE", text)
+    with pytest.raises(DecodingError, match="DECODING_STYLES"):
+        declared_styles()
+    with pytest.raises(DecodingError, match="DECODING_TEMPERATURE"):
+        declared_selector()
+
+
+def test_declarations_are_json_that_vllm_users_can_write(saved, monkeypatch):
+    monkeypatch.setenv("DECODING_STYLES", json.dumps({"mine": str(saved["file"])}))
+    assert list(declared_styles()) == ["mine"]
+    monkeypatch.setenv("DECODING_TEMPERATURE", '{"model_size": "large"}')
+    assert declared_selector() == DeclaredSelector(model_size="large")
+    monkeypatch.setenv("DECODING_TEMPERATURE", '{"size": "large"}')
+    with pytest.raises(DecodingError, match="can have selector, model_size, policy, not size"):
+        declared_selector()

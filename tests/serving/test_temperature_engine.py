@@ -1,0 +1,190 @@
+"""Chosen temperatures in vLLM itself, on the CPU: the V1 runner, and V2's interface by hand.
+
+The texts of a request are those of the same request with the chosen temperature as its own, token for token.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from decoding import TemperatureSelector
+from decoding.models import DEFAULT_MODEL, load_tokenizer, resolve_model
+from decoding.priors import name_and_file
+from decoding.vllm import engine_args
+from decoding.vllm.temperatures import model_size_of
+from tests.serving import test_v2_slots as stand_in
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")
+VLLMValidationError = pytest.importorskip("vllm.exceptions").VLLMValidationError
+pytestmark = pytest.mark.real
+
+# No prefill in pieces, which vLLM cannot seed on a CPU.
+ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 224, "disable_log_stats": True}
+ENGINE |= {"max_num_seqs": 8, "num_gpu_blocks_override": 64, "block_size": 32}
+AUTO = {"temperature": "auto"}
+STYLE = {"style": "king-james", "lambda": 0.3}
+GLASS, GERMAN, SUM = "Why did the glass break when it fell?", "Translate into German: Good morning.", "What is 2 + 2?"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
+            patch.setenv(name, value)
+        for name in ("DECODING_STYLES", "DECODING_TEMPERATURE"):
+            patch.setenv(name, "{}")
+        yield
+
+
+@pytest.fixture(scope="module")
+def llm(selector_folder):
+    _, prior = name_and_file("king-james", load_tokenizer(), order=3, smoothing="kneser-ney")
+    declared = engine_args({"king-james": prior}, temperature=selector_folder, model_size="medium")
+    return vllm.LLM(resolve_model(DEFAULT_MODEL), **ENGINE, **declared)
+
+
+@pytest.fixture(scope="module")
+def selector(selector_folder):
+    return TemperatureSelector.from_pretrained(selector_folder)
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The prompts that are read, by batch."""
+    read, encoded = [], TemperatureSelector._encoded
+    monkeypatch.setattr(TemperatureSelector, "_encoded", lambda self, texts: read.append(texts) or encoded(self, texts))
+    return read
+
+
+def params(**options):
+    return vllm.SamplingParams(**{"temperature": 1, "max_tokens": 16, "ignore_eos": True, "seed": 7} | options)
+
+
+def texts(llm, prompts, sampling):
+    return [[list(one.token_ids) for one in each.outputs] for each in llm.generate(prompts, sampling, use_tqdm=False)]
+
+
+def asked(prompt):
+    """A user's message in the model's chat template."""
+    turns = [{"role": "user", "content": prompt}]
+    return load_tokenizer().apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+@contextmanager
+def taken_out(llm):
+    """The engine without the processor."""
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    processors = runner.input_batch.logitsprocs.argmax_invariant
+    (ours,) = (each for each in processors if type(each).__name__ == "TemperatureLogitsProcessor")
+    place = processors.index(ours)
+    del processors[place]
+    try:
+        yield
+    finally:
+        processors.insert(place, ours)
+
+
+def test_one_batch_has_chosen_temperatures_fixed_ones_greedy_texts_and_styles(llm, selector):
+    chosen = selector.select([GLASS, GERMAN, SUM], "medium")
+    assert len(set(chosen)) == 3
+    requests = [
+        (GLASS, {"extra_args": AUTO}, {"temperature": chosen[0]}),
+        (GLASS, {"temperature": 0.6}, {}),
+        (asked(GERMAN), {"extra_args": AUTO}, {"temperature": chosen[1]}),
+        (GLASS, {"temperature": 0}, {}),
+        (SUM, {"extra_args": AUTO | STYLE}, {"temperature": chosen[2]}),
+        (GLASS, {"extra_args": STYLE}, {}),
+        (asked(GLASS), {"extra_args": AUTO, "top_p": 0.9, "presence_penalty": 0.5}, {"temperature": chosen[0]}),
+        (GLASS, {}, {}),
+    ]
+    prompts = [prompt for prompt, _, _ in requests]
+    sampling = [params(seed=i, **options) for i, (_, options, _) in enumerate(requests)]
+    got = texts(llm, prompts, sampling)
+
+    def own(options, change):
+        extra = {key: value for key, value in options.get("extra_args", {}).items() if key != "temperature"}
+        return options | change | {"extra_args": extra}
+
+    fixed = [params(seed=i, **own(options, change)) for i, (_, options, change) in enumerate(requests)]
+    assert got == texts(llm, prompts, fixed)
+
+    with taken_out(llm):
+        without = texts(llm, prompts, sampling)
+    assert [a == b for a, b in zip(got, without, strict=True)] == [not change for _, _, change in requests]
+
+
+def test_prompts_are_read_once_for_all_their_texts(llm, selector, batches):
+    prompts = ["Write a story about a lighthouse.", asked("Write a song about a lighthouse.")]
+    got = texts(llm, prompts, params(extra_args=AUTO, n=3))
+    assert batches == [["Write a story about a lighthouse.", "Write a song about a lighthouse."]]
+    assert got == texts(llm, prompts, params(extra_args=AUTO, n=3))
+    assert len(batches) == 1
+    chosen = selector.select(batches[0], "medium")
+    assert got == texts(llm, prompts, [params(temperature=value, n=3) for value in chosen])
+
+
+def test_requests_that_come_and_go_get_what_each_gets_alone(llm, batches):
+    prompts = [f"Tell me {count} things about the number {count}." for count in range(24)]
+    sampling = [
+        params(seed=i, max_tokens=4 + i % 5, **({"extra_args": AUTO} if i % 3 else {"temperature": i % 2 / 2}))
+        for i in range(len(prompts))
+    ]
+    together = texts(llm, prompts, sampling)
+    assert sum(map(len, batches)) == 16
+    assert together == [texts(llm, [prompt], each)[0] for prompt, each in zip(prompts, sampling, strict=True)]
+    assert sum(map(len, batches)) == 16
+
+
+def test_prompts_without_text_do_not_stop_the_engine(llm, batches):
+    nothing = {"prompt_token_ids": [load_tokenizer().eos_token_id]}
+    got = texts(llm, [nothing], params(extra_args=AUTO))
+    assert not batches
+    assert got == texts(llm, [nothing], params(temperature=0.1))
+
+
+def test_bad_arguments_are_refused_and_the_engine_lives_on(llm):
+    good = params(extra_args=AUTO)
+    before = texts(llm, [GLASS], good)
+    for options, reason in (
+        ({"extra_args": {"temperature": 0.7}}, "not 0.7: a number belongs"),
+        ({"extra_args": AUTO, "temperature": 0}, "must be 1, not 0 "),
+        ({"extra_args": AUTO, "temperature": 0.5}, "must be 1, not 0.5 "),
+        ({"extra_args": AUTO | {"style": "nobody"}}, "unknown style"),
+    ):
+        with pytest.raises(VLLMValidationError, match=reason):
+            llm.generate([GLASS], params(**options), use_tqdm=False)
+    assert texts(llm, [GLASS], good) == before
+
+
+def test_the_models_size_is_known(llm):
+    config = llm.llm_engine.vllm_config.model_config.hf_text_config
+    before = config.to_dict()
+    assert model_size_of(config) == "small"
+    assert config.to_dict() == before
+
+
+def test_without_a_declared_selector_the_processor_is_refused_at_start(llm, monkeypatch):
+    from decoding.vllm.processor import TemperatureLogitsProcessor
+
+    monkeypatch.delenv("DECODING_TEMPERATURE")
+    with pytest.raises(ValueError, match="DECODING_TEMPERATURE is not set"):
+        TemperatureLogitsProcessor(llm.llm_engine.vllm_config, torch.device("cpu"), False)
+
+
+def test_the_v2_interface_scales_through_the_processor(llm, selector):
+    from decoding.vllm.processor import TemperatureLogitsProcessor
+
+    config = llm.llm_engine.vllm_config
+    states = stand_in.request_states()
+    processor = TemperatureLogitsProcessor(config, states)
+    prompt = load_tokenizer()(asked(GERMAN))["input_ids"]
+    stand_in.take_slot(states, 0, prompt)
+    assert processor.add_request(0, params(extra_args=AUTO))
+    stand_in.take_slot(states, 1, prompt)
+    assert not processor.add_request(1, params())
+    processor.apply_staged_writes()
+    logits = torch.randn(2, config.model_config.get_vocab_size())
+    got = processor.apply(logits.clone(), stand_in.context(states, [1, 0], {0: [], 1: []}))
+    assert torch.equal(got[0], logits[0])
+    assert torch.equal(got[1], logits[1] / selector.temperatures([GERMAN], "medium"))
