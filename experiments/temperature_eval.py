@@ -26,6 +26,7 @@ from experiments.temperature_collect import ENTROPY_BASED, sampler_name
 from experiments.temperature_data import TRAINED_ON, Collected, Labelled, Scores, prompts_in
 
 _RESAMPLES = 2000
+_NEXT_TO_NOTHING = 1e-9  # for tasks on which a model scores 0 throughout
 DEFAULTS = (0.1, 1.0)
 
 
@@ -133,7 +134,7 @@ class Contest:
         """A row for each policy: its share over abilities, of each ability, and its gain over the best fixed."""
         policies = dict(self._policies())
         values = {name: [picks(task) for task in self.tasks] for name, picks in policies.items()}
-        best = [task.curve(self.temperatures).mean(0).max() for task in self.tasks]
+        best = [max(task.curve(self.temperatures).mean(0).max(), _NEXT_TO_NOTHING) for task in self.tasks]
         rng = np.random.default_rng(0)
         drawn = [rng.integers(0, len(task.prompts), (_RESAMPLES, len(task.prompts))) for task in self.tasks]
         means = {
@@ -181,7 +182,9 @@ class Contest:
 
     def _best_fixed(self, tasks: Sequence[Scores]) -> float:
         means = np.stack([task.curve(self.temperatures).mean(0) for task in tasks])
-        return self.temperatures[int(_over_abilities(tasks, means / means.max(1, keepdims=True)).argmax())]
+        return self.temperatures[
+            int(_over_abilities(tasks, means / means.max(1, keepdims=True).clip(_NEXT_TO_NOTHING)).argmax())
+        ]
 
     def _selected(self, policy: Policy) -> Picks:
         return lambda task: selected(self.selector, task, self._vectors[task.task], self.size, policy)
@@ -284,7 +287,8 @@ def evaluate(
         if all(task.ability is not None for task in tasks):
             trained = [task for task in tasks if task.task in TRAINED_ON]
             held_out = [task.half(False) for task in trained]
-            kept_out = [task for task in tasks if task.task not in TRAINED_ON]
+            abilities = {task.ability for task in trained}
+            kept_out = [task for task in tasks if task.task not in TRAINED_ON and task.ability in abilities]
             contest = partial(Contest, collected.temperatures, [task.half(True) for task in trained])
             results["abilities"] = {
                 **settings,

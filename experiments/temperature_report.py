@@ -119,7 +119,8 @@ def _draw(results: Mapping[str, Any], path: Path) -> None:
         axis.set_title(f"{ability}: {NAMES[ability]}", fontsize=10)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, frameon=False)
+        if axis.has_data():
+            axis.legend(fontsize=8, frameon=False)
     for axis in axes[-1]:
         axis.set_xlabel("temperature")
     for axis in axes[:, 0]:

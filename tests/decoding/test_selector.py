@@ -22,7 +22,7 @@ TEMPERATURES = [0.1, 0.7, 1.3]
 ARTICLE = (
     "The council of Eastham voted on Monday to replace the old bridge over the river, which has been closed to lorries "
     "since a crack was found in May. The new one will cost 14 million pounds and take three years to build. Owners of "
-    "shops in the high street said that the detour had already cost them a third of their customers. A spokeswoman for the "
+    "shops in the high street said that the detour had cost them a third of their customers. A spokeswoman for the "
     "county promised that a ferry would run from April. Campaigners want to keep the old arches as a footpath."
 )
 
