@@ -311,6 +311,19 @@ def bench_vllm(model: str, max_new_tokens: int, rounds: int, out: Path | None) -
     vllm_bench.main(model, max_new_tokens, rounds, out)
 
 
+@bench.command(name="temperature")
+@shared.model
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the figures here.")
+def bench_temperature(model: str, rounds: int, out: Path | None) -> None:
+    """Measures what choosing a temperature costs. Let the machine be idle."""
+    from experiments import temperature_bench
+
+    if out is not None:
+        require_writable(out)
+    temperature_bench.main(model, rounds, out)
+
+
 @cli.group()
 def reproduce() -> None:
     """Reproduces the papers' experiments."""

@@ -1,6 +1,7 @@
 """Chosen temperatures in vLLM itself, on the CPU: the V1 runner, and V2's interface by hand.
 
-Run it by itself: vLLM 0.32 cannot start a second engine in a process. The texts of a request are those of the same request with the chosen temperature as its own, token for token.
+Run it by itself: vLLM 0.32 cannot start a second engine in a process. The texts of a request are those of
+the same request with the chosen temperature as its own, token for token.
 """
 
 from contextlib import contextmanager
