@@ -162,8 +162,12 @@ def _load(path: Path) -> Task:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file, or the paragraphs of a .txt file as {"text": …}."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".txt":
+            return [{"text": " ".join(part.split())} for part in re.split(r"\n\s*\n", text) if part.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise DecodingError(f"cannot read the task's data {path} ({error}): give their folder with --data") from error
 

@@ -19,16 +19,14 @@ from decoding.errors import DecodingError
 from experiments.tasks import Task, load_tasks
 from experiments.temperature_collect import sampler_name
 
-# What the embedded selector learns from: one data set for each ability, and prompts written for this purpose.
+# What the embedded selector learns from: one data set for each ability; plain openings, which ask for nothing but to go
+# on; and prompts written for this purpose.
 TRAINED_ON = ("e-care", "wikinews", "ag-news", "ifeval", "ntrex", "xsum")
+_OPENINGS = ("news", "passage", "encyclopedia", "sentence", "novel", "statement")
 TRAINED = (
     *TRAINED_ON,
-    "news-continuation",
-    "passage-continuation",
-    "sentence-continuation",
-    "creative-writing",
-    "few-shot",
-    "instructions",
+    *(f"{name}-continuation" for name in _OPENINGS),
+    *("creative-writing", "few-shot", "instructions"),
 )
 # Data sets that it never sees.
 KEPT_OUT = (
