@@ -1,7 +1,7 @@
 """Tasks whose answers can be scored: each a small JSON file in ``tasks/``, over records of a JSON-lines file.
 
 A definition's fields:
-    name, suite: "abilities", "superglue" or "prompts" (for classification alone); ability: one of the six.
+    name, suites: of "abilities", "superglue", "prompts" (for classification alone); ability: one of the six.
     source: the records' file, relative to the data folder, or records: themselves.
     where: fields that a record must have. expand: see `_EXPANDED`.
     clip: longest text of a field, in characters. variants: additional fields, one set for each record in turn.
@@ -43,7 +43,7 @@ class Task:
     """A task's definition, as its file has it."""
 
     name: str
-    suite: str
+    suites: list[str]
     templates: list[str]
     source: str | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -129,7 +129,7 @@ def load_tasks(names: Sequence[str] = (), suite: str = "abilities") -> list[Task
     paths = [_path_of(name) for name in names] or sorted(_FOLDER.glob("*.json"))
     tasks = [_load(path) for path in paths]
     if not names:
-        tasks = [task for task in tasks if task.suite == suite]
+        tasks = [task for task in tasks if suite in task.suites]
     if len({task.name for task in tasks}) < len(tasks):
         raise DecodingError("two tasks have the same name: name each once")
     return tasks

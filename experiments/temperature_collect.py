@@ -107,7 +107,8 @@ class Collection:
             "seeds": options.seeds,
             "top_p": options.top_p,
             "batch_size": options.batch_size,
-            "tasks": {task.name: len(items) for task, items in self.items.items()},
+            "tasks": {task.name: len(prompts) for task, prompts in items.items()},
+            "prompts_sha256": hashlib.sha256(repr([*items.values()]).encode()).hexdigest(),
         }
         self.folder = RunFolder(out, settings, resume)
 
@@ -146,7 +147,7 @@ class Collection:
                     "texts": {name: texts[a : a + size] for name, a in starts.items()},
                 }
             )
-        return {"task": task.name, "ability": task.ability, "suite": task.suite, "prompts": prompts}
+        return {"task": task.name, "ability": task.ability, "prompts": prompts}
 
     def _sample(self, task: Task, prompts: Sequence[str]) -> list[str]:
         """Texts of every prompt × sampler × seed, in that order."""

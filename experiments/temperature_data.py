@@ -87,7 +87,6 @@ class Scores:
     """What was collected of one task."""
 
     task: str
-    suite: str
     ability: str | None
     positions: list[int]
     prompts: list[str]
@@ -101,7 +100,6 @@ class Scores:
         """Some of the prompts."""
         return Scores(
             self.task,
-            self.suite,
             self.ability,
             [self.positions[i] for i in rows],
             [self.prompts[i] for i in rows],
@@ -171,7 +169,6 @@ def _scores(cells: Sequence[Mapping[str, Any]]) -> Scores:
     names = list(prompts[0]["scores"])
     return Scores(
         cells[0]["task"],
-        cells[0]["suite"],
         cells[0]["ability"],
         [prompt["position"] for prompt in prompts],
         [prompt["prompt"] for prompt in prompts],

@@ -42,17 +42,17 @@ def cli() -> None:
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--temperature",
-    default=1.0,
+    default="1",
     show_default=True,
-    type=click.FloatRange(min=0),
-    help="0 takes the most probable token at every step.",
+    type=shared.TemperatureOrAuto(),
+    help='"auto" has it chosen for the prompt; 0 takes the most probable token at every step.',
 )
 @click.option("--seed", default=0, show_default=True)
-def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: float, **options: Any) -> None:
+def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: float | str, **options: Any) -> None:
     """Continues PROMPT in a style."""
     import torch
 
-    from decoding import StylePrior
+    from decoding import AutoTemperature, FixedTemperature, StylePrior
     from decoding import generate as continue_text
     from decoding.models import load_model, load_tokenizer
     from decoding.priors import resolve_style
@@ -64,17 +64,18 @@ def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: fl
     prior = resolve_style(
         style, tokenizer, field=options["field"], order=options["order"], smoothing=options["smoothing"]
     )
-    processor = StylePrior(prior, λ=lambda_, allow_any_lambda=options["allow_any_lambda"])
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    processors: list[Any] = [StylePrior(prior, λ=lambda_, allow_any_lambda=options["allow_any_lambda"])]
+    if temperature != 0:
+        processors.append(AutoTemperature() if temperature == "auto" else FixedTemperature(float(temperature)))
     torch.manual_seed(seed)
     model = load_model(options["model"], options["dtype"])
     text = continue_text(
         model,
         prompt,
         tokenizer=tokenizer,
-        logits_processor=[processor],
+        logits_processor=processors,
         max_new_tokens=options["max_new_tokens"],
-        **sampling,
+        **({} if temperature else {"do_sample": False}),
     )
     click.echo(prompt + text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,24 @@ class Numbers(click.ParamType):
             return parse_numbers(value, self.name)
         except DecodingError as error:
             self.fail(str(error), param, ctx)
+
+
+class TemperatureOrAuto(click.ParamType):
+    """A number of at least 0, or ``auto``."""
+
+    name = "temperature"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        """Parses the text."""
+        if value == "auto":
+            return value
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number < math.inf:
+            self.fail(f'must be "auto" or a number of at least 0, not {value!r}', param, ctx)
+        return number
 
 
 def parse_numbers(text: str, name: str) -> tuple[float, ...]:

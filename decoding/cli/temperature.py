@@ -59,7 +59,8 @@ def collect(tasks: tuple[str, ...], suite: str, data: Path, limit: int, out: Pat
     definitions = load_tasks(list(limits), suite)
     if unscored := [task.name for task in definitions if task.metric is None]:
         raise DecodingError(f"task {unscored[0]} has no metric: its prompts are for classification alone")
-    items = {task: task.items(data, at) for task, at in zip(definitions, limits.values() or [limit] * 99, strict=False)}
+    counts = list(limits.values()) or [limit] * len(definitions)
+    items = {task: task.items(data, count) for task, count in zip(definitions, counts, strict=True)}
     tokenizer, model = load_tokenizer(chosen["model"]), load_model(chosen["model"], chosen["dtype"])
     about = {
         "model": chosen["model"],

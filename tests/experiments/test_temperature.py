@@ -19,7 +19,7 @@ ABOUT = {"model": "tiny", "model_fingerprint": "0", "dtype": "float32"}
 def task_of(name, ability, word, **changes):
     records = [{"prompt": f"{word} the storm and sea {i % 3 * 'black '}", "right": "wind"} for i in range(24)]
     base = {
-        "suite": "abilities",
+        "suites": ["abilities"],
         "records": records,
         "templates": ["{prompt}"],
         "answer": "{right}",
@@ -109,7 +109,7 @@ def scores_of(task, ability, curve, count=40, noise=0.02):
     values = np.array(curve) + noise * rng.standard_normal((count, len(curve)))
     samplers = {f"T={t:g}": values[:, i] for i, t in enumerate((0.1, 0.7, 1.3))}
     word = {"CR": "captain said storm", "MT": "translate into german sea"}[ability]
-    return Scores(task, "abilities", ability, list(range(count)), [word] * count, samplers)
+    return Scores(task, ability, list(range(count)), [word] * count, samplers)
 
 
 def test_halves_are_for_good():
@@ -173,7 +173,7 @@ def definitions(tmp_path):
     for ability, word in words.items():
         task = task_of(f"{word}-task", ability, word)
         (tmp_path / f"{word}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in task.records))
-        fields = ("name", "suite", "ability", "templates", "answer", "parser", "metric", "max_new_tokens")
+        fields = ("name", "suites", "ability", "templates", "answer", "parser", "metric", "max_new_tokens")
         definition = {name: getattr(task, name) for name in fields} | {"source": f"{word}.jsonl"}
         paths.append(tmp_path / f"{word}.json")
         paths[-1].write_text(json.dumps(definition))
