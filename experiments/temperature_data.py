@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,9 @@ def held_out_prompts(data: Path, names: Sequence[str] = TRAINED_ON) -> list[Labe
     return [_labelled(task, data, False) for task in load_tasks(names) if task.source is not None]
 
 
-def kept_out_prompts(data: Path) -> list[Labelled]:
-    """All prompts of the data sets that the embedded selector has never seen."""
-    return [_labelled(task, data, None) for task in load_tasks(KEPT_OUT)]
+def kept_out_prompts(data: Path, seen: Collection[str] = ()) -> list[Labelled]:
+    """All prompts of the data sets that the embedded selector has never seen, but for tasks that another has."""
+    return [_labelled(task, data, None) for name in KEPT_OUT if name not in seen for task in load_tasks([name])]
 
 
 def _labelled(task: Task, data: Path, training: bool | None) -> Labelled:
@@ -82,7 +82,7 @@ def _labelled(task: Task, data: Path, training: bool | None) -> Labelled:
     return Labelled(task.name, task.ability, chosen)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """What was collected of one task."""
 

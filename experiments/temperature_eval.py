@@ -23,7 +23,7 @@ from experiments.runs import environment
 from experiments.task_metrics import spbleu
 from experiments.tasks import load_tasks
 from experiments.temperature_collect import ENTROPY_BASED, sampler_name
-from experiments.temperature_data import TRAINED_ON, Collected, Labelled, Scores, prompts_in
+from experiments.temperature_data import Collected, Labelled, Scores, prompts_in
 
 _RESAMPLES = 2000
 _NEXT_TO_NOTHING = 1e-9  # for tasks on which a model scores 0 throughout
@@ -267,8 +267,11 @@ def evaluate(
         model_size: for policy "ability".
 
     Raises:
-        DecodingError: a curve of another model than the collections'.
+        DecodingError: a curve of another model than the collections', or a collection without a task that the selector
+            was trained on, which leaves nothing to choose a fixed temperature by.
     """
+    for collected in collections:
+        _check_fit(selector, collected)
     results: dict[str, Any] = {
         "model_size": model_size,
         "selector": selector.about,
@@ -279,25 +282,36 @@ def evaluate(
         },
     }
     for collected in collections:
-        about = selector.about.get("model_fingerprint")
-        if selector.curve is not None and about != collected.settings["model_fingerprint"]:
-            raise DecodingError(f"the selector's curve is of another model than {collected.settings['model']}")
         settings = {key: collected.settings[key] for key in ("model", "dtype", "seeds", "top_p", "tasks")}
-        tasks = list(collected.tasks.values())
-        if all(task.ability is not None for task in tasks):
-            trained = [task for task in tasks if task.task in TRAINED_ON]
-            held_out = [task.half(False) for task in trained]
-            abilities = {task.ability for task in trained}
-            kept_out = [task for task in tasks if task.task not in TRAINED_ON and task.ability in abilities]
-            contest = partial(Contest, collected.temperatures, [task.half(True) for task in trained])
-            results["abilities"] = {
-                **settings,
-                "temperatures": collected.temperatures,
-                "curves": curves(collected, tasks),
-                "translation": translation(collected, "ntrex") if "ntrex" in collected.tasks else {},
-                "held_out": contest(held_out, selector, model_size).run(),
-                "kept_out": contest(kept_out, selector, model_size).run() if kept_out else [],
-            }
+        if _is_of_abilities(collected):
+            results["abilities"] = settings | _abilities(collected, selector, model_size)
         else:
             results["superglue"] = {**settings, "rows": superglue(collected, selector, model_size)}
     return results
+
+
+def _is_of_abilities(collected: Collected) -> bool:
+    return all(task.ability is not None for task in collected.tasks.values())
+
+
+def _check_fit(selector: TemperatureSelector, collected: Collected) -> None:
+    of = selector.about.get("model_fingerprint")
+    if selector.curve is not None and of != collected.settings["model_fingerprint"]:
+        raise DecodingError(f"the selector's curve is of another model than {collected.settings['model']}")
+    if _is_of_abilities(collected) and not collected.tasks.keys() & selector.about["prompts"].keys():
+        raise DecodingError(f"{collected.folder} has no task that the selector was trained on, to compare with")
+
+
+def _abilities(collected: Collected, selector: TemperatureSelector, model_size: str) -> dict[str, Any]:
+    tasks = list(collected.tasks.values())
+    trained = [task for task in tasks if task.task in selector.about["prompts"]]
+    known = {task.ability for task in trained}
+    kept_out = [task for task in tasks if task not in trained and task.ability in known]
+    contest = partial(Contest, collected.temperatures, [task.half(True) for task in trained])
+    return {
+        "temperatures": collected.temperatures,
+        "curves": curves(collected, tasks),
+        "translation": translation(collected, "ntrex") if "ntrex" in collected.tasks else {},
+        "held_out": contest([task.half(False) for task in trained], selector, model_size).run(),
+        "kept_out": contest(kept_out, selector, model_size).run() if kept_out else [],
+    }

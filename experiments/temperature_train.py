@@ -18,18 +18,24 @@ from decoding.errors import DecodingError
 from decoding.heads import AbilityHead, CurveHead
 from decoding.selector import ENCODER_FOLDER, TemperatureSelector
 from experiments.temperature_data import Collected, Labelled, Scores
+from experiments.temperature_eval import classification
 
 _BATCH = 16
 
 
 def train(
-    encoder: Encoder, labelled: Sequence[Labelled], collected: Collected | None, epochs: int = 0
+    encoder: Encoder,
+    labelled: Sequence[Labelled],
+    held_out: Sequence[Labelled],
+    collected: Collected | None,
+    epochs: int = 0,
 ) -> TemperatureSelector:
     """A selector, its curve from the training half of a collection if there is one.
 
     Args:
         encoder: reads the prompts.
         labelled: prompts of all six abilities.
+        held_out: others, to say how many of them it tells right.
         collected: one model's scores.
         epochs: of fine-tuning the encoder; 0 leaves it frozen.
 
@@ -40,31 +46,34 @@ def train(
     labels = [ABILITIES.index(each.ability) for each in labelled for _ in each.prompts]
     if missing := [ability for i, ability in enumerate(ABILITIES) if i not in labels]:
         raise DecodingError(f"no prompts of ability {missing[0]}: the classifier needs some of each")
+    halves = [] if collected is None else _training_halves(collected, [each.task for each in labelled])
     if epochs:
         encoder = fine_tuned(encoder, prompts, labels, epochs)
     head = AbilityHead.fit(_encoded(encoder, prompts), labels, len(ABILITIES))
     about: dict[str, Any] = {"prompts": {each.task: len(each.prompts) for each in labelled}, "fine_tuned": epochs}
     selector = TemperatureSelector(encoder, head, about=about)
+    rows = classification(selector, held_out)["tasks"] if held_out else []
+    about["held_out_accuracy"] = {row["task"]: round(row["accuracy"], 4) for row in rows}
     if collected is not None:
-        selector.curve = fit_curve(selector, collected, [each.task for each in labelled])
+        selector.curve = fit_curve(selector, halves, collected.temperatures)
         about |= {key: collected.settings[key] for key in ("model", "model_fingerprint", "dtype", "seeds", "top_p")}
         about["best_fixed_temperature"] = round(float(selector.curve.temperatures[selector.curve.fixed]), 4)
     return selector
 
 
-def fit_curve(selector: TemperatureSelector, collected: Collected, trained_on: Sequence[str]) -> CurveHead:
+def _training_halves(collected: Collected, names: Sequence[str]) -> list[Scores]:
+    halves = [collected.tasks[name].half(True) for name in names if name in collected.tasks]
+    if not halves:
+        raise DecodingError(f"the collection in {collected.folder} has none of the tasks {', '.join(names)}")
+    return halves
+
+
+def fit_curve(selector: TemperatureSelector, halves: Sequence[Scores], temperatures: Sequence[float]) -> CurveHead:
     """The regression of scores over temperature, from the training halves of tasks.
 
     Scores are shares of their task's best mean score, so that metrics of different ranges count alike, and prompts are
     weighted so that abilities do.
-
-    Raises:
-        DecodingError: the collection has none of the tasks.
     """
-    halves = [collected.tasks[name].half(True) for name in trained_on if name in collected.tasks]
-    if not halves:
-        raise DecodingError(f"the collection has none of the tasks {', '.join(trained_on)}")
-    temperatures = collected.temperatures
     targets = torch.from_numpy(np.concatenate([relative(half, temperatures) for half in halves])).float()
     sizes = Counter(half.ability for half in halves for _ in half.prompts)
     weights = torch.tensor([1 / sizes[half.ability] for half in halves for _ in half.prompts])

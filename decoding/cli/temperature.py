@@ -105,26 +105,20 @@ def train(
 ) -> None:
     """Trains a selector: the classifier of abilities and, from a collection, one model's scores by temperature."""
     from decoding.encoder import load_encoder
-    from decoding.files import require_writable
-    from experiments import temperature_data, temperature_eval, temperature_train
+    from experiments import temperature_data, temperature_train
+    from experiments.runs import check_unused
 
-    if out.is_dir() and any(out.iterdir()):
-        raise DecodingError(f"{out} holds files: choose a new folder with --out")
-    require_writable(out)
+    check_unused(out)
     collected = None if collection is None else temperature_data.read_collection(collection)
     names = tasks or temperature_data.TRAINED
-    labelled = temperature_data.training_prompts(data, names)
-    selector = temperature_train.train(load_encoder(encoder, window), labelled, collected, fine_tune)
-    if held_out := temperature_data.held_out_prompts(data, names):
-        found = temperature_eval.classification(selector, held_out)
-        selector.about["held_out_accuracy"] = {row["task"]: round(row["accuracy"], 4) for row in found["tasks"]}
-        click.echo(
-            f"{100 * found['over_prompts']:.1f} % of {sum(len(p.prompts) for p in held_out)} held-out prompts told"
-        )
-    chosen = [f"--task {name}" for name in tasks] + [f"--fine-tune {fine_tune}"] * (fine_tune > 0)
-    chosen += [f"--encoder {encoder} --window {window} --data DATA"] + ["--collection COLLECTION"] * bool(collected)
+    labelled, held_out = temperature_data.training_prompts(data, names), temperature_data.held_out_prompts(data, names)
+    selector = temperature_train.train(load_encoder(encoder, window), labelled, held_out, collected, fine_tune)
+    chosen = [*(f"--task {name}" for name in tasks), f"--encoder {encoder}", f"--window {window}"]
+    chosen += [f"--fine-tune {fine_tune}", "--data DATA", "--collection COLLECTION"][: 2 if collected is None else 3]
     selector.about["command"] = " ".join(["decoding temperature train", *chosen])
     selector.save_pretrained(out)
+    for task, share in selector.about["held_out_accuracy"].items():
+        click.echo(f"{task}: {100 * share:.1f} % of the prompts held out are told to be of its ability")
     click.echo(f"{out}: judge it with `decoding temperature eval --selector {out}`")
 
 
@@ -135,8 +129,18 @@ def train(
 @click.option(
     "--collection", "collections", multiple=True, type=click.Path(path_type=Path), help="Of `collect`. May repeat."
 )
+@click.option(
+    "--task", "tasks", multiple=True, help="That it was trained on. May repeat; the embedded one's by default."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for tables, figures and picture.")
-def evaluate(selector: str | None, model_size: str, data: Path, collections: tuple[Path, ...], out: Path) -> None:
+def evaluate(
+    selector: str | None,
+    model_size: str,
+    data: Path,
+    collections: tuple[Path, ...],
+    tasks: tuple[str, ...],
+    out: Path,
+) -> None:
     """Judges a selector on prompts that it was not trained on, against fixed and entropy-based temperatures."""
     from decoding.abilities import best_temperatures
     from decoding.selector import TemperatureSelector
@@ -146,8 +150,12 @@ def evaluate(selector: str | None, model_size: str, data: Path, collections: tup
     check_unused(out)
     judged = TemperatureSelector.from_pretrained(selector)
     needed = [*best_temperatures(model_size, judged.tolerance), *temperature_eval.DEFAULTS]
+    needed += [] if judged.curve is None else [round(value, 4) for value in judged.curve.temperatures.tolist()]
     collected = [temperature_data.read_collection(folder, needed) for folder in collections]
-    labelled = temperature_data.held_out_prompts(data), temperature_data.kept_out_prompts(data)
+    held_out = temperature_data.held_out_prompts(data, tasks or temperature_data.TRAINED_ON)
+    if not held_out:
+        raise DecodingError("these tasks hold their prompts themselves, and none was held out: give one of a data set")
+    labelled = held_out, temperature_data.kept_out_prompts(data, judged.about["prompts"])
     results = temperature_eval.evaluate(judged, collected, labelled, model_size)
     click.echo(temperature_report.write(results, out))
 

@@ -199,7 +199,7 @@ def test_collect_train_and_predict(run, definitions, model_folder, encoder_folde
     found = json.loads(answer.output)
     assert found["curve"]["temperature"] in (0.1, 0.4, 0.7, 1.0, 1.3, 1.6, 1.9)
     assert found["ability"]["model_size"] == "small"
-    assert "holds files" in run(*arguments, "--out", "selector0").output
+    assert "holds other files" in run(*arguments, "--out", "selector0").output
     assert "ability" not in json.loads(run("predict", "sea", "--selector", "selector0", "--policy", "curve").output)
 
 
