@@ -12,6 +12,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from decoding import TemperatureSelector
 from decoding.models import DEFAULT_MODEL
 from decoding.priors import name_and_file
 
@@ -30,14 +31,14 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def client(tmp_path_factory, selector_folder):
     from decoding.models import load_tokenizer
 
     _, presidents = name_and_file("presidents", load_tokenizer(), order=3, smoothing="kneser-ney")
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
     command = [sys.executable, "-m", "decoding", "serve", "--style", "king-james", "--style", f"speeches={presidents}"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8", "--enforce-eager"]
-    command += ["--max-model-len", "512", "--dtype", "float32"]
+    command += ["--max-model-len", "512", "--dtype", "float32", "--temperature-selector", str(selector_folder)]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -117,3 +118,29 @@ def test_bad_arguments_are_a_400_with_the_reason_and_the_server_lives_on(client,
     assert error.value.status_code == 400
     assert reason in error.value.message
     assert complete(client, "king-james", 0.3).choices[0].text
+
+
+POEM = "Write a poem about rain."
+AUTO = {"vllm_xargs": {"temperature": "auto"}}
+
+
+def sample(client, temperature, **asked):
+    options = {"prompt": POEM, "max_tokens": 24, "seed": 5, "temperature": temperature}
+    return (
+        client.completions.create(model=DEFAULT_MODEL, extra_body=asked | {"ignore_eos": True}, **options)
+        .choices[0]
+        .text
+    )
+
+
+def test_a_chosen_temperature_is_as_ones_own(client, selector_folder):
+    (chosen,) = TemperatureSelector.from_pretrained(selector_folder).select([POEM], "small")
+    assert chosen != 1
+    assert sample(client, 1, **AUTO) == sample(client, chosen) != sample(client, 1)
+
+
+@pytest.mark.parametrize(("temperature", "asked"), [(0.5, "auto"), (0, "auto"), (1, "hot"), (1, 0.5)])
+def test_two_temperatures_are_a_400(client, temperature, asked):
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        sample(client, temperature, vllm_xargs={"temperature": asked})
+    assert sample(client, 1, **AUTO)
