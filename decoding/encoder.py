@@ -40,7 +40,7 @@ class Encoder:
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, window: int = DEFAULT_WINDOW):
-        longest = getattr(model.config, "max_position_embeddings", window)
+        longest = min(getattr(model.config, "max_position_embeddings", window), tokenizer.model_max_length)
         if not 8 <= window <= longest:
             raise DecodingError(f"the window must be 8 to {longest} tokens for encoder {name}, not {window}")
         self.model = model
@@ -119,7 +119,7 @@ def _loaded(name: str, device: str) -> tuple[Any, Any]:
         model = AutoModel.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise DecodingError(f"cannot load encoder {name}: {str(error).strip().splitlines()[0]}") from error
-    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None or model.config.is_decoder:
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None or getattr(model.config, "is_decoder", False):
         raise DecodingError(f"{name} is no encoder of the BERT family: its texts have no begin and end tokens")
     return model.to(device).eval(), tokenizer
 
