@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
 from decoding.errors import DecodingError
+from decoding.late import send
 
 DEFAULT_ENCODER = "minilm-l6"
 DEFAULT_WINDOW = 256
@@ -68,7 +69,7 @@ class Encoder:
         with torch.no_grad():
             rows = [self._read([ids[i] for i in order[a : a + batch_size]]) for a in range(0, len(order), batch_size)]
         vectors = torch.cat(rows) if rows else torch.zeros(0, self.width, device=self.model.device)
-        return vectors[torch.tensor(order).argsort().to(vectors.device)]
+        return vectors[send(torch.tensor(order).argsort(), vectors.device)]
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         """As a call, in one batch and with gradients, for fine-tuning."""
@@ -86,7 +87,7 @@ class Encoder:
 
     def _read(self, batch: list[list[int]]) -> Tensor:
         padded = self.tokenizer.pad({"input_ids": batch}, padding_side="right", return_tensors="pt")
-        padded = padded.to(self.model.device)
+        padded = {name: send(values, self.model.device) for name, values in padded.items()}
         layers = self.model(**padded, output_hidden_states=True).hidden_states
         mask = padded["attention_mask"][..., None].float()
         means = [(layer.float() * mask).sum(1) / mask.sum(1) for layer in (layers[len(layers) // 2], layers[-1])]
@@ -94,7 +95,7 @@ class Encoder:
         known = [
             2 * row.count(self.tokenizer.unk_token_id) < len(row) - 2 for row in batch
         ]  # begin and end do not count
-        return vectors * torch.tensor(known, device=vectors.device)[:, None]
+        return vectors * send(torch.tensor(known), vectors.device)[:, None]
 
 
 def load_encoder(name: str = DEFAULT_ENCODER, window: int = DEFAULT_WINDOW, device: str = "cpu") -> Encoder:

@@ -19,6 +19,7 @@ from decoding.encoder import Encoder, load_encoder
 from decoding.errors import DecodingError
 from decoding.heads import AbilityHead, CurveHead, Prediction
 from decoding.hub import find_file, upload
+from decoding.late import send
 from decoding.models import model_fingerprint
 from ngram.storage import write_atomically
 
@@ -105,7 +106,7 @@ class TemperatureSelector:
         known = vectors.any(-1)
         if policy == "curve":
             return self._by_curve(vectors, known)
-        table = torch.tensor(best_temperatures(model_size, self.tolerance), device=vectors.device)
+        table = send(torch.tensor(best_temperatures(model_size, self.tolerance)), vectors.device)
         return table[self.ability(vectors).argmax(-1).where(known, len(ABILITIES))]
 
     def _by_curve(self, vectors: Tensor, known: Tensor) -> Tensor:

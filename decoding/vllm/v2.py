@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from decoding.late import send
 from decoding.vllm.requests import MOST_STYLES_PER_REQUEST, Layer, LoadedStyles, leaves_temperature_open
 from decoding.vllm.temperatures import PromptTemperatures
 
@@ -48,10 +49,7 @@ class StyleSlots:
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         # A copy each time: the last step's may still be on its way while the host writes the next one's.
-        held = torch.from_numpy(values.copy())
-        if self._states.device.type == "cuda":
-            held = held.pin_memory()
-        return held.to(self._states.device, non_blocking=True)
+        return send(torch.from_numpy(values.copy()), self._states.device)
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
         """Steers a step, in place.
@@ -102,8 +100,8 @@ class _Copy:
 class TemperatureSlots:
     """The temperatures of each request slot.
 
-    Prompts are on the device alone. They are sent for when requests join, before the model computes, and read in the
-    same step's `apply`, while it computes: the host waits for the step before, not for this one.
+    Prompts are on the device alone. They are sent for when requests join, before the model computes, and taken in the
+    same step's `apply`: for their tokens the host waits until the step before is done, not this one.
 
     Args:
         choose: the selector.
