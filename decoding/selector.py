@@ -112,7 +112,8 @@ class TemperatureSelector:
     def _by_curve(self, vectors: Tensor, known: Tensor) -> Tensor:
         mean, gain, error = self._curve(vectors)
         assert self.curve is not None
-        near_best = mean >= mean.amax(-1, keepdim=True) * (1 - self.tolerance)
+        best = mean.amax(-1, keepdim=True)
+        near_best = mean >= best - self.tolerance * best.abs()
         chosen = near_best.int().argmax(-1, keepdim=True)  # the first, hence lowest
         is_worth_it = (gain > self.caution * error).gather(-1, chosen)[:, 0] & known
         return self.curve.temperatures[chosen[:, 0].where(is_worth_it, self.curve.fixed)]
@@ -131,8 +132,10 @@ class TemperatureSelector:
         return self.encoder(prompts)
 
     def is_for(self, model: Any) -> bool:
-        """Whether the curve is of this very model."""
-        return self.curve is not None and self.about.get("model_fingerprint") == model_fingerprint(model)
+        """Whether the curve is of this very model. Not known, and no, of one whose weights are not in memory."""
+        if self.curve is None or any(parameter.is_meta for parameter in model.parameters()):
+            return False
+        return self.about.get("model_fingerprint") == model_fingerprint(model)
 
     def save_pretrained(self, save_directory: str | PathLike) -> None:
         """Writes heads and settings to a folder, and the encoder too if it was fine-tuned."""

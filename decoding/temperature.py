@@ -143,6 +143,7 @@ class AutoTemperature(Temperature):
         self.selector = selector
         self.model_size = model_size
         self.policy = policy
+        self._asked = (model_size, policy)  # of which `bind` makes what fits the model
         self.chosen: Tensor | None = None
         self._frame: PromptFrame | None = None
         self._prompt: Tensor | None = None  # the rows that `chosen` was chosen for
@@ -152,13 +153,21 @@ class AutoTemperature(Temperature):
             self.bind(tokenizer)
 
     def bind(self, tokenizer: Any, model: Any | None = None) -> AutoTemperature:
-        """Readies it for a tokenizer and, if given, its model. Returns itself."""
+        """Readies it for a tokenizer and, if given, its model. Returns itself.
+
+        Raises:
+            DecodingError: policy "curve" was asked for, and the selector's curve is of another model.
+        """
         self.selector = self.selector or TemperatureSelector.from_pretrained()
         self._frame = PromptFrame(tokenizer)
         self._prompt = None
         if model is not None:
-            self.model_size = self.model_size or size_class(model.num_parameters())
-            self.policy = self.policy or ("curve" if self.selector.is_for(model) else "ability")
+            size, policy = self._asked
+            is_for = self.selector.is_for(model)
+            if policy == "curve" and not is_for:
+                raise DecodingError("the selector has no curve of this model: train one, or leave policy out")
+            self.model_size = size or size_class(model.num_parameters())
+            self.policy = policy or ("curve" if is_for else "ability")
         return self
 
     def of(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: D102

@@ -230,13 +230,25 @@ def test_a_decoder_is_no_encoder(model_folder):
         load_encoder(str(model_folder))
 
 
-def test_generate_uses_the_curve_of_its_own_model(curved, model, tokenizer):
+def test_generate_uses_the_curve_of_its_own_model_alone(curved, model, tokenizer):
     from decoding.models import model_fingerprint
 
     curved.about["model_fingerprint"] = model_fingerprint(model)
     auto = AutoTemperature(curved)
     generate(model, "storm and sea", tokenizer=tokenizer, logits_processor=[auto], max_new_tokens=2)
     assert auto.policy == "curve"
+    curved.about["model_fingerprint"] = "another"
+    generate(model, "storm and sea", tokenizer=tokenizer, logits_processor=[auto], max_new_tokens=2)
+    assert auto.policy == "ability"
+    asked = AutoTemperature(curved, policy="curve")
+    with pytest.raises(DecodingError, match="no curve of this model"):
+        generate(model, "storm and sea", tokenizer=tokenizer, logits_processor=[asked], max_new_tokens=2)
+
+
+def test_weights_that_are_elsewhere_have_no_curve(curved, model):
+    from copy import deepcopy
+
+    assert not curved.is_for(deepcopy(model).to("meta"))
 
 
 @pytest.fixture(scope="module")
