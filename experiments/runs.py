@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from decoding.errors import DecodingError
 from decoding.files import require_writable
@@ -71,6 +72,12 @@ class RunFolder:
     def write(self, key: str, record: dict[str, Any]) -> None:
         """Keeps a finished cell."""
         write_atomically(self._cells / f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
+
+
+def progress_of_cells() -> Progress:
+    """A bar that counts cells, with the time spent and left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn())
 
 
 def _shown(value: Any) -> str:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from decoding import metrics
@@ -28,7 +27,7 @@ from decoding.models import model_fingerprint
 from decoding.priors import is_saved_prior, load_prior, prior_of_tokens, require_distinct
 from experiments.engines import Batch, Engine, TransformersEngine
 from experiments.report import Point, write_report
-from experiments.runs import RunFolder
+from experiments.runs import RunFolder, progress_of_cells
 from ngram import NGramModel
 
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -193,8 +192,7 @@ class Sweep:
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Finishes the cells that are not on disk yet, with progress. ``self.records`` then holds all of them."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TextColumn("left"), TimeRemainingColumn()) as progress:
+        with progress_of_cells() as progress:
             held = {cell: record for cell in cells if (record := self.folder.read(cell.key)) is not None}
             self.records |= held
             todo = [cell for cell in cells if cell not in held]

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
 from decoding.temperature import DynamicTemperature, EntropyDependentTemperature, FixedTemperature, Temperature
-from experiments.runs import RunFolder
+from experiments.runs import RunFolder, progress_of_cells
 from experiments.tasks import Item, Task
 
 TEMPERATURES = (0.1, 0.4, 0.7, 1.0, 1.3, 1.6, 1.9)
@@ -114,8 +113,7 @@ class Collection:
 
     def run(self) -> None:
         """Finishes the batches that are not on disk yet, with progress."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TextColumn("left"), TimeRemainingColumn()) as progress:
+        with progress_of_cells() as progress:
             todo = [(task, start) for task, start in self._batches() if self.folder.read(_key(task, start)) is None]
             bar = progress.add_task("batches of prompts", total=len(todo))
             for task, start in todo:
