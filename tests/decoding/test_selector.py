@@ -98,9 +98,9 @@ def test_size_classes():
 
 
 def test_ties_go_to_the_lowest():
-    assert lowest_within([0.5, 0.5, 0.5], 0) == 0
-    assert lowest_within([0.990, 0.985, 1.0], 0.01) == 0
-    assert lowest_within([0.980, 0.985, 1.0], 0.01) == 2
+    assert lowest_within(torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64), 0) == 0
+    assert lowest_within(torch.tensor([0.990, 0.985, 1.0], dtype=torch.float64), 0.01) == 0
+    assert lowest_within(torch.tensor([0.980, 0.985, 1.0], dtype=torch.float64), 0.01) == 2
 
 
 def test_the_curve_policy_finds_the_best_and_says_what_it_gains(curved):
