@@ -1,1 +1,20 @@
-"""Chunk-boundary KV selection with trained QK adapters (arXiv 2510.02361). Nothing is here yet."""
+"""ChunkLLM: key-value selection by chunks of the context, with trained adapters or without (arXiv 2510.02361)."""
+
+from chunkllm.adapters import AdapterConfig, AdapterScorer, BoundaryDetector, ChunkAdapters
+from chunkllm.attach import Attachment, ChunkSelection
+from chunkllm.cache import ChunkCache
+from chunkllm.errors import ChunkError
+from chunkllm.scorers import PooledScorer, Scorer
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterScorer",
+    "Attachment",
+    "BoundaryDetector",
+    "ChunkAdapters",
+    "ChunkCache",
+    "ChunkError",
+    "ChunkSelection",
+    "PooledScorer",
+    "Scorer",
+]

@@ -1,0 +1,5 @@
+"""The one exception that this package raises for input it cannot use."""
+
+
+class ChunkError(ValueError):
+    """Unusable models, caches, parameters or files. The message says what to do about it."""

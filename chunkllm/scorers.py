@@ -1,0 +1,148 @@
+"""Which chunks will the next tokens attend to? Scores of chunks from summaries of their keys.
+
+A scorer turns a chunk's keys into one vector of features per key-value head, and queries into vectors of the same
+length; their product is an estimate of the logarithm of the attention that the chunk gets, up to a constant per query.
+A chunk's summary never changes, so it is made once, and scoring costs one product per chunk, not per token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ChunkStatistics(NamedTuple):
+    """What is kept of the keys of chunks, each float32 [B, Hkv, C, D]. Keys are post-RoPE, as they are cached.
+
+    Attributes:
+        mean: over a chunk's tokens.
+        variance: over a chunk's tokens, of each component.
+        last: the key of the boundary token.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    last: Tensor
+
+
+def chunk_statistics(keys: Tensor, chunk_of: Tensor, ends: Tensor) -> ChunkStatistics:
+    """Summarises chunks.
+
+    Args:
+        keys: [B, Hkv, T, D].
+        chunk_of: int64 [B, T], the chunk that a token belongs to, or C if to none.
+        ends: int64 [B, C], the place of each chunk's last token.
+    """
+    batch, heads, length, width = keys.shape
+    count = ends.shape[1]
+    tokens = keys.transpose(0, 1).reshape(heads, batch * length, width).float()
+    row = torch.arange(batch, device=keys.device)[:, None]
+    place = (chunk_of + row * (count + 1)).flatten()
+
+    def mean_of(values: Tensor) -> Tensor:
+        sums = values.new_zeros(heads, batch * (count + 1), width).index_add_(1, place, values)
+        return sums.view(heads, batch, count + 1, width)[:, :, :count].transpose(0, 1) / lengths
+
+    ones = torch.ones_like(place, dtype=torch.float32)
+    lengths = ones.new_zeros(batch * (count + 1)).index_add_(0, place, ones).view(batch, 1, count + 1, 1)
+    lengths = lengths[:, :, :count].clamp(min=1)
+    mean = mean_of(tokens)
+    variance = (mean_of(tokens * tokens) - mean * mean).clamp(min=0)
+    last = keys.gather(2, ends[:, None, :, None].expand(batch, heads, count, width)).float()
+    return ChunkStatistics(mean, variance, last)
+
+
+class Scorer:
+    """Scores chunks by features. Subclasses say what the features are, and how logits become scores.
+
+    Attributes:
+        name: in tables and errors.
+        queries: how many of the last tokens' queries are averaged over.
+        is_distribution: whether scores are shares of attention, so that a token's worth is its chunk's score divided
+            by its length; else the scores only rank chunks.
+    """
+
+    name: str
+    queries = 1
+    is_distribution = True
+
+    def summarise(self, layer: int, keys: Tensor, chunk_of: Tensor, ends: Tensor) -> Tensor:
+        """Features [B, Hkv, C, F] of chunks, from keys and places as `chunk_statistics` takes them."""
+        return self.chunk_features(layer, chunk_statistics(keys, chunk_of, ends))
+
+    def chunk_features(self, layer: int, statistics: ChunkStatistics) -> Tensor:
+        """[B, Hkv, C, F] for the chunks of a layer (by its place in the model)."""
+        raise NotImplementedError
+
+    def query_features(self, layer: int, queries: Tensor) -> Tensor:
+        """float32 [B, H, m, D] -> [B, H, m, F]."""
+        raise NotImplementedError
+
+    def reduce(self, layer: int, logits: Tensor, lengths: Tensor, distances: Tensor) -> Tensor:
+        """Logits [B, H, m, C] to scores [B, C]: the mean over heads and queries of the softmax over chunks.
+
+        Args:
+            layer: its place in the model.
+            logits: float32.
+            lengths: float32 [B, C], tokens of a chunk; 0 for chunks that a row does not have.
+            distances: float32 [B, C], tokens from a chunk's end to the query, at least 1.
+        """
+        return (logits + lengths.log()[:, None, None]).softmax(-1).mean((1, 2))
+
+
+def chunk_scores(
+    scorer: Scorer, layer: int, queries: Tensor, features: Tensor, lengths: Tensor, distances: Tensor
+) -> Tensor:
+    """Scores of chunks.
+
+    Args:
+        scorer: whose features they are.
+        layer: its place in the model.
+        queries: [B, H, m, D], post-RoPE, oldest first.
+        features: [B, Hkv, C, F].
+        lengths: float32 [B, C], 0 for chunks that a row does not have.
+        distances: float32 [B, C], tokens from a chunk's end to the query, at least 1.
+
+    Returns:
+        float32 [B, C]; 0 or less than any other for chunks that a row does not have.
+    """
+    batch, heads, count, _ = queries.shape
+    groups = features.shape[1]
+    wanted = scorer.query_features(layer, queries.float()).to(features.dtype)
+    logits = wanted.reshape(batch, groups, heads // groups * count, -1) @ features.transpose(-1, -2)
+    return scorer.reduce(layer, logits.view(batch, heads, count, -1).float(), lengths, distances)
+
+
+class PooledScorer(Scorer):
+    """Needs no training: the attention that a chunk would get if its keys were spread normally about their mean.
+
+    log Σ exp(q·k/√D) over a chunk's keys is log n + q·μ/√D + q²·σ²/2D for normal keys with independent components
+    (the second-order cumulant expansion). The mean key alone, as in the block scores of Quest-like methods, misses a chunk in which one
+    token stands out; its variance tells of it.
+
+    Args:
+        head_dim: D of the model; with its scaling, if that is not 1/√D.
+        queries: how many of the last tokens' queries are averaged over.
+        scaling: of attention logits.
+        use_variance: without it, the mean key alone.
+    """
+
+    name = "pooled"
+
+    def __init__(self, head_dim: int, queries: int = 4, scaling: float | None = None, use_variance: bool = True):
+        self.scaling = head_dim**-0.5 if scaling is None else scaling
+        self.queries = queries
+        self.use_variance = use_variance
+
+    def chunk_features(self, layer: int, statistics: ChunkStatistics) -> Tensor:
+        """Mean and variance side by side: F = 2 D."""
+        if not self.use_variance:
+            return statistics.mean
+        return torch.cat((statistics.mean, statistics.variance), -1)
+
+    def query_features(self, layer: int, queries: Tensor) -> Tensor:
+        """See the class."""
+        scaled = queries * self.scaling
+        return torch.cat((scaled, scaled.square() / 2), -1) if self.use_variance else scaled

@@ -1,0 +1,113 @@
+"""Where chunks begin and end, kept on the host, and answers that come from the device without waiting for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Arriving:
+    """A tensor on its way to the host. Asked for a step later, it is there, and nothing waits."""
+
+    def __init__(self, values: Tensor):
+        self._event = None
+        if values.device.type == "cuda":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values
+
+    def get(self) -> np.ndarray:
+        """The values."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.numpy()
+
+
+def send(values: np.ndarray, device: torch.device) -> Tensor:
+    """Copies an array to a device. On CUDA by way of pinned memory: from elsewhere the copy would wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class ChunkTable:
+    """The chunks of every row of a batch.
+
+    Args:
+        first: int64 [B], place of each row's first token that is no padding.
+        max_chunk: a chunk ends when it has so many tokens, whether a boundary was detected or not.
+
+    Attributes:
+        length: places that the table knows of, the same for all rows.
+        counts: int64 [B], chunks of each row.
+    """
+
+    def __init__(self, first: np.ndarray, max_chunk: int):
+        self.first = first.astype(np.int64)
+        self.max_chunk = max_chunk
+        self.length = 0
+        self.counts = np.zeros(len(first), np.int64)
+        self._ends = np.zeros((len(first), 64), np.int64)
+
+    def extend(self, flags: np.ndarray) -> np.ndarray:
+        """Adds tokens, bool [B, T]: was a boundary detected? Returns bool [B]: does a chunk end at the last one?"""
+        for row, marks in enumerate(flags):
+            places = np.flatnonzero(marks) + self.length
+            self._append(row, places[places >= self.first[row]], self.length + flags.shape[1])
+        self.length += flags.shape[1]
+        return self.running == 0
+
+    def _append(self, row: int, detected: np.ndarray, stop: int) -> None:
+        """Detected boundaries, and those that are due where a chunk would grow too long."""
+        start = self._next_start(row)
+        ends: list[int] = []
+        for end in (*detected.tolist(), stop):
+            ends += range(start + self.max_chunk - 1, end, self.max_chunk)
+            if end < stop:
+                ends.append(end)
+            start = ends[-1] + 1 if ends else start
+        count = int(self.counts[row])
+        if count + len(ends) > self._ends.shape[1]:
+            room = np.zeros((len(self._ends), max(count + len(ends), self._ends.shape[1] * 3 // 2)), np.int64)
+            room[:, : self._ends.shape[1]] = self._ends
+            self._ends = room
+        self._ends[row, count : count + len(ends)] = ends
+        self.counts[row] += len(ends)
+
+    def _next_start(self, row: int) -> int:
+        count = self.counts[row]
+        return int(self._ends[row, count - 1]) + 1 if count else int(self.first[row])
+
+    @property
+    def running(self) -> np.ndarray:
+        """int64 [B], tokens of the chunk that has not ended yet."""
+        starts = np.array([self._next_start(row) for row in range(len(self.first))])
+        return np.maximum(self.length - starts, 0)
+
+    def spans(self, since: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and lengths, int64 [B, C], of the chunks from number ``since`` [B] on; filled up with length 0."""
+        since = np.zeros_like(self.counts) if since is None else since
+        column = since[:, None] + np.arange(max(int((self.counts - since).max()), 0))
+        known = column < self.counts[:, None]
+        ends = np.take_along_axis(self._ends, np.minimum(column, self._ends.shape[1] - 1), 1)
+        before = np.take_along_axis(self._ends, np.clip(column - 1, 0, self._ends.shape[1] - 1), 1)
+        starts = np.where(column == 0, self.first[:, None], before + 1)
+        return np.where(known, starts, 0), np.where(known, ends - starts + 1, 0)
+
+    def longest(self, count: int) -> int:
+        """Tokens in a row's ``count`` longest chunks; the most of any row."""
+        _, lengths = self.spans()
+        return int(np.sort(lengths, 1)[:, ::-1][:, :count].sum(1).max(initial=0))
+
+    def take_rows(self, rows: np.ndarray) -> None:
+        """Reorders, repeats or drops rows."""
+        self.first, self.counts, self._ends = self.first[rows], self.counts[rows], self._ends[rows]
+
+    def truncate(self, length: int) -> None:
+        """Forgets tokens from place ``length`` on."""
+        for row in range(len(self.first)):
+            self.counts[row] = np.searchsorted(self._ends[row, : self.counts[row]], length)
+        self.length = length

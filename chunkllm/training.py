@@ -1,0 +1,304 @@
+"""Trains adapters: a frozen model reads texts (`chunkllm.lessons`), then the adapters learn from what was read.
+
+Both halves can be interrupted at any time and go on where they stopped: every reading is a file, and the state of
+learning is one file too, replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from chunkllm.adapters import DEFAULT_WIDTH, AdapterConfig, ChunkAdapters, write_file
+from chunkllm.boundaries import agreement
+from chunkllm.distillation import distillation_loss, lesson_scores, missing_by_score
+from chunkllm.errors import ChunkError
+from chunkllm.lessons import Piece, Reading, ReadingOptions, cut, load_reading, read_piece, save_reading
+from chunkllm.models import ModelShape, model_shape
+from chunkllm.scorers import PooledScorer, Scorer
+
+STATE_FILE = "state.safetensors"
+_RETENTIONS = (0.25, 0.5)
+_THRESHOLDS = tuple(i / 20 for i in range(2, 19))
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How adapters are trained.
+
+    Attributes:
+        tokens: to read, in pieces of ``reading.context``.
+        held_out: pieces of held-out text to judge by.
+        width: w, features of the query and key adapters per head; 0 trains the gains alone.
+        detector_width: of the boundary detector's hidden layer.
+        epochs: how often each reading is learnt from.
+        learning_rate: AdamW's, at its highest: it rises over the first twentieth of the steps and falls as a cosine.
+        weight_decay: AdamW's.
+        save_every: steps between states on disk.
+        reading: how texts are read.
+    """
+
+    tokens: int = 480_000
+    held_out: int = 3
+    width: int = DEFAULT_WIDTH
+    detector_width: int = 64
+    epochs: int = 6
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    save_every: int = 20
+    reading: ReadingOptions = ReadingOptions()
+
+
+class Readings:
+    """Readings of pieces in a folder, made when first asked for.
+
+    Args:
+        model: the frozen model.
+        pieces: what it reads.
+        options: how.
+        folder: where readings are kept.
+    """
+
+    def __init__(self, model: Any, pieces: Sequence[Piece], options: ReadingOptions, folder: Path):
+        self._model, self._pieces, self._options, self._folder = model, pieces, options, folder
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, number: int) -> Reading:
+        path = self._folder / f"{number:05d}.safetensors"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_reading(read_piece(self._model, self._pieces[number], self._options, number), path)
+        return load_reading(path, self._model.device)
+
+
+class Training:
+    """A training run in a folder.
+
+    Args:
+        model: a causal language model, which stays as it is.
+        tokenizer: its tokenizer.
+        texts: to learn from.
+        held_out: to judge by.
+        options: how.
+        folder: for readings and the state.
+        resume: whether the folder may hold a run already.
+
+    Raises:
+        ChunkError: texts too short or without sentences, a model that chunks cannot be selected in, or a folder that
+            holds a run with other settings or texts.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        texts: Sequence[str],
+        held_out: Sequence[str],
+        options: TrainingOptions,
+        folder: Path,
+        resume: bool = False,
+    ):
+        self.options, self.folder = options, folder
+        self.shape: ModelShape = model_shape(model)
+        reading = options.reading
+        count = max(options.tokens // reading.context, 1)
+        pieces, judged = cut(texts, tokenizer, count, reading), cut(held_out, tokenizer, options.held_out, reading)
+        self.identity = {
+            "options": {**asdict(options), "reading": asdict(reading)},
+            "shape": json.loads(json.dumps(asdict(self.shape))),
+            "texts": _fingerprint(pieces + judged),
+        }
+        held = self._held()
+        if held is not None and not resume:
+            raise ChunkError(
+                f"{folder} holds a training already: add --resume to go on with it, or choose another --out"
+            )
+        if held is not None:
+            self._require_same(held["identity"])
+        self.readings = Readings(model, pieces, reading, folder / "readings")
+        self.judged = Readings(model, judged, reading, folder / "held_out")
+        torch.manual_seed(reading.seed)
+        config = AdapterConfig(self.shape, options.width, options.detector_width, reading.queries)
+        self.adapters = ChunkAdapters(config).to(model.device)
+        self.optimizer = torch.optim.AdamW(
+            self.adapters.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+        )
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        if held is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save()
+        else:
+            self._restore(held)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all: one reading each."""
+        return self.options.epochs * len(self.readings)
+
+    def run(self, on_progress: Progress = lambda what, done, total: None) -> ChunkAdapters:
+        """Reads what was not read yet, learns what was not learnt yet, and returns the adapters, thresholds set."""
+        for what, readings in (("reading", self.readings), ("reading held-out text", self.judged)):
+            for i in range(len(readings)):
+                on_progress(what, i, len(readings))
+                readings[i]
+            on_progress(what, len(readings), len(readings))
+        while self.step < self.steps:
+            self.history.append(self._learn(self.readings[self._next()]))
+            self.step += 1
+            if self.step % self.options.save_every == 0 or self.step == self.steps:
+                self._save()
+            on_progress("learning", self.step, self.steps)
+        threshold = self._best_threshold()
+        self.adapters.config = replace(self.adapters.config, threshold=threshold)
+        return self.adapters
+
+    def _next(self) -> int:
+        """Every epoch has an order of its own."""
+        epoch, place = divmod(self.step, len(self.readings))
+        rng = np.random.default_rng((self.options.reading.seed, 1, epoch))
+        return int(rng.permutation(len(self.readings))[place])
+
+    def _learn(self, reading: Reading) -> dict[str, float]:
+        warm = max(self.steps // 20, 1)
+        rate = min((self.step + 1) / warm, 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * rate
+        self.optimizer.zero_grad()
+        boundary = self._boundary_loss(reading)
+        boundary.backward()
+        distilled = 0.0
+        for layer in self.shape.full_layers:
+            loss = self._distillation_loss(self.adapters.scorer(), layer, reading)
+            loss.backward()  # layer by layer, so that one layer's activations are held at a time
+            distilled += float(loss.detach()) / len(self.shape.full_layers)
+        torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
+        self.optimizer.step()
+        return {"step": self.step, "distillation": distilled, "boundary": float(boundary.detach())}
+
+    def _boundary_loss(self, reading: Reading) -> Tensor:
+        return binary_cross_entropy_with_logits(self.adapters.boundary(reading.bottom), reading.labels.float())
+
+    def _distillation_loss(self, scorer: Scorer, layer: int, reading: Reading) -> Tensor:
+        options = self.options.reading
+        lesson, boundaries = reading.lessons[layer], reading.boundaries
+        scores = lesson_scores(scorer, layer, lesson, boundaries)
+        return distillation_loss(scores, lesson.target, boundaries.free(options.sinks, options.local))
+
+    @torch.no_grad()
+    def judge(self) -> dict[str, Any]:
+        """On held-out text: the detector's precision, recall and F1, and what scorers lose, by layer and on average."""
+        pooled = PooledScorer(self.shape.head_dim, self.options.reading.queries, self.shape.scaling)
+        scorers: dict[str, Scorer] = {"adapter": self.adapters.scorer(), "pooled": pooled}
+        lost: dict[str, dict[str, list[float]]] = {}
+        for i in range(len(self.judged)):
+            reading = self.judged[i]
+            for layer, lesson in reading.lessons.items():
+                candidates = {
+                    name: lesson_scores(scorer, layer, lesson, reading.boundaries) for name, scorer in scorers.items()
+                }
+                candidates["true attention"] = lesson.target
+                for name, scores in candidates.items():
+                    into = lost.setdefault(name, {})
+                    for key, value in self._figures(scores, layer, reading):
+                        into.setdefault(key, []).append(value)
+        layers = len(self.shape.full_layers)
+        by_layer = {
+            name: {key: np.reshape(values, (-1, layers)).mean(0).tolist() for key, values in figures.items()}
+            for name, figures in lost.items()
+        }
+        means = {
+            name: {key: float(np.mean(values)) for key, values in figures.items()} for name, figures in by_layer.items()
+        }
+        detector = agreement(*self._predictions(self.judged))._asdict()
+        return {"detector": detector, "mean": means, "by_layer": by_layer}
+
+    def _figures(self, scores: Tensor, layer: int, reading: Reading) -> Iterator[tuple[str, float]]:
+        options, target, boundaries = self.options.reading, reading.lessons[layer].target, reading.boundaries
+        yield "divergence", float(distillation_loss(scores, target, boundaries.free(options.sinks, options.local)))
+        for keep in _RETENTIONS:
+            lost = missing_by_score(scores, target, boundaries, options.sinks, options.local, keep)
+            yield f"missing_at_{keep:g}", lost
+
+    def _predictions(self, readings: Readings) -> tuple[Tensor, Tensor]:
+        pairs = [(self.adapters.is_boundary(readings[i].bottom), readings[i].labels) for i in range(len(readings))]
+        predicted, labels = zip(*pairs, strict=True)
+        return torch.cat(predicted), torch.cat(labels)
+
+    @torch.no_grad()
+    def _best_threshold(self) -> float:
+        """By F1 on texts that were learnt from."""
+        some = [self.readings[i] for i in range(min(len(self.readings), 5))]
+        chances = torch.cat([self.adapters.boundary(reading.bottom).sigmoid() for reading in some])
+        labels = torch.cat([reading.labels for reading in some])
+        return max(_THRESHOLDS, key=lambda threshold: agreement(chances >= threshold, labels).f1)
+
+    def _save(self) -> None:
+        tensors = {f"adapters.{name}": value for name, value in self.adapters.state_dict().items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+        progress = {"identity": self.identity, "step": self.step, "history": self.history}
+        content = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in tensors.items()}
+        metadata = {"progress": json.dumps(progress)}
+        write_file(self.folder / STATE_FILE, lambda beside: save_file(content, beside, metadata))
+
+    def _held(self) -> dict[str, Any] | None:
+        path = self.folder / STATE_FILE
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                return json.loads((file.metadata() or {})["progress"])
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise ChunkError(f"{path} is damaged: choose another --out") from error
+
+    def _require_same(self, held: dict[str, Any]) -> None:
+        ours = json.loads(json.dumps(self.identity))
+        for part in ("shape", "texts"):
+            if held.get(part) != ours[part]:
+                raise ChunkError(f"the training in {self.folder} has other {part}: choose another --out")
+        for name, value in ours["options"].items():
+            if held["options"].get(name) != value:
+                raise ChunkError(
+                    f"the training in {self.folder} has another {name} ({held['options'].get(name)}, not {value}): "
+                    "choose another --out"
+                )
+
+    def _restore(self, held: dict[str, Any]) -> None:
+        self.step, self.history = held["step"], held["history"]
+        with safe_open(self.folder / STATE_FILE, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        prefix = "adapters."
+        self.adapters.load_state_dict(
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        )
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, number, key = name.split(".")
+                state.setdefault(int(number), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _fingerprint(pieces: Sequence[Piece]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece.ids.tobytes() + piece.labels.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,277 @@
+"""``decoding chunk eval``: what selecting chunks costs in quality, beside what else could be kept.
+
+Prompts are read once, with full attention. Every method then goes on from their keys and values, one token at a time,
+through the cache that users get.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from chunkllm import ChunkAdapters
+from chunkllm.attach import Attachment
+from chunkllm.models import model_shape
+from decoding.errors import DecodingError
+from decoding.metrics import token_log_probs
+from experiments.chunk_baselines import FULL, METHODS, Setting
+from experiments.runs import RunFolder, progress_of_cells
+
+_LAST = 8  # Tokens of a prompt that the selection's own model pass reads, for their queries.
+_RECALL_EVERY = 16
+_ANSWER = 8
+
+_TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about "
+    "the important information there.\n"
+)
+_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+_KEY = "The pass key is {key}. Remember it. {key} is the pass key.\n"
+_QUESTION = "What is the pass key? The pass key is"
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What a user chooses.
+
+    Attributes:
+        methods: names of `METHODS`.
+        retentions: shares of the tokens so far to keep.
+        context: tokens of a text, the last ``scored`` of which are predicted.
+        scored: tokens to predict in every text.
+        short_context: the same for texts that are too short to drop anything from, within the smallest budget.
+        passkey_lengths: tokens of passkey prompts.
+        passkey_depths: how many places for the key, from the beginning to the end.
+        passkey_keys: keys per length and depth.
+    """
+
+    methods: tuple[str, ...] = tuple(name for name in METHODS if name != FULL)
+    retentions: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    context: int = 8192
+    scored: int = 512
+    passkey_lengths: tuple[int, ...] = (1000, 2000, 4000)
+    passkey_depths: int = 6
+    passkey_keys: int = 2
+
+
+@dataclass(frozen=True)
+class Read:
+    """Prompts that have been read with full attention.
+
+    Attributes:
+        ids: int64 [B, T].
+        states: keys and values of every layer but for the last tokens, each [B, Hkv, T − last, D].
+        bottom: [B, T, hidden_size], the bottommost layer's output.
+    """
+
+    ids: Tensor
+    states: list[tuple[Tensor, Tensor]]
+    bottom: Tensor
+
+
+def read(model: Any, ids: Tensor) -> Read:
+    """Reads prompts of one length, int64 [B, T], row by row."""
+    rows, bottoms = [], []
+    hook = model.get_decoder().layers[0].register_forward_hook(lambda module, args, output: bottoms.append(output))
+    try:
+        for row in ids[:, :-_LAST].split(1):
+            cache = DynamicCache(config=model.config)
+            model(input_ids=row, logits_to_keep=1, use_cache=True, **{cache_argument(model): cache})
+            rows.append([(layer.keys, layer.values) for layer in cache.layers])
+    finally:
+        hook.remove()
+    layers = zip(*rows, strict=True)
+    states = [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers]
+    return Read(ids, states, torch.cat(bottoms))
+
+
+def cache_argument(model: Any) -> str:
+    """What the model calls its cache: its name changed in transformers 5.24."""
+    import inspect
+
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+class Continuation:
+    """Writes or scores tokens behind prompts that were read, under a selection that is attached."""
+
+    def __init__(self, model: Any, chunks: Attachment, prompts: Read):
+        self.model = model
+        self.cache = chunks.new_cache()
+        self.cache.load(prompts.states, chunks.boundaries(prompts.ids[:, : prompts.bottom.shape[1]], prompts.bottom))
+        self.logits = self.step(prompts.ids[:, -_LAST:])
+
+    def step(self, ids: Tensor) -> Tensor:
+        """int64 [B, n] -> logits after the last, [B, V]."""
+        output = self.model(input_ids=ids, logits_to_keep=1, use_cache=True, **{cache_argument(self.model): self.cache})
+        return output.logits[:, -1]
+
+
+def score_texts(model: Any, chunks: Attachment, prompts: Read, targets: Tensor) -> dict[str, Any]:
+    """Predicts the tokens that follow prompts, given those before.
+
+    Args:
+        model: with the selection attached.
+        chunks: the selection.
+        prompts: B of them.
+        targets: int64 [B, n], what follows.
+
+    Returns:
+        Negative log-likelihoods and most probable tokens, B lists of n each; recall per layer; the retention.
+    """
+    writing = Continuation(model, chunks, prompts)
+    losses, best, recalls = [], [], []
+    for i in range(targets.shape[1]):
+        losses.append(-token_log_probs(writing.logits, targets[:, i]))
+        best.append(writing.logits.argmax(-1))
+        if i and i % _RECALL_EVERY == 0 and writing.cache.full_layers[0].selected:
+            scaling = chunks.plan.shape.scaling
+            recalls.append([float(layer.recall(scaling).mean()) for layer in writing.cache.full_layers])
+        if i + 1 < targets.shape[1]:
+            writing.logits = writing.step(targets[:, i : i + 1])
+    return {
+        "nll": torch.stack(losses, 1).tolist(),
+        "best": torch.stack(best, 1).tolist(),
+        "recall": np.mean(recalls, 0).tolist() if recalls else None,
+        "kv_retention": chunks.stats["kv_retention"],
+        "stats": chunks.stats,
+    }
+
+
+def answer(model: Any, chunks: Attachment, prompts: Read, tokenizer: Any) -> list[str]:
+    """What a model writes greedily behind prompts."""
+    writing = Continuation(model, chunks, prompts)
+    written = [writing.logits.argmax(-1)]
+    for _ in range(_ANSWER - 1):
+        written.append(writing.step(written[-1][:, None]).argmax(-1))
+    return tokenizer.batch_decode(torch.stack(written, 1))
+
+
+def passkey_prompt(tokenizer: Any, length: int, depth: float, key: str) -> str:
+    """The usual template (Mohtashami and Jaggi 2023, arXiv 2305.16300), of at most ``length`` tokens."""
+    sizes = [len(tokenizer(text)["input_ids"]) for text in (_TASK + _KEY.format(key=key) + _QUESTION, _FILLER)]
+    lines = max((length - sizes[0]) // sizes[1], 0)
+    before = round(depth * lines)
+    return _TASK + _FILLER * before + _KEY.format(key=key) + _FILLER * (lines - before) + _QUESTION
+
+
+class Evaluation:
+    """Runs the cells that a folder does not have yet.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        adapters: for the methods that want some.
+        texts: token ids of held-out texts, at least ``context`` each.
+        options: what to measure.
+        folder: where cells are kept.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        adapters: ChunkAdapters | None,
+        texts: Sequence[np.ndarray],
+        options: EvalOptions,
+        folder: RunFolder,
+    ):
+        self.model, self.tokenizer, self.adapters = model, tokenizer, adapters
+        self.texts, self.options, self.folder = texts, options, folder
+        self._read: Read | None = None
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """All cells by key."""
+        work = [*self._text_work(), *self._passkey_work()]
+        results: dict[str, dict[str, Any]] = {}
+        with torch.inference_mode(), progress_of_cells() as progress:
+            task = progress.add_task("evaluating", total=len(work))
+            for key, compute in work:
+                held = self.folder.read(key)
+                if held is None:
+                    held = compute()
+                    self.folder.write(key, held)
+                results[key] = held
+                progress.advance(task)
+        return results
+
+    def attached(self, method: str, retention: float) -> Attachment:
+        """A method's selection on the model."""
+        setting = Setting(model_shape(self.model), self.tokenizer, self.adapters, retention)
+        return METHODS[FULL if retention == 1 else method](setting).attach(self.model)
+
+    @property
+    def cells(self) -> list[tuple[str, float]]:
+        """Methods and retentions: with everything kept all methods are one."""
+        return [(FULL, 1.0)] + [
+            (method, share) for share in self.options.retentions if share < 1 for method in self.options.methods
+        ]
+
+    def _text_work(self) -> Iterator[tuple[str, Any]]:
+        for method, retention in self.cells:
+            yield text_key(method, retention), lambda m=method, r=retention: self._score(m, r)
+
+    def _score(self, method: str, retention: float) -> dict[str, Any]:
+        prompt = self.options.context - self.options.scored
+        ids = torch.from_numpy(np.stack([text[: self.options.context] for text in self.texts])).to(self.model.device)
+        if self._read is None:
+            self._read = read(self.model, ids[:, :prompt])
+        with self.attached(method, retention) as chunks:
+            return score_texts(self.model, chunks, self._read, ids[:, prompt:])
+
+    def _passkey_work(self) -> Iterator[tuple[str, Any]]:
+        for length in self.options.passkey_lengths:
+            for i in range(self.options.passkey_depths):
+                yield passkey_key(length, i), lambda n=length, i=i: self._find(n, i)
+
+    def _find(self, length: int, place: int) -> dict[str, Any]:
+        """What every method answers to prompts with the key at one depth."""
+        depth = place / max(self.options.passkey_depths - 1, 1)
+        rng = random.Random(f"{length} {place}")
+        keys = [str(rng.randint(10_000, 99_999)) for _ in range(self.options.passkey_keys)]
+        prompts = [passkey_prompt(self.tokenizer, length, depth, key) for key in keys]
+        batches = [read(self.model, self._ids(prompt)) for prompt in prompts]
+        answers = {}
+        for method, retention in self.cells:
+            found = []
+            for batch in batches:
+                with self.attached(method, retention) as chunks:
+                    found += answer(self.model, chunks, batch, self.tokenizer)
+            answers[f"{method} {retention:g}"] = found
+        hits = {name: [key in text for key, text in zip(keys, texts, strict=True)] for name, texts in answers.items()}
+        return {"length": length, "depth": depth, "keys": keys, "answers": answers, "hits": hits}
+
+    def _ids(self, prompt: str) -> Tensor:
+        return self.tokenizer(prompt, return_tensors="pt")["input_ids"].to(self.model.device)
+
+
+def text_key(method: str, retention: float) -> str:
+    """Where a method's predictions are kept."""
+    name = "".join(character if character.isalnum() else "-" for character in method)
+    return f"text-{name}-{retention:g}"
+
+
+def passkey_key(length: int, place: int) -> str:
+    """Where the answers at a length and a place are kept."""
+    return f"passkey-{length}-{place}"
+
+
+def slices(documents: Sequence[np.ndarray], length: int, count: int) -> list[np.ndarray]:
+    """``count`` pieces of ``length`` tokens, spread evenly over documents.
+
+    Raises:
+        DecodingError: the documents do not have so many.
+    """
+    pieces = [ids[i : i + length] for ids in documents for i in range(0, len(ids) - length + 1, length)]
+    if len(pieces) < count:
+        raise DecodingError(
+            f"the text has {len(pieces)} pieces of {length} tokens, not {count}: give more, or less --texts"
+        )
+    return [pieces[i * len(pieces) // count] for i in range(count)]
