@@ -133,7 +133,7 @@ class ChunkAdapters(nn.Module, ModelHubMixin):
         write_file(save_directory / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=1)))
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # has a default
         cls, name_or_path: str | os.PathLike | None = None, *, device: str | torch.device = "cpu", **hub: Any
     ) -> ChunkAdapters:
         """Opens what ``save_pretrained`` or ``push_to_hub`` wrote; by default the embedded ones, for SmolLM2-135M.

@@ -16,8 +16,9 @@ from transformers import Cache
 from chunkllm.adapters import ChunkAdapters
 from chunkllm.attention import intercept
 from chunkllm.boundaries import punctuation_boundaries
-from chunkllm.cache import ChunkCache, ChunkLayer
+from chunkllm.cache import ChunkCache
 from chunkllm.errors import ChunkError
+from chunkllm.layer import ChunkLayer
 from chunkllm.models import ModelShape, model_shape
 from chunkllm.scorers import PooledScorer, Scorer
 
@@ -68,7 +69,7 @@ class Counters:
 
 
 class ChunkSelection:
-    """Selects, at every boundary between chunks, the chunks that the next tokens attend to (ChunkLLM, arXiv 2510.02361).
+    """Selects the chunks that the next tokens attend to, whenever one ends (ChunkLLM, arXiv 2510.02361).
 
     Prompts are read with full attention. While tokens are written one by one, attention reads the first tokens, the
     last ones, and the chunks that score best for the last queries; it chooses them anew when a chunk ends

@@ -62,7 +62,8 @@ def _calling(own: str) -> Attention:
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         # "eager" is no registered function, but one of the model's own file.
         functions = sys.modules[type(module).__module__]
-        function = AttentionInterface().get_interface(own, getattr(functions, "eager_attention_forward", None))
+        eager: Any = getattr(functions, "eager_attention_forward", None)
+        function = AttentionInterface().get_interface(own, eager)
         handler = _handlers.get(module)
         if handler is None:
             return function(module, query, key, value, mask, **options)

@@ -55,7 +55,7 @@ def model_shape(model: Any) -> ModelShape:
         raise ChunkError(f"{kind} caps its attention logits (attn_logit_softcapping), which chunk selection does not")
     if not getattr(model, "_supports_attention_backend", False):
         raise ChunkError(f"{kind} does not use transformers' attention interface (_supports_attention_backend)")
-    layers = DynamicCache(config=config).layers
+    layers: list[Any] = DynamicCache(config=config).layers
     full = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
     unknown = {type(layer).__name__ for i, layer in enumerate(layers) if i not in full and not layer.is_sliding}
     if unknown or not full:

@@ -119,8 +119,8 @@ class PooledScorer(Scorer):
     """Needs no training: the attention that a chunk would get if its keys were spread normally about their mean.
 
     log Σ exp(q·k/√D) over a chunk's keys is log n + q·μ/√D + q²·σ²/2D for normal keys with independent components
-    (the second-order cumulant expansion). The mean key alone, as in the block scores of Quest-like methods, misses a chunk in which one
-    token stands out; its variance tells of it.
+    (the second-order cumulant expansion). The mean key alone misses a chunk in which one token stands out; the variance
+    tells of it.
 
     Args:
         head_dim: D of the model; with its scaling, if that is not 1/√D.

@@ -29,8 +29,8 @@ _RECALL_EVERY = 16
 _ANSWER = 8
 
 _TASK = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about "
-    "the important information there.\n"
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there.\n"
 )
 _FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 _KEY = "The pass key is {key}. Remember it. {key} is the pass key.\n"
@@ -82,7 +82,7 @@ def read(model: Any, ids: Tensor) -> Read:
     hook = model.get_decoder().layers[0].register_forward_hook(lambda module, args, output: bottoms.append(output))
     try:
         for row in ids[:, :-_LAST].split(1):
-            cache = DynamicCache(config=model.config)
+            cache: Any = DynamicCache(config=model.config)
             model(input_ids=row, logits_to_keep=1, use_cache=True, **{cache_argument(model): cache})
             rows.append([(layer.keys, layer.values) for layer in cache.layers])
     finally:
