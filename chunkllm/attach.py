@@ -77,16 +77,15 @@ class ChunkSelection:
     the model computes what it computes without.
 
     Args:
-        adapters: trained for the model: they detect boundaries and score chunks. Without, chunks end where
-            punctuation of ``tokenizer`` ends a sentence, or else every 20 tokens, and `PooledScorer` scores them.
-        tokenizer: of the model; not needed with adapters.
+        adapters: trained for the model: they detect boundaries and score chunks. Without, chunks end where punctuation
+            ends a sentence, if `attach` is told the tokenizer, or else every 20 tokens, and `PooledScorer` scores them.
         scorer: another scorer than the adapters' or the pooled one.
         top_k: keep so many chunks. Or:
         budget: keep so many tokens in all, 2048 by default. Or:
         retention: keep this share of the tokens so far, in (0, 1].
         local: last tokens that always stay.
         sinks: first tokens that always stay.
-        max_chunk: a chunk ends after so many tokens at the latest.
+        max_chunk: a chunk ends after so many tokens at the latest; 64 by default, 20 where nothing tells of boundaries.
         adaptive: divide the budget among layers by the worth of their chunks, once per prompt, instead of evenly.
         vote: one selection for all layers, by their mean score.
         every_step: select at every token, not at boundaries.
@@ -100,7 +99,6 @@ class ChunkSelection:
         self,
         adapters: ChunkAdapters | None = None,
         *,
-        tokenizer: Any | None = None,
         scorer: Scorer | None = None,
         top_k: int | None = None,
         budget: int | None = None,
@@ -124,7 +122,6 @@ class ChunkSelection:
         if local < 1 or sinks < 0 or (max_chunk is not None and max_chunk < 1):
             raise ChunkError("local and max_chunk must be at least 1, sinks at least 0")
         self.adapters = adapters
-        self.tokenizer = tokenizer
         self.scorer = scorer
         self.max_chunk = max_chunk
         self.top_k = top_k
@@ -132,37 +129,34 @@ class ChunkSelection:
         self.retention = retention
         self.local, self.sinks = local, sinks
         self.adaptive, self.vote, self.every_step, self.offload = adaptive, vote, every_step, offload
-        least = sinks + max(local, self._max_chunk())
-        if self.budget is not None and self.budget <= least:
+        self._require_room(local if max_chunk is None else max(local, max_chunk))
+
+    def _require_room(self, recent: int) -> None:
+        if self.budget is not None and self.budget <= self.sinks + recent:
             raise ChunkError(
-                f"a budget of {self.budget} tokens leaves nothing to choose: sinks ({sinks}) and the local window or "
-                f"running chunk ({max(local, self._max_chunk())}) take {least}"
+                f"a budget of {self.budget} tokens leaves nothing to choose: sinks ({self.sinks}) and the local window or "
+                f"running chunk ({recent}) take {self.sinks + recent}"
             )
 
-    def _max_chunk(self) -> int:
-        if self.max_chunk is not None:
-            return self.max_chunk
-        return DEFAULT_MAX_CHUNK if self.adapters is not None or self.tokenizer is not None else FIXED_CHUNK
-
-    def bind(self, tokenizer: Any) -> None:
-        """Takes the tokenizer of the model if there is none yet."""
-        self.tokenizer = self.tokenizer or tokenizer
-
-    def attach(self, model: Any) -> Attachment:
+    def attach(self, model: Any, tokenizer: Any | None = None) -> Attachment:
         """Attaches the selection to a model until `Attachment.detach`, or the end of a ``with`` block.
 
         Args:
             model: a causal language model of transformers: grouped-query or multi-head attention with rotary position
                 embeddings. Layers with sliding windows are left alone.
+            tokenizer: of the model, for boundaries by punctuation where there are no adapters.
 
         Raises:
             ChunkError: the model lacks something, has a selection attached, or the adapters are another model's.
         """
         if model in _attached:
             raise ChunkError("the model has a selection attached: detach it first")
-        return Attachment(model, self._plan(model), self.adapters, self.tokenizer)
+        finds_boundaries = self.adapters is not None or tokenizer is not None
+        max_chunk = self.max_chunk or (DEFAULT_MAX_CHUNK if finds_boundaries else FIXED_CHUNK)
+        self._require_room(max(self.local, max_chunk))
+        return Attachment(model, self._plan(model, max_chunk), self.adapters, tokenizer)
 
-    def _plan(self, model: Any) -> Plan:
+    def _plan(self, model: Any, max_chunk: int) -> Plan:
         shape = model_shape(model)
         if self.adapters is not None and self.adapters.config.shape != shape:
             differing = _difference(self.adapters.config.shape, shape)
@@ -183,7 +177,7 @@ class ChunkSelection:
             retention=1.0 if self.retention is None else self.retention,
             local=self.local,
             sinks=self.sinks,
-            max_chunk=self._max_chunk(),
+            max_chunk=max_chunk,
             adaptive=self.adaptive,
             vote=self.vote,
             every_step=self.every_step,

@@ -19,6 +19,8 @@ from chunkllm.table import Arriving, ChunkTable, send
 if TYPE_CHECKING:
     from chunkllm.attach import Counters, Plan
 
+_GROWTH = 1.01
+
 
 class ChunkCache(Cache):
     """Keys and values of a model with a selection attached. `ChunkSelection.attach` makes it; ``generate`` returns it.
@@ -44,6 +46,7 @@ class ChunkCache(Cache):
         self._summarised = np.zeros(0, np.int64)
         self._shares: np.ndarray | None = None
         self._placed: list[int] = []
+        self._placed_for = 0
         self._kept = np.zeros((0, 0), np.int64)
         self._kept_later: tuple[np.ndarray, list[Arriving]] | None = None
         self._since = np.zeros(0, np.int64)
@@ -139,6 +142,8 @@ class ChunkCache(Cache):
             return None if self._slots(held) >= held else every
         if self.plan.every_step or any(layer.is_full for layer in self.full_layers):
             return every
+        if self._ended.any() and self._slots(held) > _GROWTH * self._placed_for:
+            return every  # a share of a longer text is more; all rows have as many slots
         return np.flatnonzero(self._ended)
 
     def _slots(self, held: int) -> int:
@@ -167,12 +172,13 @@ class ChunkCache(Cache):
         if scorer.is_distribution and plan.top_k is None:
             ranks = [worth(score, lengths) for score in scores]
         held = table.length - table.first
-        slots = [self._slots(int(held.max()))] * len(layers)
+        wanted = self._slots(int(held.max()))
+        slots = [wanted] * len(layers)
         is_exact = plan.top_k is None and len(held) == 1
         if plan.adaptive:
-            slots = self._divided(slots[0], ranks, chunks, recent, int(held.max()))
+            slots = self._divided(wanted, ranks, chunks, recent, int(held.max()))
         if not layers[0].selected or len(rows) == len(held):
-            self._placed = slots
+            self._placed, self._placed_for = slots, wanted
         if plan.vote:
             ranks = [torch.stack(ranks).mean(0)] * len(layers)
         kept = []

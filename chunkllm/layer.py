@@ -196,13 +196,15 @@ class ChunkLayer(CacheLayerMixin):
             self.mask[row, self._used :] = True
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None) -> Tensor:
-        """Attention of one query [B, H, 1, D] to the buffer, a key-value head at a time: [B, 1, H, D]."""
-        batch, heads, _, width = query.shape
-        groups = keys.shape[1]
+        """Attention of one query [B, H, 1, D] to what `update` returned from the buffer: [B, 1, H, D]."""
         mask = None if self.mask is None else self.mask[:, None, None, : keys.shape[2]]
-        grouped = query.reshape(batch, groups, heads // groups, width)
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-        return out.reshape(batch, 1, heads, -1)
+        return grouped_attention(query, keys, values, mask, scaling)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the storage, of the buffer of selected tokens, and of the chunks' features."""
+        parts = {"storage": (self.keys, self.values), "selected": self._buffer or (), "features": (self.features,)}
+        return {name: sum(x.nbytes for x in tensors if x is not None) for name, tensors in parts.items()}
 
     def recall(self, scaling: float) -> Tensor:
         """Share of full attention that the buffer holds for the last query: float32 [B, H]. For measurements."""
@@ -262,3 +264,24 @@ class ChunkLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything."""
         self.__init__(self.place, self._offloads)  # type: ignore[misc]
+
+
+def grouped_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Attention of one query to all keys, a key-value head at a time, so that no key is repeated or read twice.
+
+    Args:
+        query: [B, H, 1, D].
+        keys: [B, Hkv, S, D].
+        values: [B, Hkv, S, D].
+        mask: bool [B, 1, 1, S], or None.
+        scaling: of attention logits.
+
+    Returns:
+        [B, 1, H, D].
+    """
+    batch, heads, _, width = query.shape
+    grouped = query.reshape(batch, keys.shape[1], -1, width)
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, 1, heads, -1)

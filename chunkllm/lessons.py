@@ -42,6 +42,9 @@ class ReadingOptions:
         sinks: first tokens that always stay.
         language: of the texts, for pysbd.
         seed: of the choice of pieces and boundaries.
+
+    Raises:
+        ChunkError: numbers below 1, or a context that leaves nothing to choose.
     """
 
     context: int = 8000
@@ -52,6 +55,14 @@ class ReadingOptions:
     sinks: int = 4
     language: str = "en"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.boundaries, self.queries, self.max_chunk) < 1:
+            raise ChunkError("boundaries, queries and max_chunk must be at least 1")
+        # What is learnt from lies in the last three quarters, and must find chunks that may be dropped before it.
+        shortest = 4 * max(self.sinks + self.local, self.max_chunk)
+        if self.context < shortest:
+            raise ChunkError(f"pieces of {self.context} tokens are too short to learn from: at least {shortest}")
 
 
 @dataclass(frozen=True)

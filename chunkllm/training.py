@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,15 @@ class Training:
         options: how.
         folder: for readings and the state.
         resume: whether the folder may hold a run already.
+        about: what else must be the same when it goes on, as the model's fingerprint.
+
+    Attributes:
+        adapters: as they are now, in float32.
+        history: of every step, its losses; at the end of an epoch also what held-out text says, under "held_out".
 
     Raises:
-        ChunkError: texts too short or without sentences, a model that chunks cannot be selected in, or a folder that
-            holds a run with other settings or texts.
+        ChunkError: texts too short or without sentences, a model that chunks cannot be selected in or with too few
+            positions, or a folder that holds a run with other settings or texts.
     """
 
     def __init__(
@@ -113,16 +118,19 @@ class Training:
         options: TrainingOptions,
         folder: Path,
         resume: bool = False,
+        about: Mapping[str, Any] | None = None,
     ):
         self.options, self.folder = options, folder
         self.shape: ModelShape = model_shape(model)
         reading = options.reading
+        _require_positions(model, reading.context)
         count = max(options.tokens // reading.context, 1)
         pieces, judged = cut(texts, tokenizer, count, reading), cut(held_out, tokenizer, options.held_out, reading)
         self.identity = {
             "options": {**asdict(options), "reading": asdict(reading)},
             "shape": json.loads(json.dumps(asdict(self.shape))),
             "texts": _fingerprint(pieces + judged),
+            "about": dict(about or {}),
         }
         held = self._held()
         if held is not None and not resume:
@@ -140,7 +148,7 @@ class Training:
             self.adapters.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
         self.step = 0
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
         if held is None:
             folder.mkdir(parents=True, exist_ok=True)
             self._save()
@@ -160,13 +168,17 @@ class Training:
                 readings[i]
             on_progress(what, len(readings), len(readings))
         while self.step < self.steps:
-            self.history.append(self._learn(self.readings[self._next()]))
+            record: dict[str, Any] = self._learn(self.readings[self._next()])
             self.step += 1
+            if self.step % len(self.readings) == 0:
+                self._choose_threshold()
+                judged = self.judge()
+                record["held_out"] = {part: judged[part] for part in ("detector", "mean")}
+            self.history.append(record)
             if self.step % self.options.save_every == 0 or self.step == self.steps:
                 self._save()
             on_progress("learning", self.step, self.steps)
-        threshold = self._best_threshold()
-        self.adapters.config = replace(self.adapters.config, threshold=threshold)
+        self._choose_threshold()
         return self.adapters
 
     def _next(self) -> int:
@@ -214,6 +226,8 @@ class Training:
                     name: lesson_scores(scorer, layer, lesson, reading.boundaries) for name, scorer in scorers.items()
                 }
                 candidates["true attention"] = lesson.target
+                # Worth falls with distance: whatever the lengths, the last chunks are kept.
+                candidates["recent"] = reading.boundaries.chunks().lengths / reading.boundaries.distances()
                 for name, scores in candidates.items():
                     into = lost.setdefault(name, {})
                     for key, value in self._figures(scores, layer, reading):
@@ -242,12 +256,13 @@ class Training:
         return torch.cat(predicted), torch.cat(labels)
 
     @torch.no_grad()
-    def _best_threshold(self) -> float:
+    def _choose_threshold(self) -> None:
         """By F1 on texts that were learnt from."""
         some = [self.readings[i] for i in range(min(len(self.readings), 5))]
         chances = torch.cat([self.adapters.boundary(reading.bottom).sigmoid() for reading in some])
         labels = torch.cat([reading.labels for reading in some])
-        return max(_THRESHOLDS, key=lambda threshold: agreement(chances >= threshold, labels).f1)
+        best = max(_THRESHOLDS, key=lambda threshold: agreement(chances >= threshold, labels).f1)
+        self.adapters.config = replace(self.adapters.config, threshold=best)
 
     def _save(self) -> None:
         tensors = {f"adapters.{name}": value for name, value in self.adapters.state_dict().items()}
@@ -270,9 +285,9 @@ class Training:
 
     def _require_same(self, held: dict[str, Any]) -> None:
         ours = json.loads(json.dumps(self.identity))
-        for part in ("shape", "texts"):
-            if held.get(part) != ours[part]:
-                raise ChunkError(f"the training in {self.folder} has other {part}: choose another --out")
+        for part, name in (("shape", "model"), ("about", "model"), ("texts", "text")):
+            if held.get(part, {}) != ours[part]:
+                raise ChunkError(f"the training in {self.folder} has another {name}: choose another --out")
         for name, value in ours["options"].items():
             if held["options"].get(name) != value:
                 raise ChunkError(
@@ -295,6 +310,12 @@ class Training:
                 state.setdefault(int(number), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _require_positions(model: Any, context: int) -> None:
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", context)
+    if context > positions:
+        raise ChunkError(f"the model has {positions} positions: --context {context} is too long")
 
 
 def _fingerprint(pieces: Sequence[Piece]) -> str:

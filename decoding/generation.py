@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from os import PathLike
 from typing import Any, overload
 
+from chunkllm import ChunkSelection
 from decoding.errors import DecodingError
 from decoding.models import load_model, load_tokenizer
 from decoding.style import StylePrior
@@ -32,7 +34,8 @@ def generate(
         prompts: plain text; no chat template is applied.
         tokenizer: of a loaded model.
         logits_processor: transformers' processors. A `StylePrior` is bound to the tokenizer, an `AutoTemperature` to
-            tokenizer and model. With one of `decoding.temperature` the texts are sampled, from all tokens unless
+            tokenizer and model. A `ChunkSelection` is attached to the model for the call.
+            With one of `decoding.temperature` the texts are sampled, from all tokens unless
             ``options`` has ``top_k``, ``top_p`` or the like.
         max_new_tokens: how many tokens to write at most.
         options: anything that ``model.generate`` takes (``do_sample``, ``temperature``, ``num_beams``, …).
@@ -42,6 +45,7 @@ def generate(
 
     Raises:
         DecodingError: no prompt, an empty one, a loaded model without its tokenizer, or two temperatures.
+        ChunkError: chunks cannot be selected in the model, or two selections.
     """
     batch = [prompts] if isinstance(prompts, str) else list(prompts)
     if not batch or not all(isinstance(prompt, str) and prompt for prompt in batch):
@@ -61,7 +65,12 @@ def generate(
     inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left").to(model.device)
     inputs.pop("token_type_ids", None)
     options.setdefault("pad_token_id", tokenizer.pad_token_id)
-    output = model.generate(**inputs, logits_processor=list(logits_processor), max_new_tokens=max_new_tokens, **options)
+    processors = [processor for processor in logits_processor if not isinstance(processor, ChunkSelection)]
+    with ExitStack() as attached:
+        for selection in logits_processor:
+            if isinstance(selection, ChunkSelection):
+                attached.enter_context(selection.attach(model, tokenizer))
+        output = model.generate(**inputs, logits_processor=processors, max_new_tokens=max_new_tokens, **options)
     sequences = getattr(output, "sequences", output)
     texts = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts[0] if isinstance(prompts, str) and len(texts) == 1 else texts

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkllm import ChunkAdapters, ChunkSelection, PooledScorer, Scorer
-from chunkllm.models import ModelShape
+from chunkllm import Attachment, ChunkAdapters, ChunkSelection, PooledScorer, Scorer
+from chunkllm.models import model_shape
 from chunkllm.scorers import ChunkStatistics
 
 PAGE = 16
@@ -82,45 +82,51 @@ class QuestScorer(Scorer):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a selection is made for.
+    """What a selection is attached to.
 
     Attributes:
-        shape: of the model.
-        tokenizer: of the model.
+        model: a causal language model.
+        tokenizer: its tokenizer.
         adapters: of the model, if there are any.
         retention: share of tokens to keep.
     """
 
-    shape: ModelShape
+    model: Any
     tokenizer: Any
     adapters: ChunkAdapters | None
     retention: float
 
+    @property
+    def scaling(self) -> float:
+        """Of attention logits."""
+        return model_shape(self.model).scaling
 
-def _with_boundaries(setting: Setting, scorer: Scorer | None, **options: Any) -> ChunkSelection:
-    """Chunks as ChunkLLM has them; with the trained detector if there is one, whoever scores."""
-    return ChunkSelection(
-        setting.adapters, tokenizer=setting.tokenizer, scorer=scorer, retention=setting.retention, **options
-    )
+    def pooled(self, **options: Any) -> PooledScorer:
+        """The scorer that needs no training."""
+        return PooledScorer(model_shape(self.model).head_dim, scaling=self.scaling, **options)
 
+    def by_sentence(self, scorer: Scorer | None, **options: Any) -> Attachment:
+        """Chunks as ChunkLLM has them, with the trained detector if there is one, whoever scores."""
+        selection = ChunkSelection(self.adapters, scorer=scorer, retention=self.retention, **options)
+        return selection.attach(self.model, self.tokenizer)
 
-def _pooled(setting: Setting, **options: Any) -> PooledScorer:
-    return PooledScorer(setting.shape.head_dim, scaling=setting.shape.scaling, **options)
+    def by_length(self, scorer: Scorer, length: int, **options: Any) -> Attachment:
+        """Chunks of one length."""
+        selection = ChunkSelection(scorer=scorer, retention=self.retention, max_chunk=length, **options)
+        return selection.attach(self.model)
 
 
 FULL = "full attention"
-METHODS: dict[str, Callable[[Setting], ChunkSelection]] = {
-    FULL: lambda s: ChunkSelection(retention=1.0),
-    "adapter, adaptive": lambda s: _with_boundaries(s, None, adaptive=True),
-    "adapter": lambda s: _with_boundaries(s, None),
-    "pooled, adaptive": lambda s: _with_boundaries(s, _pooled(s), adaptive=True),
-    "pooled": lambda s: _with_boundaries(s, _pooled(s)),
-    "pooled, one vote": lambda s: _with_boundaries(s, _pooled(s), vote=True),
-    "mean keys alone": lambda s: _with_boundaries(s, _pooled(s, use_variance=False)),
-    "fixed chunks (FixLLM)": lambda s: ChunkSelection(scorer=_pooled(s), retention=s.retention, max_chunk=FIXED),
-    "pages (Quest)": lambda s: ChunkSelection(
-        scorer=QuestScorer(s.shape.scaling), retention=s.retention, max_chunk=PAGE, every_step=True
-    ),
-    "sinks + recent (StreamingLLM)": lambda s: _with_boundaries(s, RecentScorer()),
-    "random chunks": lambda s: _with_boundaries(s, RandomScorer()),
+METHODS: dict[str, Callable[[Setting], Attachment]] = {
+    FULL: lambda s: ChunkSelection(retention=1.0).attach(s.model),
+    "adapter, adaptive": lambda s: s.by_sentence(None, adaptive=True),
+    "adapter": lambda s: s.by_sentence(None),
+    "pooled, adaptive": lambda s: s.by_sentence(s.pooled(), adaptive=True),
+    "pooled": lambda s: s.by_sentence(s.pooled()),
+    "pooled, one vote": lambda s: s.by_sentence(s.pooled(), vote=True),
+    "mean keys alone": lambda s: s.by_sentence(s.pooled(use_variance=False)),
+    "fixed chunks (FixLLM)": lambda s: s.by_length(s.pooled(), FIXED),
+    "pages (Quest)": lambda s: s.by_length(QuestScorer(s.scaling), PAGE, every_step=True),
+    "sinks + recent (StreamingLLM)": lambda s: s.by_sentence(RecentScorer()),
+    "random chunks": lambda s: s.by_sentence(RandomScorer()),
 }

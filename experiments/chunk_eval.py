@@ -18,7 +18,6 @@ from transformers import DynamicCache
 
 from chunkllm import ChunkAdapters
 from chunkllm.attach import Attachment
-from chunkllm.models import model_shape
 from decoding.errors import DecodingError
 from decoding.metrics import token_log_probs
 from experiments.chunk_baselines import FULL, METHODS, Setting
@@ -46,7 +45,6 @@ class EvalOptions:
         retentions: shares of the tokens so far to keep.
         context: tokens of a text, the last ``scored`` of which are predicted.
         scored: tokens to predict in every text.
-        short_context: the same for texts that are too short to drop anything from, within the smallest budget.
         passkey_lengths: tokens of passkey prompts.
         passkey_depths: how many places for the key, from the beginning to the end.
         passkey_keys: keys per length and depth.
@@ -59,6 +57,12 @@ class EvalOptions:
     passkey_lengths: tuple[int, ...] = (1000, 2000, 4000)
     passkey_depths: int = 6
     passkey_keys: int = 2
+
+    @property
+    def cells(self) -> list[tuple[str, float]]:
+        """Methods and retentions, full attention first: with everything kept all methods are one."""
+        shares = sorted({share for share in self.retentions if share < 1}, reverse=True)
+        return [(FULL, 1.0), *((method, share) for share in shares for method in self.methods)]
 
 
 @dataclass(frozen=True)
@@ -204,18 +208,11 @@ class Evaluation:
 
     def attached(self, method: str, retention: float) -> Attachment:
         """A method's selection on the model."""
-        setting = Setting(model_shape(self.model), self.tokenizer, self.adapters, retention)
-        return METHODS[FULL if retention == 1 else method](setting).attach(self.model)
-
-    @property
-    def cells(self) -> list[tuple[str, float]]:
-        """Methods and retentions: with everything kept all methods are one."""
-        return [(FULL, 1.0)] + [
-            (method, share) for share in self.options.retentions if share < 1 for method in self.options.methods
-        ]
+        setting = Setting(self.model, self.tokenizer, self.adapters, retention)
+        return METHODS[method](setting)
 
     def _text_work(self) -> Iterator[tuple[str, Any]]:
-        for method, retention in self.cells:
+        for method, retention in self.options.cells:
             yield text_key(method, retention), lambda m=method, r=retention: self._score(m, r)
 
     def _score(self, method: str, retention: float) -> dict[str, Any]:
@@ -239,7 +236,7 @@ class Evaluation:
         prompts = [passkey_prompt(self.tokenizer, length, depth, key) for key in keys]
         batches = [read(self.model, self._ids(prompt)) for prompt in prompts]
         answers = {}
-        for method, retention in self.cells:
+        for method, retention in self.options.cells:
             found = []
             for batch in batches:
                 with self.attached(method, retention) as chunks:

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from decoding.cli import options as shared
+from decoding.cli.chunk import chunk
 from decoding.cli.temperature import temperature
 from decoding.corpora import DEFAULT_STYLE, load_corpus
 from decoding.errors import DecodingError
@@ -325,6 +326,29 @@ def bench_temperature(model: str, rounds: int, out: Path | None) -> None:
     temperature_bench.main(model, rounds, out)
 
 
+@bench.command(name="long-context")
+@click.option(
+    "--contexts", type=shared.Numbers("contexts"), default="8192,32768,120000", show_default=True, help="Cached tokens."
+)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the figures here.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Also draw speed over context here, a .png file.")
+def bench_long_context(
+    contexts: tuple[float, ...], dtype: str, rounds: int, out: Path | None, picture: Path | None
+) -> None:
+    """Measures chunk selection behind long contexts, by random weights. Let the machine be idle."""
+    from experiments import chunk_bench
+
+    lengths = tuple(map(int, contexts))
+    if min(lengths) <= chunk_bench.BUDGET:
+        raise DecodingError(f"contexts must be longer than the {chunk_bench.BUDGET} tokens that selection keeps")
+    for path in (out, picture):
+        if path is not None:
+            require_writable(path)
+    chunk_bench.main(lengths, dtype, rounds, out, picture)
+
+
 @cli.group()
 def reproduce() -> None:
     """Reproduces the papers' experiments."""
@@ -356,6 +380,7 @@ def reproduce_style(data: Path, **options: Any) -> None:
     _run_and_report(run, style_paper.run)
 
 
+cli.add_command(chunk)
 cli.add_command(temperature)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from chunkllm.errors import ChunkError
 from decoding.corpora import registered_styles
 from decoding.errors import DecodingError
 from decoding.models import DEFAULT_MODEL
@@ -27,7 +28,7 @@ class Group(click.Group):
         """Runs the command."""
         try:
             return super().invoke(ctx)
-        except (DecodingError, NGramError) as error:
+        except (DecodingError, NGramError, ChunkError) as error:
             raise BadInput(str(error)) from error
 
 

@@ -1,0 +1,178 @@
+"""Tables and pictures of ``decoding chunk eval``, drawn from its finished cells alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from experiments.chunk_baselines import FULL
+from experiments.chunk_eval import EvalOptions, passkey_key, text_key
+from experiments.report import markdown
+from ngram.storage import write_atomically
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Cells = Mapping[str, Mapping[str, Any]]
+
+
+def write(cells: Cells, options: EvalOptions, settings: Mapping[str, Any], out: Path) -> str:
+    """Writes results.json, results.md, quality.png, recall.png and passkey.png; returns the tables as text."""
+    rows = text_rows(cells, options)
+    found = passkey_rows(cells, options)
+    parts = ["### Held-out text\n\n" + markdown(_text_table(rows))]
+    if found:
+        parts.append("### Passkeys found, %\n\n" + markdown(_passkey_table(found, options)))
+    text = "\n".join(parts)
+    content = {"settings": settings, "text": rows, "passkey": found}
+    write_atomically(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
+    write_atomically(out / "results.md", text.encode())
+    _draw_quality(rows, options, out / "quality.png")
+    _draw_recall(rows, options, out / "recall.png")
+    if found:
+        _draw_passkeys(found, options, out / "passkey.png")
+    return text
+
+
+def text_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
+    """A row for every method and retention: perplexity, its ratio to full attention's, agreement, recall."""
+    full = cells[text_key(FULL, 1.0)]
+    base, best = np.array(full["nll"]), np.array(full["best"])
+    rows = []
+    for method, retention in options.cells:
+        cell = cells[text_key(method, retention)]
+        losses = np.array(cell["nll"])
+        more = (losses - base).mean(1)  # by text
+        rows.append(
+            {
+                "method": method,
+                "retention": retention,
+                "kv_retention": cell["kv_retention"],
+                "perplexity": float(np.exp(losses.mean())),
+                "ratio": float(np.exp(more.mean())),
+                "ratio_error": float(more.std(ddof=1) / len(more) ** 0.5) if len(more) > 1 else None,
+                "agreement": float((np.array(cell["best"]) == best).mean()),
+                "recall": None if cell["recall"] is None else float(np.mean(cell["recall"])),
+                "recall_by_layer": cell["recall"],
+            }
+        )
+    return rows
+
+
+def passkey_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
+    """Shares of keys found, a matrix of lengths by depths for every method and retention."""
+    if not options.passkey_lengths:
+        return []
+    rows = []
+    for method, retention in options.cells:
+        shares = [
+            [
+                float(np.mean(cells[passkey_key(length, i)]["hits"][f"{method} {retention:g}"]))
+                for i in range(options.passkey_depths)
+            ]
+            for length in options.passkey_lengths
+        ]
+        rows.append({"method": method, "retention": retention, "found": shares})
+    return rows
+
+
+def _text_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    lines = [["kept, %", "method", "perplexity", "against full attention", "same next token, %", "attention held, %"]]
+    for row in rows:
+        error = "" if row["ratio_error"] is None or row["ratio"] == 1 else f" ± {row['ratio_error']:.4f}"
+        lines.append(
+            [
+                f"{100 * row['retention']:g}",
+                row["method"],
+                f"{row['perplexity']:.3f}",
+                f"{row['ratio']:.4f}{error}",
+                f"{100 * row['agreement']:.1f}",
+                "100" if row["recall"] is None else f"{100 * row['recall']:.1f}",
+            ]
+        )
+    return lines
+
+
+def _passkey_table(rows: Sequence[Mapping[str, Any]], options: EvalOptions) -> list[list[str]]:
+    lines = [["kept, %", "method", *(f"{length:,} tokens" for length in options.passkey_lengths), "all"]]
+    for row in rows:
+        by_length = [float(np.mean(shares)) for shares in row["found"]]
+        figures = [f"{100 * share:.0f}" for share in (*by_length, float(np.mean(by_length)))]
+        lines.append([f"{100 * row['retention']:g}", row["method"], *figures])
+    return lines
+
+
+def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    measures = (
+        ("perplexity above full attention, %", lambda row: 100 * (row["ratio"] - 1)),
+        ("same next token as full attention, %", lambda row: 100 * row["agreement"]),
+        ("attention held by what is kept, %", lambda row: 100 * (1 if row["recall"] is None else row["recall"])),
+    )
+    full = next(row for row in rows if row["method"] == FULL)
+    for axis, (title, value) in zip(axes, measures, strict=True):
+        for i, method in enumerate(options.methods):
+            line = [row for row in rows if row["method"] == method] + [full]
+            style = "-" if method.startswith("adapter") else "--" if method.startswith("pooled") else ":"
+            x = [100 * row["retention"] for row in line]
+            axis.plot(x, [value(row) for row in line], f"o{style}", color=f"C{i}", label=method, ms=4)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("keys and values kept, %")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def _draw_recall(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
+    shares = sorted({row["retention"] for row in rows if row["recall_by_layer"]})
+    size = (5 * len(shares) + 1, 4)
+    figure, axes = plt.subplots(1, max(len(shares), 1), figsize=size, layout="constrained", squeeze=False)
+    for axis, share in zip(axes[0], shares, strict=False):
+        for i, method in enumerate(options.methods):
+            row = next(row for row in rows if (row["method"], row["retention"]) == (method, share))
+            axis.plot([100 * held for held in row["recall_by_layer"]], color=f"C{i}", label=method, lw=1.2)
+        axis.set_title(f"attention held, %, {100 * share:g} % kept", fontsize=10)
+        axis.set_xlabel("layer")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def _draw_passkeys(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
+    shares = sorted({row["retention"] for row in rows if row["method"] != FULL})
+    names = [FULL, *options.methods]
+    grid: dict[str, Any] = {
+        "figsize": (2.1 * len(names), 2 * len(shares) + 0.6),
+        "layout": "constrained",
+        "squeeze": False,
+    }
+    figure, axes = plt.subplots(len(shares), len(names), sharex=True, sharey=True, **grid)
+    image = None
+    for line, share in zip(axes, shares, strict=True):
+        for axis, name in zip(line, names, strict=True):
+            wanted = (name, 1.0 if name == FULL else share)
+            found = next(row["found"] for row in rows if (row["method"], row["retention"]) == wanted)
+            image = axis.imshow(np.array(found), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axis.set_yticks(
+                range(len(options.passkey_lengths)), [f"{n:,}" for n in options.passkey_lengths], fontsize=8
+            )
+            last = options.passkey_depths - 1
+            axis.set_xticks((0, last), ("first", "last"), fontsize=8)
+        line[0].set_ylabel(f"{100 * share:g} % kept", fontsize=9)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name.replace(" (", "\n("), fontsize=8)
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="keys found", shrink=0.7)
+    figure.supxlabel("place of the key", fontsize=9)
+    figure.supylabel("tokens of the prompt", fontsize=9)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
