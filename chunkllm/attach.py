@@ -134,8 +134,8 @@ class ChunkSelection:
     def _require_room(self, recent: int) -> None:
         if self.budget is not None and self.budget <= self.sinks + recent:
             raise ChunkError(
-                f"a budget of {self.budget} tokens leaves nothing to choose: sinks ({self.sinks}) and the local window or "
-                f"running chunk ({recent}) take {self.sinks + recent}"
+                f"a budget of {self.budget} tokens leaves nothing to choose: sinks ({self.sinks}) and the local "
+                f"window or running chunk ({recent}) take {self.sinks + recent}"
             )
 
     def attach(self, model: Any, tokenizer: Any | None = None) -> Attachment:
@@ -192,7 +192,7 @@ class Attachment:
         self.plan = plan
         self._model = model
         self._adapters = adapters
-        self._punctuation = None if adapters is not None or tokenizer is None else punctuation_boundaries(tokenizer)
+        self._punctuation = None if adapters is not None or tokenizer is None else _punctuation(tokenizer, model)
         self._counters = Counters(layers=plan.shape.full_layers)
         self._caches: WeakSet[ChunkCache] = WeakSet()
         self._current: ChunkCache | None = None
@@ -217,9 +217,10 @@ class Attachment:
         """Takes the selection off the model. Caches that it made go on with full attention."""
         while self._undo:
             self._undo.pop()()
-        for cache in self._caches:
-            cache.settle()
         _attached.pop(self._model, None)
+        for cache in self._caches:
+            cache.count_last_step()
+            cache.settle()
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -291,7 +292,10 @@ class Attachment:
             raise ChunkError(
                 f"a {type(cache).__name__} that was built without selection: leave the cache out, and give the tokens"
             )
-        return self.new_cache()
+        made = self.new_cache()
+        if any(getattr(layer, "record_past", False) for layer in () if cache is None else cache.layers):
+            made.activate_past_recording()  # assisted generation is going to crop it
+        return made
 
     def _after(self, *_: Any) -> None:
         self._current = None
@@ -310,6 +314,12 @@ class Attachment:
         if layer.selected:
             return layer.attend(query, key, value, options.get("scaling")), None
         return attention(module, query, key, value, mask, **options)
+
+
+def _punctuation(tokenizer: Any, model: Any) -> Tensor:
+    """bool [V], where a model may have more tokens than its tokenizer."""
+    found = punctuation_boundaries(tokenizer)
+    return nn.functional.pad(found, (0, max(model.get_input_embeddings().num_embeddings - len(found), 0)))
 
 
 def _difference(theirs: ModelShape, ours: ModelShape) -> str:

@@ -73,7 +73,7 @@ class ChunkCache(Cache):
         elif batch != len(self.table.first):
             raise ChunkError(f"the cache holds {len(self.table.first)} rows, not {batch}")
         elif new_tokens > 1:
-            self._check_padding(attention_mask)
+            self._check_padding(attention_mask, length)
         self._read_flags(length)
         self.count_last_step()
         if new_tokens > 1 or length == 0:
@@ -109,9 +109,15 @@ class ChunkCache(Cache):
         assert self.table is not None
         self.table.extend(boundaries.cpu().numpy())
 
-    def _check_padding(self, attention_mask: Tensor | None) -> None:
+    def _check_padding(self, attention_mask: Tensor | None, length: int) -> None:
         assert self.table is not None
-        if attention_mask is not None and (_padding(attention_mask) != self.table.first).any():
+        if attention_mask is None:
+            return
+        first = _padding(attention_mask)
+        # Rows of whose prompt nothing but padding was read so far.
+        begins_later = (self.table.first >= length) & (first >= length)
+        self.table.first = np.where(begins_later, first, self.table.first)
+        if (first != self.table.first).any():
             raise ChunkError("the attention mask has another padding than the one that the cache was begun with")
 
     def observe(self, flags: Tensor) -> None:
@@ -247,9 +253,11 @@ class ChunkCache(Cache):
 
     def count_last_step(self) -> None:
         """Tokens that the last step kept, of those that it could have read."""
-        if not self._is_uncounted or self.table is None:
+        if self.table is None:
             return
         self._read_flags(self._front.get_seq_length())
+        if not self._is_uncounted:
+            return
         self._is_uncounted = False
         layers = self.full_layers
         total = self.table.length - self.table.first
@@ -272,7 +280,7 @@ class ChunkCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops tokens from the end (assisted generation does)."""
-        self._read_flags(self._front.get_seq_length())
+        self.count_last_step()
         super().crop(tokens_to_remove)
         if self.table is not None:
             self.table.truncate(self._front.get_seq_length())

@@ -58,10 +58,14 @@ class Boundaries(NamedTuple):
         return (self.ends[self.chosen][:, None] - self.ends + 1).clamp(min=1).float()
 
     def free(self, sinks: int, local: int) -> Tensor:
-        """int64 [M, C], tokens of each chunk that do not stay anyway."""
+        """int64 [M, C], tokens of the chunks that selection decides about; 0 for those of which a part stays anyway.
+
+        The first chunk is one of these. Its attention is nearly all the sinks', and would drown that of the others.
+        """
         length = self.ends[self.chosen] + 1
         rows = Rows(torch.zeros_like(length), length, torch.full_like(length, local))
-        return selectable(self.chunks(), rows, sinks).lengths
+        whole = self.chunks()
+        return torch.where(selectable(whole, rows, sinks).lengths == whole.lengths, whole.lengths, 0)
 
 
 def make_lesson(queries: Tensor, keys: Tensor, boundaries: Boundaries, count: int, scaling: float) -> Lesson:
@@ -131,7 +135,7 @@ def distillation_loss(scores: Tensor, target: Tensor, free: Tensor) -> Tensor:
     Args:
         scores: chunk attention, float32 [M, C].
         target: as `future_attention` gives it.
-        free: int64 [M, C], tokens that may be dropped; where there are none, the chunk does not count.
+        free: int64 [M, C], as `Boundaries.free` gives it: where there are none, the chunk does not count.
     """
     counts = free > 0
     target = target * counts
@@ -149,7 +153,7 @@ def missing_mass(ranks: Tensor, target: Tensor, free: Tensor, budget: Tensor) ->
     Args:
         ranks: float [M, C].
         target: float32 [M, C].
-        free: int64 [M, C], tokens that may be dropped.
+        free: int64 [M, C], as `Boundaries.free` gives it.
         budget: [M], how many of them stay.
 
     Returns:

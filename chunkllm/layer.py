@@ -6,7 +6,9 @@ or grown. What has been written since then moves to the storage when the selecti
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,21 @@ from transformers.cache_utils import CacheLayerMixin
 
 _SMALLEST_STEP = 1024
 _BUFFER_STEP = 64
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _lasting(make: Callable[P, R]) -> Callable[P, R]:
+    """What is made in inference mode may be written to in inference mode only, but a cache outlives it."""
+
+    @wraps(make)
+    def made(*args: P.args, **options: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return make(*args, **options)
+
+    return made
 
 
 class ChunkLayer(CacheLayerMixin):
@@ -51,6 +68,7 @@ class ChunkLayer(CacheLayerMixin):
         self.keys, self.values = (self._empty(states, 0) for states in (key_states, value_states))
         self.is_initialized = True
 
+    @_lasting
     def _empty(self, like: Tensor, room: int) -> Tensor:
         shape = (*like.shape[:2], room, like.shape[3])
         if not self._offloads:
@@ -103,6 +121,7 @@ class ChunkLayer(CacheLayerMixin):
         """[B, H, up to count, D], oldest first."""
         return torch.cat(self._queries, 2)[:, :, -count:]
 
+    @_lasting
     def add_features(self, features: Tensor, at: np.ndarray, counts: np.ndarray) -> None:
         """Keeps the features [B, Hkv, n, F] of new chunks: of row b the first counts[b], from number at[b] on."""
         total = int((at + counts).max(initial=0))
@@ -137,6 +156,7 @@ class ChunkLayer(CacheLayerMixin):
         """Slots of the buffer that are in use, by selected tokens and those written since."""
         return self._used
 
+    @_lasting
     def select(self, rows: np.ndarray, tokens: Tensor, valid: Tensor | None, spare: int) -> None:
         """Gathers the selection of some rows, all of whose keys and values must be in the storage.
 
@@ -241,11 +261,14 @@ class ChunkLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.20
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drops tokens from the end, if negative; else all but the first so many."""
+        """Drops tokens from the end, if negative; else all but the first so many; if 0, none."""
+        if tokens_to_remove == 0:
+            return
         self.settle()
         length = self.stored + tokens_to_remove if tokens_to_remove < 0 else min(tokens_to_remove, self.stored)
         self.stored = max(length, 0)
 
+    @_lasting
     def take_rows(self, rows: Tensor) -> None:
         """Reorders, repeats or drops rows, int64 [rows]."""
         if not self.is_initialized:

@@ -26,7 +26,7 @@ from chunkllm.models import model_shape
 from chunkllm.scorers import ChunkStatistics
 from chunkllm.table import ChunkTable
 
-_CHARACTERS_PER_TOKEN = 5  # A piece of text is cut generously, then to the number of tokens.
+_CHARACTERS_PER_TOKEN = 5  # A piece of text is cut generously, then to the number of tokens; else twice as long.
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class ReadingOptions:
     def __post_init__(self) -> None:
         if min(self.boundaries, self.queries, self.max_chunk) < 1:
             raise ChunkError("boundaries, queries and max_chunk must be at least 1")
-        # What is learnt from lies in the last three quarters, and must find chunks that may be dropped before it.
-        shortest = 4 * max(self.sinks + self.local, self.max_chunk)
+        # At least two chunks must end in the last three quarters, behind tokens that may be dropped.
+        shortest = 3 * max(self.sinks + self.local, self.max_chunk)
         if self.context < shortest:
             raise ChunkError(f"pieces of {self.context} tokens are too short to learn from: at least {shortest}")
 
@@ -104,14 +104,11 @@ def cut(texts: Sequence[str], tokenizer: Any, count: int, options: ReadingOption
     for text, start in (places[i] for i in order):
         if len(pieces) == count:
             break
-        ids, labels = boundary_labels(text[start : start + size], tokenizer, options.language)
-        ids, labels = ids[: options.context], labels[: options.context]
-        if len(ids) < options.context:
-            continue
-        if labels.sum() < 2:
+        piece = _piece_at(start, text, tokenizer, options)
+        if piece is not None and piece.labels.sum() < 2:
             without += 1
-            continue
-        pieces.append(Piece(ids, labels))
+        elif piece is not None:
+            pieces.append(piece)
     if without and not pieces:
         raise ChunkError(f"no sentence ends in the texts ({without} pieces): give prose, or another --language")
     if len(pieces) < count:
@@ -120,6 +117,17 @@ def cut(texts: Sequence[str], tokenizer: Any, count: int, options: ReadingOption
             "text, or less --tokens or --context"
         )
     return pieces
+
+
+def _piece_at(start: int, text: str, tokenizer: Any, options: ReadingOptions) -> Piece | None:
+    size = options.context * _CHARACTERS_PER_TOKEN
+    for stop in (start + size, start + 2 * size):
+        ids, labels = boundary_labels(text[start:stop], tokenizer, options.language)
+        if len(ids) >= options.context:
+            return Piece(ids[: options.context], labels[: options.context])
+        if stop >= len(text):
+            break
+    return None
 
 
 def read_piece(model: Any, piece: Piece, options: ReadingOptions, seed: int) -> Reading:

@@ -52,12 +52,12 @@ class TrainingOptions:
         reading: how texts are read.
     """
 
-    tokens: int = 480_000
+    tokens: int = 288_000
     held_out: int = 3
     width: int = DEFAULT_WIDTH
     detector_width: int = 64
-    epochs: int = 6
-    learning_rate: float = 3e-3
+    epochs: int = 5
+    learning_rate: float = 2e-3
     weight_decay: float = 0.01
     save_every: int = 20
     reading: ReadingOptions = ReadingOptions()

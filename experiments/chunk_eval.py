@@ -6,9 +6,12 @@ through the cache that users get.
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from chunkllm import ChunkAdapters
+from chunkllm import ChunkAdapters, ChunkSelection
 from chunkllm.attach import Attachment
+from decoding.corpora import load_corpus, tokenize
 from decoding.errors import DecodingError
 from decoding.metrics import token_log_probs
 from experiments.chunk_baselines import FULL, METHODS, Setting
@@ -26,6 +30,8 @@ from experiments.runs import RunFolder, progress_of_cells
 _LAST = 8  # Tokens of a prompt that the selection's own model pass reads, for their queries.
 _RECALL_EVERY = 16
 _ANSWER = 8
+_SHORT = 512
+SHORT_KEY = "short"
 
 _TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -98,8 +104,6 @@ def read(model: Any, ids: Tensor) -> Read:
 
 def cache_argument(model: Any) -> str:
     """What the model calls its cache: its name changed in transformers 5.24."""
-    import inspect
-
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -193,7 +197,7 @@ class Evaluation:
 
     def run(self) -> dict[str, dict[str, Any]]:
         """All cells by key."""
-        work = [*self._text_work(), *self._passkey_work()]
+        work = [*self._text_work(), (SHORT_KEY, self._score_short), *self._passkey_work()]
         results: dict[str, dict[str, Any]] = {}
         with torch.inference_mode(), progress_of_cells() as progress:
             task = progress.add_task("evaluating", total=len(work))
@@ -213,7 +217,7 @@ class Evaluation:
 
     def _text_work(self) -> Iterator[tuple[str, Any]]:
         for method, retention in self.options.cells:
-            yield text_key(method, retention), lambda m=method, r=retention: self._score(m, r)
+            yield text_key(method, retention), partial(self._score, method, retention)
 
     def _score(self, method: str, retention: float) -> dict[str, Any]:
         prompt = self.options.context - self.options.scored
@@ -223,10 +227,35 @@ class Evaluation:
         with self.attached(method, retention) as chunks:
             return score_texts(self.model, chunks, self._read, ids[:, prompt:])
 
+    def _score_short(self) -> dict[str, Any]:
+        """Texts from which nothing need be dropped under the default budget: perplexity without selection and with."""
+        ids = torch.from_numpy(np.stack([text[:_SHORT] for text in self.texts])).to(self.model.device)
+        plain = self._short_losses(ids)
+        with ChunkSelection(self.adapters).attach(self.model, self.tokenizer) as chunks:
+            selecting = self._short_losses(ids)
+        perplexities = [float(losses.mean().exp()) for losses in (plain, selecting)]
+        return {
+            "tokens": _SHORT,
+            "perplexity": perplexities[0],
+            "with_selection": perplexities[1],
+            "identical": bool(torch.equal(plain, selecting)),
+            "kv_retention": chunks.stats["kv_retention"],
+        }
+
+    def _short_losses(self, ids: Tensor) -> Tensor:
+        """Half of the text is the prompt; the other half is predicted token by token."""
+        name = cache_argument(self.model)
+        losses = []
+        output = self.model(input_ids=ids[:, : _SHORT // 2], use_cache=True, logits_to_keep=1)
+        for i in range(_SHORT // 2, _SHORT):
+            losses.append(-token_log_probs(output.logits[:, -1], ids[:, i]))
+            output = self.model(input_ids=ids[:, i : i + 1], use_cache=True, **{name: output[name]})
+        return torch.stack(losses, 1)
+
     def _passkey_work(self) -> Iterator[tuple[str, Any]]:
         for length in self.options.passkey_lengths:
             for i in range(self.options.passkey_depths):
-                yield passkey_key(length, i), lambda n=length, i=i: self._find(n, i)
+                yield passkey_key(length, i), partial(self._find, length, i)
 
     def _find(self, length: int, place: int) -> dict[str, Any]:
         """What every method answers to prompts with the key at one depth."""
@@ -272,3 +301,75 @@ def slices(documents: Sequence[np.ndarray], length: int, count: int) -> list[np.
             f"the text has {len(pieces)} pieces of {length} tokens, not {count}: give more, or less --texts"
         )
     return [pieces[i * len(pieces) // count] for i in range(count)]
+
+
+def prepare(
+    specs: Sequence[str],
+    field: str | None,
+    count: int,
+    model: Any,
+    tokenizer: Any,
+    about: dict[str, Any],
+    adapters: ChunkAdapters | None,
+    options: EvalOptions,
+    out: Path,
+    resume: bool,
+) -> Evaluation:
+    """An evaluation in a folder.
+
+    Args:
+        specs: held-out texts, as `load_corpus` takes them.
+        field: of .jsonl texts.
+        count: pieces of text in all, as many of each as of the others.
+        model: to evaluate on.
+        tokenizer: its tokenizer.
+        about: what stands in the settings beside the options.
+        adapters: for the methods that want some; without, these are left out.
+        options: what to measure.
+        out: folder.
+        resume: whether it may hold an evaluation already.
+
+    Raises:
+        DecodingError: texts too short, or a context longer than the model's positions.
+    """
+    longest = model.config.get_text_config(decoder=True).max_position_embeddings
+    if options.context > longest or max(options.passkey_lengths, default=0) + _ANSWER > longest:
+        raise DecodingError(f"the model has {longest} positions: choose a shorter --context and --passkey-lengths")
+    if options.context <= options.scored + 2 * _LAST:
+        raise DecodingError("--context must be longer than --scored")
+    corpora = [load_corpus(spec, field) for spec in specs]
+    tokens = [np.concatenate(tokenize(corpus, tokenizer)) for corpus in corpora]
+    shares = [count // len(specs) + (i < count % len(specs)) for i in range(len(specs))]
+    texts = [
+        piece for ids, share in zip(tokens, shares, strict=True) for piece in slices([ids], options.context, share)
+    ]
+    settings = {
+        **about,
+        "texts": [{"text": corpus.name, "sha256": corpus.sha256} for corpus in corpora],
+        "pieces": count,
+        **asdict(options),
+    }
+    return Evaluation(model, tokenizer, adapters, texts, options, RunFolder(out, settings, resume))
+
+
+def chosen_methods(names: Sequence[str], with_adapters: bool) -> tuple[str, ...]:
+    """Those names of `METHODS`, or all but full attention, which always belongs to it.
+
+    Raises:
+        DecodingError: no such method, or one that needs adapters where there are none.
+    """
+    known = [name for name in METHODS if name != FULL and (with_adapters or not name.startswith("adapter"))]
+    if unknown := [name for name in names if name not in known]:
+        raise DecodingError(f"no method {unknown[0]!r}: choose from {'; '.join(known)}")
+    return tuple(names or known)
+
+
+def checked_retentions(shares: Sequence[float]) -> tuple[float, ...]:
+    """Shares of keys and values to keep.
+
+    Raises:
+        DecodingError: one outside (0, 1].
+    """
+    if not all(0 < share <= 1 for share in shares):
+        raise DecodingError("retentions must lie in (0, 1]")
+    return tuple(shares)

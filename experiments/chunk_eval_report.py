@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 
 from experiments.chunk_baselines import FULL
-from experiments.chunk_eval import EvalOptions, passkey_key, text_key
+from experiments.chunk_eval import SHORT_KEY, EvalOptions, passkey_key, text_key
 from experiments.report import markdown
 from ngram.storage import write_atomically
 
@@ -28,8 +28,9 @@ def write(cells: Cells, options: EvalOptions, settings: Mapping[str, Any], out: 
     parts = ["### Held-out text\n\n" + markdown(_text_table(rows))]
     if found:
         parts.append("### Passkeys found, %\n\n" + markdown(_passkey_table(found, options)))
+    parts.append(_short_line(cells[SHORT_KEY]))
     text = "\n".join(parts)
-    content = {"settings": settings, "text": rows, "passkey": found}
+    content = {"settings": settings, "text": rows, "short": cells[SHORT_KEY], "passkey": found}
     write_atomically(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
     write_atomically(out / "results.md", text.encode())
     _draw_quality(rows, options, out / "quality.png")
@@ -37,6 +38,14 @@ def write(cells: Cells, options: EvalOptions, settings: Mapping[str, Any], out: 
     if found:
         _draw_passkeys(found, options, out / "passkey.png")
     return text
+
+
+def _short_line(cell: Mapping[str, Any]) -> str:
+    same = "the same bits" if cell["identical"] else "not the same bits"
+    return (
+        f"Texts of {cell['tokens']} tokens, within the default budget: perplexity {cell['perplexity']:.3f} without "
+        f"selection, {cell['with_selection']:.3f} with ({same}).\n"
+    )
 
 
 def text_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:

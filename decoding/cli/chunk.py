@@ -1,4 +1,4 @@
-"""``decoding chunk``: trains the adapters of chunk selection."""
+"""``decoding chunk``: trains adapters of chunk selection, and evaluates it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _number = partial(click.option, show_default=True, type=click.IntRange(min=1))
 
 @click.group()
 def chunk() -> None:
-    """Trains the adapters of chunk selection."""
+    """Trains adapters of chunk selection, and evaluates it."""
 
 
 @chunk.command()
@@ -76,3 +76,67 @@ def _command() -> str:
     """As it was typed, but for where things lie: of an absolute path its last part stays."""
     parts = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv[1:]]
     return shlex.join(["decoding", *parts])
+
+
+@chunk.command(name="eval")
+@click.argument("texts", nargs=-1, required=True)
+@click.option("--adapters", help="A folder or a hub id; the embedded ones by default.")
+@click.option("--no-adapters", is_flag=True, help="Leave out what needs some: for models without.")
+@click.option("--method", "methods", multiple=True, help="Of the table's methods. May repeat; all by default.")
+@click.option(
+    "--retention",
+    "retentions",
+    type=shared.Numbers("retention"),
+    default="0.25,0.5,0.75",
+    show_default=True,
+    help="Shares of keys and values to keep.",
+)
+@_number("--pieces", default=8, help="Of text, as many of each of TEXTS.")
+@_number("--context", default=8192, help="Tokens of a piece.")
+@_number("--scored", default=512, help="Of them predicted, the last.")
+@click.option(
+    "--passkey-lengths", type=shared.Numbers("lengths"), default="1000,2000,4000", show_default=True, help="In tokens."
+)
+@_number("--passkey-depths", default=6, help="Places for the key, from first to last.")
+@_number("--passkey-keys", default=2, help="Prompts for each length and place.")
+@shared.model
+@shared.dtype
+@shared.field
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
+@shared.resume
+def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, out: Path, **chosen: Any) -> None:
+    """Perplexity, agreement, attention held and passkeys found on held-out TEXTS, for chunk selection and others."""
+    from chunkllm import ChunkAdapters
+    from decoding.models import load_model, load_tokenizer, model_fingerprint
+    from experiments import chunk_eval, chunk_eval_report
+    from experiments.runs import check_unused
+
+    if not chosen["resume"]:
+        check_unused(out)
+    options = chunk_eval.EvalOptions(
+        methods=chunk_eval.chosen_methods(chosen["methods"], with_adapters=not no_adapters),
+        retentions=chunk_eval.checked_retentions(chosen["retentions"]),
+        context=chosen["context"],
+        scored=chosen["scored"],
+        passkey_lengths=tuple(map(int, chosen["passkey_lengths"])),
+        passkey_depths=chosen["passkey_depths"],
+        passkey_keys=chosen["passkey_keys"],
+    )
+    opened = None if no_adapters else ChunkAdapters.from_pretrained(adapters)
+    tokenizer, model = load_tokenizer(chosen["model"]), load_model(chosen["model"], chosen["dtype"])
+    about = {
+        "model": chosen["model"],
+        "model_fingerprint": model_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "adapters": None if opened is None else model_fingerprint(opened),
+    }
+    evaluation = chunk_eval.prepare(
+        texts, chosen["field"], chosen["pieces"], model, tokenizer, about, opened, options, out, chosen["resume"]
+    )
+    try:
+        cells = evaluation.run()
+    except KeyboardInterrupt:
+        click.echo(f"\ninterrupted; finished cells are kept: go on with --resume --out {out}", err=True)
+        sys.exit(130)
+    click.echo(chunk_eval_report.write(cells, options, evaluation.folder.settings, out))
+    click.echo(f"look at {out / 'quality.png'} and {out / 'passkey.png'}")

@@ -1,3 +1,4 @@
+import itertools
 import sys
 
 import numpy as np
@@ -86,10 +87,8 @@ def test_punctuation():
 def test_boundaries_of_the_real_tokenizer(real_model):
     _, tokenizer = real_model
     ids, labels = boundary_labels(TEXT, tokenizer)
-    pieces = [
-        tokenizer.decode(ids[a:b]).strip()
-        for a, b in zip([0, *np.flatnonzero(labels)[:-1] + 1], np.flatnonzero(labels) + 1)
-    ]
+    stops = [0, *(np.flatnonzero(labels) + 1)]
+    pieces = [tokenizer.decode(ids[a:b]).strip() for a, b in itertools.pairwise(stops)]
     assert pieces[0] == "Mr. Smith went to sea at 5 p.m. and saw the U.S. fleet."
     table = punctuation_boundaries(tokenizer)
     assert bool(table[tokenizer(".")["input_ids"]].all()) and bool(table[tokenizer("\n")["input_ids"]].all())

@@ -89,8 +89,10 @@ def test_scores_of_many_boundaries_are_those_of_each_alone(text, boundaries):
 def test_boundaries_say_how_far_and_how_free(boundaries):
     assert boundaries.distances()[1].tolist() == [14, 13, 7, 1, 1, 1, 1]
     assert boundaries.chunks().lengths[1].tolist() == [3, 1, 6, 6, 0, 0, 0]
-    # At token 15, with 2 sinks and 8 local tokens (8 to 15), tokens 2 to 7 are free.
-    assert boundaries.free(2, 8)[1].tolist() == [1, 1, 4, 0, 0, 0, 0]
+    # At token 15, with 2 sinks and 6 local tokens (10 to 15), the chunks 3 to 3 and 4 to 9 may be dropped.
+    assert boundaries.free(2, 6)[1].tolist() == [0, 1, 6, 0, 0, 0, 0]
+    assert boundaries.free(2, 8)[1].tolist() == [0, 1, 0, 0, 0, 0, 0]
+    assert boundaries.free(0, 1)[1].tolist() == [3, 1, 6, 0, 0, 0, 0]
 
 
 def test_the_loss_is_the_divergence_over_what_may_be_dropped():
@@ -105,16 +107,17 @@ def test_the_loss_is_the_divergence_over_what_may_be_dropped():
 
 
 @pytest.mark.parametrize("width", [0, 4])
-def test_gradients_are_finite_where_chunks_do_not_exist_or_weigh_nothing(text, boundaries, width):
-    queries, keys = text[0] * 40, text[1] * 40  # saturated: most scores are 0
+@pytest.mark.parametrize("strength", [1, 40])
+def test_gradients_are_finite_where_chunks_do_not_exist_or_weigh_nothing(text, boundaries, width, strength):
+    queries, keys = text[0] * strength, text[1] * strength  # at 40, most scores are 0
     adapters = ChunkAdapters.for_model(make_model(8), width)
     lesson = make_lesson(queries, keys, boundaries, 4, SCALING)
     scores = lesson_scores(adapters.scorer(), 1, lesson, boundaries)
     distillation_loss(scores, lesson.target, boundaries.free(1, 4)).backward()
     grads = [parameter.grad for parameter in (adapters.query, adapters.key, adapters.gains)]
-    assert all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
-    assert float(adapters.gains.grad[1].abs().sum()) > 0
-    assert float(adapters.gains.grad[0].abs().sum()) == 0
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+    assert bool((adapters.gains.grad[1] != 0).all()) or strength > 1
+    assert bool((adapters.gains.grad[0] == 0).all())  # of the other layer
 
 
 def test_untrained_adapters_are_the_pooled_score(text, boundaries):

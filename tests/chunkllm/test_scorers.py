@@ -1,0 +1,189 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chunkllm.adapters import AdapterConfig, AdapterScorer, ChunkAdapters
+from chunkllm.models import ModelShape
+from chunkllm.scorers import PooledScorer, chunk_scores, chunk_statistics
+
+B, H, GROUPS, D, QUERIES = 2, 4, 2, 8, 3
+SHAPE = ModelShape("llama", 32, H, GROUPS, D, D**-0.5, (0, 2))
+
+
+def layout(lengths, before=0):
+    """Chunk of every token and ends of chunks, for rows with chunks of these lengths; none before and behind them."""
+    count, total = max(map(len, lengths)), before + max(map(sum, lengths)) + 1
+    chunk_of = torch.full((len(lengths), total), count)
+    ends = torch.zeros(len(lengths), count, dtype=torch.int64)
+    for row, sizes in enumerate(lengths):
+        at = before
+        for number, size in enumerate(sizes):
+            chunk_of[row, at : at + size] = number
+            at += size
+            ends[row, number] = at - 1
+    return chunk_of, ends
+
+
+def padded(lengths):
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in lengths], batch_first=True).float()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=5), min_size=1, max_size=3),
+    st.integers(0, 3),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_statistics_are_those_of_loops(lengths, before, dtype):
+    chunk_of, ends = layout(lengths, before)
+    torch.manual_seed(0)
+    keys = torch.randn(len(lengths), GROUPS, chunk_of.shape[1], D).to(dtype)
+    keys[:, :, :before] = 1e4  # of no chunk: must not be read
+    got = chunk_statistics(keys, chunk_of, ends)
+    for part in got:
+        assert part.dtype == torch.float32
+        assert part.shape == (len(lengths), GROUPS, ends.shape[1], D)
+    for row, sizes in enumerate(lengths):
+        at = before
+        for number, size in enumerate(sizes):
+            for head in range(GROUPS):
+                tokens = keys[row, head, at : at + size].float()
+                torch.testing.assert_close(got.mean[row, head, number], tokens.mean(0), atol=1e-5, rtol=1e-5)
+                variance = tokens.var(0, unbiased=False)
+                torch.testing.assert_close(got.variance[row, head, number], variance, atol=1e-4, rtol=1e-4)
+                assert torch.equal(got.last[row, head, number], tokens[-1])
+            at += size
+
+
+def test_statistics_of_chunks_that_a_row_lacks_are_finite():
+    chunk_of, ends = layout([[3, 2, 4], [5]])
+    got = chunk_statistics(torch.randn(2, GROUPS, chunk_of.shape[1], D), chunk_of, ends)
+    assert all(bool(part.isfinite().all()) for part in got)
+    assert not got.mean[1, :, 1:].any()
+    assert not got.variance[1, :, 1:].any()
+
+
+def true_attention(queries, keys, chunk_of, count, scaling):
+    """[B, C], the attention of tokens summed over chunks, by loops over rows and heads; mean over heads and queries."""
+    batch, heads = queries.shape[:2]
+    shared = heads // keys.shape[1]
+    out = torch.zeros(batch, count, dtype=torch.float64)
+    for row in range(batch):
+        inside = chunk_of[row] < count
+        for head in range(heads):
+            logits = queries[row, head].double() @ keys[row, head // shared, inside].double().T * scaling
+            shares = logits.softmax(-1).mean(0) / heads
+            out[row].index_add_(0, chunk_of[row, inside], shares)
+    return out
+
+
+def pooled_scores(queries, keys, chunk_of, ends, lengths, **options):
+    scorer = PooledScorer(queries.shape[-1], **options)
+    features = scorer.summarise(0, keys, chunk_of, ends)
+    return chunk_scores(scorer, 0, queries, features, lengths, torch.ones_like(lengths))
+
+
+@pytest.mark.parametrize("scaling", [None, 0.2])
+def test_the_pooled_score_is_exact_for_chunks_of_one_token(scaling):
+    torch.manual_seed(0)
+    lengths = [[1] * 7, [1] * 4]
+    chunk_of, ends = layout(lengths)
+    keys, queries = torch.randn(B, GROUPS, chunk_of.shape[1], D) * 2, torch.randn(B, H, QUERIES, D) * 2
+    got = pooled_scores(queries, keys, chunk_of, ends, padded(lengths), scaling=scaling)
+    wanted = true_attention(queries, keys, chunk_of, 7, D**-0.5 if scaling is None else scaling)
+    torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-4)
+    assert not got[1, 4:].any()
+
+
+def test_the_pooled_score_is_about_the_attention_that_normal_keys_get():
+    torch.manual_seed(0)
+    width, count = 16, 60
+    sizes = torch.randint(16, 64, (count,)).tolist()
+    chunk_of, ends = layout([sizes])
+    spread = (torch.rand(count, 1) * 1.5 + 0.2)[chunk_of[0].clamp(max=count - 1)]
+    centre = torch.randn(count, width)[chunk_of[0].clamp(max=count - 1)] * 0.5
+    keys = torch.stack([centre + spread * torch.randn_like(centre) for _ in range(GROUPS)])[None]
+    queries = torch.randn(1, H, QUERIES, width) * 1.5
+    wanted = true_attention(queries, keys, chunk_of, count, width**-0.5)[0]
+
+    def correlation(**options):
+        got = pooled_scores(queries, keys, chunk_of, ends, torch.tensor([sizes]).float(), **options)[0]
+        assert got.sum() == pytest.approx(1, abs=1e-5)
+        return torch.corrcoef(torch.stack((got.double().log(), wanted.log())))[0, 1].item()
+
+    assert correlation() > 0.95
+    assert correlation() > correlation(use_variance=False) + 0.05
+
+
+def random_case(queries=QUERIES):
+    torch.manual_seed(1)
+    lengths = [[3, 8, 1, 5], [2, 2]]
+    chunk_of, ends = layout(lengths, before=2)
+    keys = torch.randn(B, GROUPS, chunk_of.shape[1], D)
+    return torch.randn(B, H, queries, D), keys, chunk_of, ends, padded(lengths)
+
+
+def adapter_scores(adapters, layer, queries, keys, chunk_of, ends, lengths, distances=None):
+    scorer = AdapterScorer(adapters)
+    features = scorer.summarise(layer, keys, chunk_of, ends)
+    distances = torch.arange(1.0, lengths.shape[1] + 1).flip(0).expand_as(lengths) if distances is None else distances
+    return chunk_scores(scorer, layer, queries, features, lengths, distances)
+
+
+@pytest.mark.parametrize("layer", SHAPE.full_layers)
+def test_adapters_score_as_the_pooled_scorer_before_training(layer):
+    case = random_case()
+    with torch.no_grad():
+        got = adapter_scores(ChunkAdapters(AdapterConfig(SHAPE, width=4)), layer, *case)
+    torch.testing.assert_close(got, pooled_scores(*case))
+
+
+def trained():
+    torch.manual_seed(2)
+    adapters = ChunkAdapters(AdapterConfig(SHAPE, width=4))
+    for weights in (adapters.query, adapters.key, adapters.gains):
+        weights.data = torch.randn_like(weights) * 0.5
+    return adapters
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_trained_adapters_score_by_the_formula_of_their_docstring(place):
+    queries, keys, chunk_of, ends, lengths = case = random_case()
+    adapters = trained()
+    got = adapter_scores(adapters, SHAPE.full_layers[place], *case)
+    s, one = D**-0.5, torch.ones(1)
+    for row in range(B):
+        total = torch.zeros(4)
+        count = int((lengths[row] > 0).sum())
+        for h in range(H):
+            gain = adapters.gains[place, h]
+            for q in queries[row, h]:
+                logits = []
+                for c in range(count):
+                    tokens = keys[row, h // 2, chunk_of[row] == c]
+                    mean, variance, last = tokens.mean(0), tokens.var(0, unbiased=False), tokens[-1]
+                    learned = torch.cat((q, one)) @ adapters.query[place, h]
+                    inputs = torch.cat((mean, variance.sqrt(), last, one))
+                    learned = learned @ (inputs @ adapters.key[place, h // 2])
+                    near = gain[0] * s * q @ mean + gain[1] * (s * q) ** 2 @ variance / 2
+                    far = gain[2] * lengths[row, c].log() + gain[3] * torch.tensor(4.0 - c).log()
+                    logits.append(near + far + learned)
+                total[:count] += torch.stack(logits).softmax(0) / (H * QUERIES)
+        torch.testing.assert_close(got[row], total, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("score", [pooled_scores, lambda *case: adapter_scores(trained(), 0, *case)])
+def test_chunks_that_a_row_lacks_get_0_and_nothing_of_theirs_is_read(score):
+    queries, keys, chunk_of, ends, lengths = random_case()
+    got = score(queries, keys, chunk_of, ends, lengths)
+    assert not got[1, 2:].any()
+    torch.testing.assert_close(got.sum(1), torch.ones(2))
+    ends[1, 2:] = 5
+    assert torch.equal(score(queries, keys, chunk_of, ends, lengths), got)
+
+
+def test_the_mean_is_over_queries():
+    queries, *rest = random_case()
+    each = torch.stack([pooled_scores(queries[:, :, i : i + 1], *rest) for i in range(QUERIES)])
+    torch.testing.assert_close(pooled_scores(queries, *rest), each.mean(0))
