@@ -159,7 +159,7 @@ class ChunkAdapters(nn.Module, ModelHubMixin):
             if not all(bool(value.isfinite().all()) for value in tensors.values()):
                 raise ValueError("a number is not finite")
             adapters.load_state_dict(tensors)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise ChunkError(f"the adapters at {where} are damaged: {error}") from error
         return adapters.to(device)
 

@@ -293,7 +293,7 @@ class Attachment:
                 f"a {type(cache).__name__} that was built without selection: leave the cache out, and give the tokens"
             )
         made = self.new_cache()
-        if any(getattr(layer, "record_past", False) for layer in () if cache is None else cache.layers):
+        if any(getattr(layer, "record_past", False) for layer in getattr(cache, "layers", ())):
             made.activate_past_recording()  # assisted generation is going to crop it
         return made
 

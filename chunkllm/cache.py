@@ -145,7 +145,7 @@ class ChunkCache(Cache):
         held = length - int(self.table.first.min())
         every = np.arange(len(self.table.first))
         if not self._front.selected:
-            return None if self._slots(held) >= held else every
+            return None if self._slots(held) >= held or not self._front.has_queries else every
         if self.plan.every_step or any(layer.is_full for layer in self.full_layers):
             return every
         if self._ended.any() and self._slots(held) > _GROWTH * self._placed_for:

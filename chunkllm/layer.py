@@ -117,6 +117,11 @@ class ChunkLayer(CacheLayerMixin):
         newest = queries[:, :, -count:]
         self._queries = [*self._queries, newest if queries.shape[2] <= count else newest.clone()][-count:]
 
+    @property
+    def has_queries(self) -> bool:
+        """Whether any token's queries are known to select by."""
+        return bool(self._queries)
+
     def last_queries(self, count: int) -> Tensor:
         """[B, H, up to count, D], oldest first."""
         return torch.cat(self._queries, 2)[:, :, -count:]

@@ -160,7 +160,7 @@ def test_gathering_everything_with_adapters_is_full_attention(llama, gathering):
         flags = attached.boundaries(torch.cat((ids, steps), 1), bottom(llama, torch.cat((ids, steps), 1), mask))
     assert_close(got, plain)
     assert 0.05 < flags.float().mean() < 0.95
-    chunks = brute_force(flags.tolist(), [0, 23], 8)
+    chunks = brute_force(flags.tolist(), [0, 23], 8, 2)
     assert [len(row) for row in chunks] == cache.table.counts.tolist()
 
 
@@ -186,7 +186,7 @@ def test_what_was_cropped_is_forgotten(llama, gathering, removed):
         flags = (torch.cat((whole, others), 1) % 5 == 0).tolist()
     assert_close(got, plain[:, 1:])
     cache._read_flags(cache.get_seq_length())
-    assert cache.table.counts.tolist() == [len(row) for row in brute_force(flags, [0, 23], 8)]
+    assert cache.table.counts.tolist() == [len(row) for row in brute_force(flags, [0, 23], 8, 2)]
 
 
 def test_rows_are_repeated_and_selected(llama, gathering):
@@ -280,7 +280,7 @@ def test_a_step_attends_to_what_brute_force_selects(models, monkeypatch, kind, l
             length = max(lengths) + step  # without the token that attends
             for row, places in enumerate(rows):
                 first = firsts[row]
-                chunks = brute_force([flags[row][:length]], [first], SMALL["max_chunk"])[0]
+                chunks = brute_force([flags[row][:length]], [first], 8, 2)[0]
                 if step == 0 or sum(chunks[-1]) == length:
                     selected_at[row] = length
                     running = length - sum(chunks[-1]) if chunks else length - first
@@ -382,7 +382,7 @@ def test_the_share_of_tokens_kept_is_about_the_one_wished_for(llama, retention):
 def test_kept_tokens_are_counted(llama, monkeypatch):
     spy = Spy(monkeypatch)
     with attach(llama, budget=24) as attached:
-        generate(llama, (50, 20), max_new_tokens=21)
+        _held = generate(llama, (50, 20), max_new_tokens=21)  # with its cache, which has yet to count the last step
     kept = sum(int(mask.sum()) for _, mask in spy.steps[0])
     total = sum(50 + 20 + 2 * step for step in range(1, 21))
     assert attached.stats["layers"][0] == pytest.approx(kept / total)
@@ -468,7 +468,7 @@ def test_a_cache_goes_on_selecting_when_its_selection_is_attached_again(llama, g
     cache._read_flags(cache.get_seq_length())
     known = torch.cat((ids, steps), 1) % 5 == 0
     known[:, 50:54] = False  # nobody looked for boundaries there
-    assert cache.table.counts.tolist() == [len(row) for row in brute_force(known.tolist(), [0, 23], 8)]
+    assert cache.table.counts.tolist() == [len(row) for row in brute_force(known.tolist(), [0, 23], 8, 2)]
 
 
 def test_inference_mode_and_gradients_do_not_matter(llama):
@@ -526,7 +526,7 @@ def test_without_a_tokenizer_chunks_have_20_tokens(llama):
     with ChunkSelection(budget=40, local=8).attach(llama):
         cache = cache_of(generate(llama, (90, 70)))
     cache._read_flags(cache.get_seq_length())
-    assert [row[row > 0].tolist() for row in cache.table.spans()[1]] == [[20] * 5, [20] * 4]
+    assert [row[row > 0].tolist() for row in cache.table.spans()[1]] == [[4, *[20] * 4], [4, *[20] * 3]]
 
 
 def test_one_layer_and_half_precision():
@@ -537,25 +537,62 @@ def test_one_layer_and_half_precision():
     assert all(bool(step.isfinite().all()) for step in got.logits)
 
 
+@pytest.mark.parametrize("options", [{"budget": 24}, {"retention": 0.5, "offload": True}])
+def test_a_prompt_that_was_read_elsewhere(llama, options):
+    ids, mask = prompts((60, 60))
+    steps = steps_for((60, 60), 20)
+    with torch.no_grad():
+        elsewhere = cache_of(llama(ids[:, :56], use_cache=True))
+    with attach(llama, **options) as attached:
+        wanted, _ = read(llama, ids, mask, steps)
+        cache = attached.new_cache()
+        states = [(layer.keys, layer.values) for layer in elsewhere.layers]
+        cache.load(states, attached.boundaries(ids[:, :56], torch.zeros(2, 56, 32)))
+        got, _ = read(llama, ids[:, 56:], mask, steps, cache)
+        assert_close(got, wanted)
+        cache = attached.new_cache()
+        cache.load(states, torch.zeros(2, 56, dtype=torch.bool))
+        alone, _ = read(llama, ids[:, 56:57], mask, steps[:, :1], cache)  # no query yet to select by
+    with torch.no_grad():
+        assert_close(alone[:, 0], llama(ids[:, :57]).logits[:, -1])
+
+
+def test_steps_are_counted_up_to_the_last_though_asked_afterwards(llama):
+    with attach(llama, budget=24) as attached:
+        _, cache = read(llama, *prompts((60,)), steps_for((60,), 1))
+    assert attached.stats["kv_retention"] == pytest.approx(25 / 61)
+    assert attached.stats["steps"] == 1
+    assert not cache.full_layers[0].selected
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: looks for waits of the host for it")
 @pytest.mark.parametrize("lengths", [(60,), (60, 25)])
-@pytest.mark.parametrize("options", [{"budget": 24}, {"budget": 24, "vote": True}, {"top_k": 2}, {"retention": 0.5}])
-def test_a_decode_step_never_waits_for_the_device(lengths, options):
+@pytest.mark.parametrize(
+    "options",
+    [{"budget": 24}, {"budget": 24, "vote": True}, {"budget": 24, "adaptive": True}, {"top_k": 2}, {"retention": 0.5}],
+)
+def test_a_decode_step_never_waits_for_the_device(monkeypatch, lengths, options):
+    """Only what is done here: transformers looks at the values of attention masks."""
+
+    def watched(function):
+        def call(*args, **named):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return function(*args, **named)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return call
+
     model = tiny_model("llama").cuda()
     ids, mask = (x.cuda() for x in prompts(lengths))
     steps = steps_for(lengths, 30).cuda()
     with attach(model, **options) as attached:
-        _, cache = read(model, ids, mask, steps[:, :2])  # the first step may compile, and sizes its buffers
-        grown = [torch.ones(len(ids), ids.shape[1] + i, dtype=torch.long, device="cuda") for i in range(3, 31)]
-        positions = [torch.full((len(ids), 1), ids.shape[1] + i, device="cuda") for i in range(2, 30)]
+        _, cache = read(model, ids, mask, steps[:, :2])  # the adapted budget of layers is asked for once per prompt
         before = attached.stats["selections"]
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            with torch.no_grad():
-                for new, whole, place in zip(steps[:, 2:].split(1, 1), grown, positions, strict=True):
-                    name = {cache_name(model): cache}
-                    model(input_ids=new, attention_mask=whole, position_ids=place, use_cache=True, **name)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        for kind, names in ((ChunkCache, ("begin", "observe")), (ChunkLayer, ("update", "remember", "attend"))):
+            for name in names:
+                monkeypatch.setattr(kind, name, watched(getattr(kind, name)))
+        for step in range(2, 30):
+            read(model, steps[:, step : step + 1], mask, steps[:, :0], cache)
         assert attached.stats["selections"] > before
