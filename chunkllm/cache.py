@@ -91,7 +91,7 @@ class ChunkCache(Cache):
         first = np.zeros(batch, np.int64)
         if attention_mask is not None:
             first = _padding(attention_mask)
-        self.table = ChunkTable(first, self.plan.max_chunk)
+        self.table = ChunkTable(first, self.plan.max_chunk, self.plan.sinks)
         self._ended = np.zeros(batch, bool)
         self._summarised = np.zeros(batch, np.int64)
         self._flags = None

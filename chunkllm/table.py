@@ -39,15 +39,17 @@ class ChunkTable:
     Args:
         first: int64 [B], place of each row's first token that is no padding.
         max_chunk: a chunk ends when it has so many tokens, whether a boundary was detected or not.
+        sinks: first tokens that are a chunk of their own, since they draw attention for another reason than the rest.
 
     Attributes:
         length: places that the table knows of, the same for all rows.
         counts: int64 [B], chunks of each row.
     """
 
-    def __init__(self, first: np.ndarray, max_chunk: int):
+    def __init__(self, first: np.ndarray, max_chunk: int, sinks: int = 0):
         self.first = first.astype(np.int64)
         self.max_chunk = max_chunk
+        self.sinks = sinks
         self.length = 0
         self.counts = np.zeros(len(first), np.int64)
         self._ends = np.zeros((len(first), 64), np.int64)
@@ -55,7 +57,9 @@ class ChunkTable:
     def extend(self, flags: np.ndarray) -> np.ndarray:
         """Adds tokens, bool [B, T]: was a boundary detected? Returns bool [B]: does a chunk end at the last one?"""
         for row, marks in enumerate(flags):
-            places = np.flatnonzero(marks) + self.length
+            last_sink = self.first[row] + self.sinks - 1 - self.length
+            is_end = marks | (np.arange(len(marks)) == (last_sink if self.sinks else -1))
+            places = np.flatnonzero(is_end) + self.length
             self._append(row, places[places >= self.first[row]], self.length + flags.shape[1])
         self.length += flags.shape[1]
         return self.running == 0

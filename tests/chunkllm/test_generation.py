@@ -46,6 +46,11 @@ def read(model, ids, mask, steps, cache=None):
     return torch.stack(logits, 1), cache
 
 
+def sinks_of(cache):
+    """Tokens that are a chunk of their own at the beginning."""
+    return getattr(cache.table, "sinks", 0)
+
+
 def steps_for(lengths, count=20, seed=5):
     """Tokens to come; chunks of the rows end at different ones of them."""
     return torch.randint(3, VOCAB, (len(lengths), count), generator=torch.Generator().manual_seed(seed))
@@ -160,7 +165,7 @@ def test_gathering_everything_with_adapters_is_full_attention(llama, gathering):
         flags = attached.boundaries(torch.cat((ids, steps), 1), bottom(llama, torch.cat((ids, steps), 1), mask))
     assert_close(got, plain)
     assert 0.05 < flags.float().mean() < 0.95
-    chunks = brute_force(flags.tolist(), [0, 23], 8, 2)
+    chunks = brute_force(flags.tolist(), [0, 23], 8, sinks_of(cache))
     assert [len(row) for row in chunks] == cache.table.counts.tolist()
 
 
@@ -186,7 +191,7 @@ def test_what_was_cropped_is_forgotten(llama, gathering, removed):
         flags = (torch.cat((whole, others), 1) % 5 == 0).tolist()
     assert_close(got, plain[:, 1:])
     cache._read_flags(cache.get_seq_length())
-    assert cache.table.counts.tolist() == [len(row) for row in brute_force(flags, [0, 23], 8, 2)]
+    assert cache.table.counts.tolist() == [len(row) for row in brute_force(flags, [0, 23], 8, sinks_of(cache))]
 
 
 def test_rows_are_repeated_and_selected(llama, gathering):
@@ -280,7 +285,7 @@ def test_a_step_attends_to_what_brute_force_selects(models, monkeypatch, kind, l
             length = max(lengths) + step  # without the token that attends
             for row, places in enumerate(rows):
                 first = firsts[row]
-                chunks = brute_force([flags[row][:length]], [first], 8, 2)[0]
+                chunks = brute_force([flags[row][:length]], [first], 8, sinks_of(cache))[0]
                 if step == 0 or sum(chunks[-1]) == length:
                     selected_at[row] = length
                     running = length - sum(chunks[-1]) if chunks else length - first
@@ -468,7 +473,7 @@ def test_a_cache_goes_on_selecting_when_its_selection_is_attached_again(llama, g
     cache._read_flags(cache.get_seq_length())
     known = torch.cat((ids, steps), 1) % 5 == 0
     known[:, 50:54] = False  # nobody looked for boundaries there
-    assert cache.table.counts.tolist() == [len(row) for row in brute_force(known.tolist(), [0, 23], 8, 2)]
+    assert cache.table.counts.tolist() == [len(row) for row in brute_force(known.tolist(), [0, 23], 8, sinks_of(cache))]
 
 
 def test_inference_mode_and_gradients_do_not_matter(llama):
@@ -526,7 +531,8 @@ def test_without_a_tokenizer_chunks_have_20_tokens(llama):
     with ChunkSelection(budget=40, local=8).attach(llama):
         cache = cache_of(generate(llama, (90, 70)))
     cache._read_flags(cache.get_seq_length())
-    assert [row[row > 0].tolist() for row in cache.table.spans()[1]] == [[4, *[20] * 4], [4, *[20] * 3]]
+    wanted = brute_force([[False] * 101] * 2, [0, 20], 20, sinks_of(cache))
+    assert [row[row > 0].tolist() for row in cache.table.spans()[1]] == [[size for _, size in row] for row in wanted]
 
 
 def test_one_layer_and_half_precision():
