@@ -4,6 +4,7 @@ import torch
 
 from chunkllm import ChunkAdapters, ChunkCache, ChunkSelection
 from chunkllm.layer import ChunkLayer
+from chunkllm.scorers import chunk_scores
 from tests.chunkllm.conftest import KINDS, VOCAB, Stops, cache_name, cache_of, prompts, tiny_model
 from tests.chunkllm.test_selection import wanted_tokens
 from tests.chunkllm.test_table import brute_force
@@ -214,11 +215,15 @@ def test_rows_are_repeated_and_selected(llama, gathering):
 
 
 class Spy:
-    """Queries of all tokens by layer, and what `ChunkLayer.attend` was given at each step."""
+    """Boundaries, queries of all tokens by layer, and what `ChunkLayer.attend` was given at each step."""
 
     def __init__(self, monkeypatch):
-        self.queries, self.steps = {}, {}
-        remember, attend = ChunkLayer.remember, ChunkLayer.attend
+        self.queries, self.steps, self.flags = {}, {}, []
+        remember, attend, observe = ChunkLayer.remember, ChunkLayer.attend, ChunkCache.observe
+
+        def spy_observe(cache, flags):
+            self.flags.append(flags.clone())
+            observe(cache, flags)
 
         def spy_remember(layer, queries, count):
             self.queries.setdefault(layer.place, []).append(queries.clone())
@@ -230,6 +235,7 @@ class Spy:
             self.steps.setdefault(layer.place, []).append((torch.cat((keys, values), -1).clone(), mask.clone()))
             return attend(layer, query, keys, values, scaling)
 
+        monkeypatch.setattr(ChunkCache, "observe", spy_observe)
         monkeypatch.setattr(ChunkLayer, "remember", spy_remember)
         monkeypatch.setattr(ChunkLayer, "attend", spy_attend)
 
@@ -262,45 +268,67 @@ def pooled_ranks(queries, keys, chunks, scaling):
     return (total / torch.tensor([size for _, size in chunks])).tolist()
 
 
+def adapter_ranks(scorer, place, queries, keys, chunks):
+    """As `pooled_ranks`, from keys that are summarised all at once."""
+    length = keys.shape[1]
+    starts, sizes = torch.tensor(chunks).T
+    chunk_of = torch.full((1, length), len(chunks))
+    for number, (start, size) in enumerate(chunks):
+        chunk_of[0, start : start + size] = number
+    features = scorer.summarise(place, keys[None], chunk_of, (starts + sizes - 1)[None])
+    distances = (length - starts - sizes + 1)[None].float()
+    scores = chunk_scores(scorer, place, queries[None], features, sizes[None].float(), distances)
+    return (scores[0] / sizes).tolist()
+
+
+@pytest.mark.parametrize("every_step", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("lengths", [(50,), (50, 20, 37)])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
-def test_a_step_attends_to_what_brute_force_selects(models, monkeypatch, kind, lengths):
-    model, budget, count = models(kind), 24, 20
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_step_attends_to_what_brute_force_selects(models, monkeypatch, kind, lengths, trained, every_step):
+    model, budget, count, local = models(kind), 24, 20, 3
+    adapters = None
+    if trained:
+        torch.manual_seed(0)
+        adapters = ChunkAdapters.for_model(model)
+        for weights in (adapters.key, adapters.gains):
+            weights.data = torch.randn_like(weights) * 0.3
     ids, mask = prompts(lengths)
     steps = steps_for(lengths, count)
-    flags = (torch.cat((ids, steps), 1) % 5 == 0).tolist()
     firsts = [max(lengths) - length for length in lengths]
     spy = Spy(monkeypatch)
-    with attach(model, budget=budget) as attached:
+    chooser = ChunkSelection(adapters, **SMALL | {"local": local}, budget=budget, every_step=every_step)
+    with chooser.attach(model, Stops()) as attached, torch.no_grad():
         _, cache = read(model, ids, mask, steps)
-        full_layers, scaling = attached.plan.shape.full_layers, attached.plan.shape.scaling
-    kept = {}
-    for place in full_layers:
-        layer = cache.layers[place]
-        queries = torch.cat(spy.queries[place], 2)
-        attended = list(spy.places(layer))
-        assert len(attended) == count
-        selected_at = [None] * len(lengths)
-        for step, rows in enumerate(attended):
-            length = max(lengths) + step  # without the token that attends
-            for row, places in enumerate(rows):
-                first = firsts[row]
-                chunks = brute_force([flags[row][:length]], [first], 8, sinks_of(cache))[0]
-                if step == 0 or sum(chunks[-1]) == length:
-                    selected_at[row] = length
-                    running = length - sum(chunks[-1]) if chunks else length - first
-                    ranks = pooled_ranks(
-                        queries[row, :, length - 4 : length], layer.keys[row, :, :length], chunks, scaling
-                    )
-                    recent = max(SMALL["local"], running)
-                    chosen = wanted_tokens(chunks, ranks, first, length, recent, SMALL["sinks"], budget)
-                    kept[place, row] = chosen
-                since = list(range(selected_at[row], length + 1))
-                assert len(places) == len(set(places))
-                assert sorted(places) == sorted([*kept[place, row], *since])
-                assert len(places) == min(budget, selected_at[row] - first) + len(since)
-                assert set(places) >= set(range(first, min(first + 2, length)))
-                assert set(places) >= set(range(max(length - 5, first), length + 1))
+        plan = attached.plan
+        flags = torch.cat(spy.flags, 1).tolist()
+        if not trained:
+            assert flags == (torch.cat((ids, steps), 1) % 5 == 0).tolist()
+        for place in plan.shape.full_layers:
+            layer = cache.layers[place]
+            queries = torch.cat(spy.queries[place], 2)
+            attended = list(spy.places(layer))
+            assert len(attended) == count
+            selected_at, kept = [0] * len(lengths), [[]] * len(lengths)
+            for step, rows in enumerate(attended):
+                length = max(lengths) + step  # without the token that attends
+                for row, places in enumerate(rows):
+                    first = firsts[row]
+                    chunks = brute_force([flags[row][:length]], [first], 8, sinks_of(cache))[0]
+                    if step == 0 or sum(chunks[-1]) == length or every_step:
+                        selected_at[row] = length
+                        recent = max(local, length - sum(chunks[-1]))
+                        last = queries[row, :, length - 4 : length]
+                        keys = layer.keys[row, :, :length]
+                        if trained:
+                            ranks = adapter_ranks(plan.scorer, place, last, keys, chunks)
+                        else:
+                            ranks = pooled_ranks(last, keys, chunks, plan.shape.scaling)
+                        kept[row] = wanted_tokens(chunks, ranks, first, length, recent, SMALL["sinks"], budget)
+                    since = list(range(selected_at[row], length + 1))
+                    assert sorted(places) == sorted([*kept[row], *since])  # and none twice
+                    assert len(places) == min(budget, selected_at[row] - first) + len(since)
+                    assert {first, first + 1, *range(length - local + 1, length + 1)} <= set(places)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 2}, {"budget": 24, "vote": True}, {"budget": 24, "adaptive": True}])

@@ -29,7 +29,7 @@ def hooks(model):
 
 def test_all_three_methods_in_one_list(model, tokenizer, style_file):
     prior = StylePrior(λ=0.5, style=str(style_file))
-    auto = AutoTemperature(FixedSelector({"captain": 0.7, "rain": 1.3}), tokenizer)
+    auto = AutoTemperature(FixedSelector({"the": 0.7}), tokenizer)
     without = write(model, tokenizer, [prior, auto])
     roomy = ChunkSelection(budget=256)
     assert write(model, tokenizer, [prior, auto, roomy]) == without
