@@ -235,7 +235,7 @@ class Evaluation:
             selecting = self._short_losses(ids)
         perplexities = [float(losses.mean().exp()) for losses in (plain, selecting)]
         return {
-            "tokens": _SHORT,
+            "tokens": ids.shape[1],
             "perplexity": perplexities[0],
             "with_selection": perplexities[1],
             "identical": bool(torch.equal(plain, selecting)),
@@ -246,8 +246,9 @@ class Evaluation:
         """Half of the text is the prompt; the other half is predicted token by token."""
         name = cache_argument(self.model)
         losses = []
-        output = self.model(input_ids=ids[:, : _SHORT // 2], use_cache=True, logits_to_keep=1)
-        for i in range(_SHORT // 2, _SHORT):
+        half = ids.shape[1] // 2
+        output = self.model(input_ids=ids[:, :half], use_cache=True, logits_to_keep=1)
+        for i in range(half, ids.shape[1]):
             losses.append(-token_log_probs(output.logits[:, -1], ids[:, i]))
             output = self.model(input_ids=ids[:, i : i + 1], use_cache=True, **{name: output[name]})
         return torch.stack(losses, 1)
