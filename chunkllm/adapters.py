@@ -215,4 +215,5 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         beside = Path(folder) / path.name
         write(beside)
+        beside.chmod(0o644)  # safetensors leaves it to its owner alone
         os.replace(beside, path)

@@ -73,8 +73,9 @@ def _options(chosen: dict[str, Any]) -> TrainingOptions:
 
 
 def _command() -> str:
-    """As it was typed, but for where things lie: of an absolute path its last part stays."""
-    parts = [Path(part).name if Path(part).is_absolute() else part for part in sys.argv[1:]]
+    """As it was typed, but for where things lie (of an absolute path its last part stays) and whether it was resumed."""
+    typed = [part for part in sys.argv[1:] if part != "--resume"]
+    parts = [Path(part).name if Path(part).is_absolute() else part for part in typed]
     return shlex.join(["decoding", *parts])
 
 
