@@ -73,7 +73,7 @@ def _options(chosen: dict[str, Any]) -> TrainingOptions:
 
 
 def _command() -> str:
-    """As it was typed, but for where things lie (of an absolute path its last part stays) and whether it was resumed."""
+    """As it was typed, but for where things lie (of absolute paths the last part stays) and --resume."""
     typed = [part for part in sys.argv[1:] if part != "--resume"]
     parts = [Path(part).name if Path(part).is_absolute() else part for part in typed]
     return shlex.join(["decoding", *parts])
