@@ -44,7 +44,7 @@ class ReadingOptions:
         seed: of the choice of pieces and boundaries.
 
     Raises:
-        ChunkError: numbers below 1, or a context that leaves nothing to choose.
+        ChunkError: numbers that are too small, or a context that leaves nothing to choose.
     """
 
     context: int = 8000
@@ -59,6 +59,8 @@ class ReadingOptions:
     def __post_init__(self) -> None:
         if min(self.boundaries, self.queries, self.max_chunk) < 1:
             raise ChunkError("boundaries, queries and max_chunk must be at least 1")
+        if min(self.local, self.sinks, self.seed) < 0:
+            raise ChunkError("local, sinks and seed must be at least 0")
         # At least two chunks must end in the last three quarters, behind tokens that may be dropped.
         shortest = 3 * max(self.sinks + self.local, self.max_chunk)
         if self.context < shortest:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ class TrainingOptions:
         weight_decay: AdamW's.
         save_every: steps between states on disk.
         reading: how texts are read.
+
+    Raises:
+        ChunkError: numbers that cannot be.
     """
 
     tokens: int = 288_000
@@ -61,6 +65,16 @@ class TrainingOptions:
     weight_decay: float = 0.01
     save_every: int = 20
     reading: ReadingOptions = ReadingOptions()
+
+    def __post_init__(self) -> None:
+        if min(self.tokens, self.held_out, self.detector_width, self.epochs, self.save_every) < 1 or self.width < 0:
+            raise ChunkError(
+                "tokens, held_out, detector_width, epochs and save_every must be at least 1, width at least 0"
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise ChunkError(f"the learning rate must be above 0, not {self.learning_rate:g}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ChunkError(f"the weight decay must be at least 0, not {self.weight_decay:g}")
 
 
 class Readings:
@@ -127,11 +141,34 @@ class Training:
         count = max(options.tokens // reading.context, 1)
         pieces, judged = cut(texts, tokenizer, count, reading), cut(held_out, tokenizer, options.held_out, reading)
         self.identity = {
-            "options": {**asdict(options), "reading": asdict(reading)},
+            "options": asdict(options),
             "shape": json.loads(json.dumps(asdict(self.shape))),
             "texts": _fingerprint(pieces + judged),
             "about": dict(about or {}),
         }
+        self.readings = Readings(model, pieces, reading, folder / "readings")
+        self.judged = Readings(model, judged, reading, folder / "held_out")
+        self._device = model.device
+        self._begin(resume)
+
+    def of_width(self, width: int) -> Training:
+        """Another training on the same readings, its state in the subfolder ``width-N``; goes on with one held there.
+
+        Args:
+            width: as in `TrainingOptions`.
+
+        Raises:
+            ChunkError: the subfolder holds a training with other settings or texts.
+        """
+        other = copy(self)
+        other.options = replace(self.options, width=width)
+        other.identity = {**self.identity, "options": asdict(other.options)}
+        other.folder = self.folder / f"width-{width}"
+        other._begin(resume=True)
+        return other
+
+    def _begin(self, resume: bool) -> None:
+        options, folder = self.options, self.folder
         held = self._held()
         if held is not None and not resume:
             raise ChunkError(
@@ -139,11 +176,9 @@ class Training:
             )
         if held is not None:
             self._require_same(held["identity"])
-        self.readings = Readings(model, pieces, reading, folder / "readings")
-        self.judged = Readings(model, judged, reading, folder / "held_out")
-        torch.manual_seed(reading.seed)
-        config = AdapterConfig(self.shape, options.width, options.detector_width, reading.queries)
-        self.adapters = ChunkAdapters(config).to(model.device)
+        torch.manual_seed(options.reading.seed)
+        config = AdapterConfig(self.shape, options.width, options.detector_width, options.reading.queries)
+        self.adapters = ChunkAdapters(config).to(self._device)
         self.optimizer = torch.optim.AdamW(
             self.adapters.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
@@ -288,15 +323,22 @@ class Training:
         for part, name in (("shape", "model"), ("about", "model"), ("texts", "text")):
             if held.get(part, {}) != ours[part]:
                 raise ChunkError(f"the training in {self.folder} has another {name}: choose another --out")
-        for name, value in ours["options"].items():
-            if held["options"].get(name) != value:
+        before = _flat(held["options"])
+        for name, value in _flat(ours["options"]).items():
+            if before.get(name) != value:
                 raise ChunkError(
-                    f"the training in {self.folder} has another {name} ({held['options'].get(name)}, not {value}): "
+                    f"the training in {self.folder} has another {name} ({before.get(name)}, not {value}): "
                     "choose another --out"
                 )
 
     def _restore(self, held: dict[str, Any]) -> None:
-        self.step, self.history = held["step"], held["history"]
+        try:
+            self.step, self.history = held["step"], held["history"]
+            self._load_tensors()
+        except (OSError, LookupError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ChunkError(f"{self.folder / STATE_FILE} is damaged: choose another --out") from error
+
+    def _load_tensors(self) -> None:
         with safe_open(self.folder / STATE_FILE, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         prefix = "adapters."
@@ -310,6 +352,11 @@ class Training:
                 state.setdefault(int(number), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of reading beside the others."""
+    return {**{name: value for name, value in options.items() if name != "reading"}, **options.get("reading", {})}
 
 
 def _require_positions(model: Any, context: int) -> None:

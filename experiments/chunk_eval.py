@@ -28,7 +28,7 @@ from experiments.chunk_baselines import FULL, METHODS, Setting
 from experiments.runs import RunFolder, progress_of_cells
 
 _LAST = 8  # Tokens of a prompt that the selection's own model pass reads, for their queries.
-_RECALL_EVERY = 16
+_RECALL_EVERY = 64
 _ANSWER = 8
 _SHORT = 512
 SHORT_KEY = "short"

@@ -17,24 +17,29 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 _SCORERS = ("adapter", "pooled", "recent", "true attention")
+_COLORS = dict(zip(_SCORERS, ("C0", "C1", "C3", "C2"), strict=True))
 _SHARES = ("0.25", "0.5")
 
 
 def write_training(results: Mapping[str, Any], out: Path) -> str:
-    """Writes a training's training.json and training.png; its table as text."""
+    """Writes a training's training.json, results.md and training.png; its table as text."""
+    text = training_table(results)
     write_atomically(out / "training.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
     _draw_training(results, out / "training.png")
-    return training_table(results)
+    write_atomically(out / "results.md", text.encode())
+    return text
 
 
 def training_table(results: Mapping[str, Any]) -> str:
     """What held-out text says of a training, as Markdown."""
     shares = [f"attention lost with {100 * float(share):g} % of the tokens, %" for share in _SHARES]
     lines = [["chunks ranked by", "KL, nats", *shares]]
-    means = results["held_out"]["mean"]
-    for name in _SCORERS:
-        lost = [f"{100 * means[name][f'missing_at_{share}']:.2f}" for share in _SHARES]
-        lines.append([name, f"{means[name]['divergence']:.4f}", *lost])
+    rows = {name: results["held_out"]["mean"][name] for name in _SCORERS}
+    for width, other in results["widths"].items():
+        rows[f"adapter of width {width}"] = other["held_out"]["mean"]["adapter"]
+    for name, means in rows.items():
+        lost = [f"{100 * means[f'missing_at_{share}']:.2f}" for share in _SHARES]
+        lines.append([name, f"{means['divergence']:.4f}", *lost])
     detector = [f"{key} {100 * value:.1f} %" for key, value in results["held_out"]["detector"].items()]
     return markdown(lines) + f"\nBoundaries, at probability {results['threshold']:g}: {', '.join(detector)}\n"
 
@@ -54,28 +59,29 @@ def _draw_training(results: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     loss, boundary, lost, layers = axes.flat
     for axis, key in ((loss, "distillation"), (boundary, "boundary")):
-        axis.plot(tokens, [record[key] for record in history], color="C0", alpha=0.4, lw=1, label="learnt from")
-    loss.plot(
-        tokens[at], [held["mean"]["adapter"]["divergence"] for held in judged], "o-", color="C0", label="held out"
-    )
-    _level(loss, results["held_out"]["mean"]["pooled"]["divergence"], "C1", "pooled, held out")
-    loss.set(title="Chunk attention: KL, mean of layers", ylabel="nats")
-    boundary.set(title="Boundaries: cross-entropy, and F1 on held-out text", ylabel="nats")
+        values = np.array([record[key] for record in history])
+        axis.plot(tokens, values, color=_COLORS["adapter"], alpha=0.25, lw=1)
+        axis.plot(tokens, _smoothed(values), color=_COLORS["adapter"], lw=1.5, label="learnt from, smoothed")
+    divergences = [held["mean"]["adapter"]["divergence"] for held in judged]
+    loss.plot(tokens[at], divergences, "o--", color=_COLORS["adapter"], label="held out")
+    _level(loss, results["held_out"]["mean"]["pooled"]["divergence"], _COLORS["pooled"], "pooled, held out")
+    loss.set(title="Chunk attention: KL, mean of layers", ylabel="nats", ylim=(0, None))
+    boundary.set(title="Boundaries: cross-entropy, and F1 on held-out text", ylabel="nats", ylim=(0, None))
     f1 = boundary.twinx()
-    f1.plot(tokens[at], [100 * held["detector"]["f1"] for held in judged], "o-", color="C2")
-    f1.set_ylabel("F1, %", color="C2")
+    f1.plot(tokens[at], [100 * held["detector"]["f1"] for held in judged], "o--", color="C4")
+    f1.set_ylabel("F1, %", color="C4")
+    f1.set_ylim(0, 100)
     for share, style in zip(_SHARES, ("-", "--"), strict=True):
-        key = f"missing_at_{share}"
-        label = f"adapter, {100 * float(share):g} % kept"
-        lost.plot(tokens[at], [100 * held["mean"]["adapter"][key] for held in judged], f"o{style}", label=label)
-        for i, name in enumerate(_SCORERS[1:], start=1):
-            _level(
-                lost, 100 * results["held_out"]["mean"][name][key], f"C{i + 1}", name if style == "-" else None, style
-            )
+        key, label = f"missing_at_{share}", f"{100 * float(share):g} % kept"
+        by_epoch = [100 * held["mean"]["adapter"][key] for held in judged]
+        lost.plot(tokens[at], by_epoch, f"o{style}", color=_COLORS["adapter"], label=f"adapter, {label}")
+        for name in _SCORERS[1:]:
+            value = 100 * results["held_out"]["mean"][name][key]
+            _level(lost, value, _COLORS[name], f"{name}, {label}", style)
     lost.set(title="Held out: full attention that is lost", ylabel="%", ylim=(0, None))
-    for i, name in enumerate(_SCORERS):
-        values = results["held_out"]["by_layer"][name][f"missing_at_{_SHARES[0]}"]
-        layers.plot([100 * value for value in values], "o-", ms=3, color=f"C{i + 1 if i else 0}", label=name)
+    for name in _SCORERS:
+        by_layer = results["held_out"]["by_layer"][name][f"missing_at_{_SHARES[0]}"]
+        layers.plot([100 * value for value in by_layer], "o-", ms=3, color=_COLORS[name], label=name)
     layers.set(
         title=f"The same by layer, {100 * float(_SHARES[0]):g} % kept", ylabel="%", xlabel="layer", ylim=(0, None)
     )
@@ -83,9 +89,22 @@ def _draw_training(results: Mapping[str, Any], path: Path) -> None:
         axis.set_xlabel("tokens learnt from, millions")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
+    for axis in (loss, layers):
         axis.legend(fontsize=8, frameon=False)
+    boundary.legend(fontsize=8, frameon=False, loc="center right")
+    lost.set_ylim(0, 1.45 * lost.get_ylim()[1])  # lines cross the whole width: room for the legend above them
+    lost.legend(fontsize=8, frameon=False, ncols=2, loc="upper center")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """The mean of each value and its neighbours, about a fortieth of all to either side, fewer at the ends."""
+    reach = len(values) // 40
+    sums = np.concatenate(([0.0], values.cumsum()))
+    place = np.arange(len(values))
+    first, stop = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(values))
+    return (sums[stop] - sums[first]) / (stop - first)
 
 
 def _level(axis: Any, value: float, color: str, label: str | None, style: str = "--") -> None:

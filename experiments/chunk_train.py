@@ -12,6 +12,7 @@ from rich.progress import Progress, TaskID
 from chunkllm.training import STATE_FILE, Training, TrainingOptions
 from decoding.corpora import Corpus, load_corpus
 from decoding.errors import DecodingError
+from decoding.files import require_writable
 from decoding.models import model_fingerprint
 from experiments import chunk_report
 from experiments.runs import check_unused, environment, progress_of_cells
@@ -19,27 +20,33 @@ from experiments.runs import check_unused, environment, progress_of_cells
 CHECKPOINT = "checkpoint"
 
 
-def load_texts(data: Sequence[str], held_out: Sequence[str]) -> tuple[list[Corpus], list[Corpus]]:
+def load_texts(
+    data: Sequence[str], held_out: Sequence[str], field: str | None = None
+) -> tuple[list[Corpus], list[Corpus]]:
     """Corpora to learn from and to judge by.
 
     Raises:
         DecodingError: as `load_corpus`, or one that is both.
     """
-    learnt, judged = [load_corpus(spec) for spec in data], [load_corpus(spec) for spec in held_out]
+    learnt, judged = ([load_corpus(spec, field) for spec in specs] for specs in (data, held_out))
     known = {corpus.sha256 for corpus in learnt}
     if both := [corpus.name for corpus in judged if corpus.sha256 in known]:
         raise DecodingError(f"{both[0]} is to be learnt from: hold out another text")
     return learnt, judged
 
 
-def require_folder(out: Path) -> None:
-    """Refuses a folder that holds other things than a training.
+def require_folder(out: Path, resume: bool) -> None:
+    """Refuses a folder that holds other things than a training, one that is not to be gone on with, or is read-only.
 
     Raises:
         DecodingError: as said.
     """
     if not (out / CHECKPOINT / STATE_FILE).is_file():
         check_unused(out)
+    elif not resume:
+        raise DecodingError(f"{out} holds a training already: add --resume to go on with it, or choose another --out")
+    else:
+        require_writable(out)
 
 
 def train(
@@ -51,8 +58,9 @@ def train(
     out: Path,
     resume: bool,
     command: str,
+    widths: Sequence[int] = (),
 ) -> str:
-    """Trains, judges and writes adapters, ``training.json`` and ``training.png``; the table as text.
+    """Trains, judges and writes adapters, ``training.json``, ``results.md`` and ``training.png``; the table as text.
 
     Args:
         model: a causal language model.
@@ -63,6 +71,7 @@ def train(
         out: the folder. Its ``checkpoint`` holds what a resumed run goes on from.
         resume: whether the folder may hold a run already.
         command: that made them.
+        widths: of further adapters that learn from the same readings, for the table alone.
 
     Raises:
         ChunkError: as `Training`.
@@ -76,7 +85,6 @@ def train(
     training = Training(model, tokenizer, learnt, judged, options, out / CHECKPOINT, resume, about)
     with progress_of_cells() as progress:
         adapters = training.run(_Bars(progress).show)
-    adapters.half().float()  # judged as they are saved
     results = {
         **about,
         "options": asdict(options),
@@ -85,7 +93,7 @@ def train(
         "tokens": len(training.readings) * options.reading.context,
         "threshold": adapters.config.threshold,
         **environment(),
-        "held_out": training.judge(),
+        "held_out": _judged(training),
         "history": training.history,
     }
     kept = {key: results[key] for key in (*about, "texts", "held_out_texts", "tokens")}
@@ -93,7 +101,21 @@ def train(
     chosen = {"options": results["options"], "held_out": figures}
     adapters.config = replace(adapters.config, about={"command": command, **kept, **chosen})
     adapters.half().save_pretrained(out)
+    results["widths"] = {width: _ablation(training, width) for width in dict.fromkeys(widths) if width != options.width}
     return chunk_report.write_training(results, out)
+
+
+def _judged(training: Training) -> dict[str, Any]:
+    training.adapters.half().float()  # judged as they are saved
+    return training.judge()
+
+
+def _ablation(training: Training, width: int) -> dict[str, Any]:
+    with progress_of_cells() as progress:
+        bars = _Bars(progress)
+        other = training.of_width(width)
+        adapters = other.run(lambda what, done, total: bars.show(f"width {width}: {what}", done, total))
+    return {"threshold": adapters.config.threshold, "held_out": _judged(other), "history": other.history}
 
 
 class _Bars:

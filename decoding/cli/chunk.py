@@ -26,6 +26,7 @@ def chunk() -> None:
 @chunk.command()
 @click.argument("data", nargs=-1, required=True)
 @click.option("--held-out", "judge", multiple=True, required=True, help="A text to judge by, as DATA. May repeat.")
+@shared.field
 @shared.model
 @shared.dtype
 @_number("--tokens", default=TrainingOptions.tokens, help="To read of DATA, in pieces of --context.")
@@ -39,12 +40,27 @@ def chunk() -> None:
 @_number("--width", default=TrainingOptions.width, type=click.IntRange(min=0), help="Features a head; 0: gains alone.")
 @_number("--detector-width", default=TrainingOptions.detector_width, help="Of the boundary detector.")
 @_number("--epochs", default=TrainingOptions.epochs, help="How often each piece is learnt from.")
+@click.option(
+    "--ablate-width",
+    "widths",
+    multiple=True,
+    type=click.IntRange(min=0),
+    help="Also learn with this width from the same readings, for the table alone. May repeat.",
+)
 @click.option("--learning-rate", default=TrainingOptions.learning_rate, show_default=True, help="AdamW's, at its peak.")
 @click.option("--weight-decay", default=TrainingOptions.weight_decay, show_default=True, help="AdamW's.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the adapters.")
 @shared.resume
 def train(
-    data: tuple[str, ...], judge: tuple[str, ...], model: str, dtype: str, out: Path, resume: bool, **chosen: Any
+    data: tuple[str, ...],
+    judge: tuple[str, ...],
+    field: str | None,
+    model: str,
+    dtype: str,
+    widths: tuple[int, ...],
+    out: Path,
+    resume: bool,
+    **chosen: Any,
 ) -> None:
     """Trains adapters for a model on DATA: registered names, text files, folders, .jsonl files.
 
@@ -54,11 +70,11 @@ def train(
     from experiments import chunk_train
 
     options = _options(chosen)
-    chunk_train.require_folder(out)
-    texts = chunk_train.load_texts(data, judge)
+    chunk_train.require_folder(out, resume)
+    texts = chunk_train.load_texts(data, judge, field)
     tokenizer, loaded = load_tokenizer(model), load_model(model, dtype)
     try:
-        table = chunk_train.train(loaded, tokenizer, model, texts, options, out, resume, _command())
+        table = chunk_train.train(loaded, tokenizer, model, texts, options, out, resume, _command(), widths)
     except KeyboardInterrupt:
         click.echo(f"\ninterrupted; what was read and learnt is kept: go on with --resume --out {out}", err=True)
         sys.exit(130)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from chunkllm import ChunkAdapters, PooledScorer
+from chunkllm import ChunkAdapters, ChunkSelection, PooledScorer
 from chunkllm.distillation import (
     Boundaries,
     distillation_loss,
@@ -12,6 +12,9 @@ from chunkllm.distillation import (
     missing_by_score,
     missing_mass,
 )
+from chunkllm.lessons import Piece, ReadingOptions, read_piece
+from chunkllm.scorers import chunk_scores
+from tests.chunkllm.conftest import VOCAB, Stops, cache_name, cache_of
 from tests.conftest import make_model
 
 HEADS, GROUPS, WIDTH, SCALING = 4, 2, 8, 0.3
@@ -129,6 +132,37 @@ def test_untrained_adapters_are_the_pooled_score(text, boundaries):
     torch.testing.assert_close(
         lesson_scores(adapters.scorer(), 0, lesson, boundaries), lesson_scores(pooled, 0, lesson, boundaries)
     )
+
+
+@pytest.mark.parametrize("way", ["pooled", "trained"])
+def test_scores_are_those_that_a_cache_computes(llama, monkeypatch, way):
+    """What is taught and what selects must be one thing: chunks, distances, queries, and the arithmetic."""
+    adapters = ChunkAdapters.for_model(llama, 4)
+    with torch.no_grad():
+        for parameter in (adapters.key, adapters.gains):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    scorer = adapters.scorer() if way == "trained" else PooledScorer(8)
+    ids = torch.randint(1, VOCAB, (120,), generator=torch.Generator().manual_seed(2))
+    options = ReadingOptions(context=120, boundaries=5, max_chunk=6, local=6, sinks=0)
+    reading = read_piece(llama, Piece(ids.numpy(), (ids % 5 == 0).numpy()), options, 0)
+    seen = []
+
+    def spy(scorer, layer, *arguments):
+        seen.append((layer, chunk_scores(scorer, layer, *arguments)))
+        return seen[-1][1]
+
+    monkeypatch.setattr("chunkllm.cache.chunk_scores", spy)
+    for row, number in enumerate(reading.boundaries.chosen.tolist()):
+        end = int(reading.boundaries.ends[number])
+        chooser = ChunkSelection(scorer=scorer, budget=16, local=6, sinks=0, max_chunk=6)
+        with chooser.attach(llama, Stops()), torch.no_grad():
+            cache = cache_of(llama(ids[None, : end + 1], use_cache=True))
+            llama(ids[None, end + 1 : end + 2], **{cache_name(llama): cache})
+        assert [layer for layer, _ in seen] == list(reading.lessons)
+        for layer, scores in seen:
+            wanted = lesson_scores(scorer, layer, reading.lessons[layer], reading.boundaries)[row, : number + 1]
+            torch.testing.assert_close(scores[0], wanted, atol=1e-6, rtol=1e-4)
+        seen.clear()
 
 
 def test_missing_mass_by_hand():

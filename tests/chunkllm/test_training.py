@@ -1,10 +1,12 @@
 import json
+import math
 import random
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from chunkllm import AdapterScorer, ChunkAdapters, ChunkError, PooledScorer
 from chunkllm.distillation import lesson_scores
@@ -126,10 +128,45 @@ def test_a_folder_with_another_training_is_refused(training, tmp_path):
         training(resume=True, texts=[prose(7), prose(8)], about={"model": "tiny"})
     with pytest.raises(ChunkError, match="another model"):
         training(resume=True, about={"model": "small"})
+    with pytest.raises(ChunkError, match=r"another boundaries \(6, not 5\)"):
+        training(resume=True, options=replace(OPTIONS, reading=replace(READING, boundaries=5)), about={"model": "tiny"})
+
+
+def test_a_damaged_state_says_so(training, tmp_path):
+    training()
     path = tmp_path / "run" / STATE_FILE
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    damaged = [
+        {name: tensor for name, tensor in tensors.items() if name != "adapters.key"},
+        tensors | {"adapters.key": torch.zeros(1)},
+        tensors | {"optimizer.key": torch.zeros(1)},
+    ]
+    for content in damaged:
+        save_file(content, path, metadata)
+        with pytest.raises(ChunkError, match=r"state.safetensors is damaged: choose another --out"):
+            training(resume=True)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ChunkError, match="damaged"):
-        training(resume=True, about={"model": "tiny"})
+        training(resume=True)
+
+
+def test_another_width_learns_from_the_same_readings(training, tmp_path):
+    options = replace(OPTIONS, epochs=2)
+    run = training(options=options)
+    kept = run.run().state_dict()
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("0*.safetensors")}
+    other = run.of_width(2)
+    got = other.run().state_dict()
+    wanted = training("alone", options=replace(options, width=2)).run().state_dict()
+    assert all(torch.equal(value, got[name]) for name, value in wanted.items())
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("0*.safetensors")} == files
+    assert (tmp_path / "run" / "width-2" / STATE_FILE).is_file()
+    assert run.of_width(2).step == other.steps  # it is gone on with
+    assert run.options.width == 4 and run.step == run.steps
+    again = training(options=options, resume=True).run().state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in kept.items())
 
 
 def test_a_damaged_reading_says_so(training, tmp_path):
@@ -156,10 +193,26 @@ def test_nothing_is_written_for_texts_that_will_not_do(training, tmp_path, optio
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("change", [{"context": 23}, {"boundaries": 0}, {"queries": 0}, {"max_chunk": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"context": 23}, {"boundaries": 0}, {"queries": 0}, {"max_chunk": 0}, {"seed": -1}, {"local": -1}, {"sinks": -1}],
+)
 def test_readings_that_teach_nothing(change):
     with pytest.raises(ChunkError, match="at least"):
         replace(READING, **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: 0} for name in ("tokens", "held_out", "detector_width", "epochs", "save_every", "learning_rate")),
+        *({name: value} for name in ("learning_rate", "weight_decay") for value in (-1, math.nan, math.inf)),
+        {"width": -1},
+    ],
+)
+def test_options_that_cannot_be(change):
+    with pytest.raises(ChunkError, match="must be"):
+        replace(OPTIONS, **change)
 
 
 def test_a_reading_is_what_selection_sees(model, tokenizer, tmp_path):

@@ -59,6 +59,35 @@ def test_adapters_from_the_command_line(run, tmp_path):
     assert other.exit_code == 2 and "another model" in other.output
 
 
+def test_other_widths_are_in_the_table_alone(run, tmp_path):
+    result = run("--out", "out", "--ablate-width", 0, "--ablate-width", 2, "--ablate-width", 4)
+    assert result.exit_code == 0, result.output
+    assert result.output.count("| adapter of width ") == 2  # 4 is the adapters' own
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "| adapter of width 0 | " in table and table in result.output
+    results = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert list(results["widths"]) == ["0", "2"] and len(results["widths"]["2"]["history"]) == 4
+    assert results["widths"]["0"]["held_out"]["mean"]["pooled"] == results["held_out"]["mean"]["pooled"]
+    assert ChunkAdapters.from_pretrained(tmp_path / "out").config.width == 4
+
+
+def test_texts_in_fields(run, tmp_path):
+    (tmp_path / "all.jsonl").write_text("\n".join(json.dumps({"body": prose(i)}) for i in range(2)))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"said": prose(2)}))
+    result = run("--out", "out", "--field", "body", data=("all.jsonl",), judge="other.jsonl#said")
+    assert result.exit_code == 0, result.output
+
+
+def test_nothing_is_read_for_a_folder_that_is_taken(run, monkeypatch, tmp_path):
+    assert run("--out", "out").exit_code == 0
+    monkeypatch.setattr("experiments.chunk_train.load_texts", lambda *_: pytest.fail("texts were read"))
+    result = run("--out", "out")
+    assert result.exit_code == 2
+    assert result.output == (
+        "Error: out holds a training already: add --resume to go on with it, or choose another --out\n"
+    )
+
+
 def test_an_interrupted_training_says_how_to_go_on(run, monkeypatch):
     from chunkllm.training import Training
 
@@ -68,6 +97,18 @@ def test_an_interrupted_training_says_how_to_go_on(run, monkeypatch):
     assert result.exit_code == 130
     assert "--resume --out out" in result.output
     assert run("--out", "out", "--resume").exit_code == 0
+
+
+def test_adapters_are_there_before_other_widths_are_tried(run, monkeypatch, tmp_path):
+    from chunkllm.training import Training
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "of_width", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run("--out", "out", "--ablate-width", 0).exit_code == 130
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    result = run("--out", "out", "--ablate-width", 0, "--resume")
+    assert result.exit_code == 0 and "| adapter of width 0 | " in result.output
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.parametrize(
@@ -80,6 +121,10 @@ def test_an_interrupted_training_says_how_to_go_on(run, monkeypatch):
         (("--out", "out", "--context", 300), {}, "256 positions"),
         (("--out", "out", "--tokens", 10_000), {}, "not 39"),
         (("--out", "out", "--language", "xx"), {}, "'xx'"),
+        (("--out", "out", "--seed", -1), {}, "seed must be at least 0"),
+        (("--out", "out", "--learning-rate", -1), {}, "learning rate must be above 0"),
+        (("--out", "out", "--weight-decay", "nan"), {}, "weight decay must be at least 0"),
+        (("--out", "first.txt"), {}, "first.txt is a file"),
     ],
 )
 def test_bad_input_is_one_line(run, tmp_path, arguments, changes, message):
