@@ -163,34 +163,28 @@ class ChunkCache(Cache):
         return max(wanted, least)
 
     def _refresh(self, rows: np.ndarray, device: torch.device) -> None:
+        """Chooses the tokens of some rows anew, for the queries of the last tokens, and gathers them."""
         assert self.table is not None
         table, plan, layers = self.table, self.plan, self.full_layers
         for layer in layers:
             layer.flush()
         self._summarise(device)
-        starts, lengths = (send(span[rows], device) for span in table.spans())
+        every = Chunks(*(send(span[rows], device) for span in table.spans()))
         recent = np.maximum(plan.local, table.running[rows])
         stand = Rows(*(send(x, device) for x in (table.first[rows], np.full(len(rows), table.length), recent)))
-        chunks = selectable(Chunks(starts, lengths), stand, plan.sinks)
-        scores = self._scores(rows, Chunks(starts, lengths), device)
-        scorer = plan.scorer
-        ranks = scores
-        if scorer.is_distribution and plan.top_k is None:
-            ranks = [worth(score, lengths) for score in scores]
+        chunks = selectable(every, stand, plan.sinks)
+        ranks = self._ranks(rows, every, device)
         held = table.length - table.first
-        wanted = self._slots(int(held.max()))
-        slots = [wanted] * len(layers)
-        is_exact = plan.top_k is None and len(held) == 1
-        if plan.adaptive:
-            slots = self._divided(wanted, ranks, chunks, recent, int(held.max()))
-        if not layers[0].selected or len(rows) == len(held):
-            self._placed, self._placed_for = slots, wanted
+        if len(rows) == len(held):
+            self._placed_for = self._slots(int(held.max()))
+            self._placed = self._divided(self._placed_for, ranks, chunks, recent, int(held.max()))
         if plan.vote:
             ranks = [torch.stack(ranks).mean(0)] * len(layers)
         kept = []
-        for layer, rank, size in zip(layers, ranks, self._placed, strict=True):
-            tokens, valid = choose_tokens(rank, chunks, stand, plan.sinks, size, plan.top_k)
-            layer.select(rows, tokens, None if is_exact and size <= held[0] else valid, self._spare(len(held)))
+        for layer, rank, slots in zip(layers, ranks, self._placed, strict=True):
+            tokens, valid = choose_tokens(rank, chunks, stand, plan.sinks, slots, plan.top_k)
+            fills_all = plan.top_k is None and len(held) == 1 and slots <= held[0]
+            layer.select(rows, tokens, None if fills_all else valid, self._spare(len(held)))
             kept.append(Arriving(valid.sum(-1)))
         self._kept_later = (rows, kept)
         self.counters.selections += len(rows)
@@ -226,25 +220,30 @@ class ChunkCache(Cache):
             layer.add_features(features.to(keys.dtype), at, counts)
         self._summarised = table.counts.copy()
 
-    def _scores(self, rows: np.ndarray, chunks: Chunks, device: torch.device) -> list[Tensor]:
+    def _ranks(self, rows: np.ndarray, chunks: Chunks, device: torch.device) -> list[Tensor]:
+        """What chunks are chosen by, float [rows, C] for each layer: scores, or scores per token under a budget."""
         assert self.table is not None
         scorer: Scorer = self.plan.scorer
         lengths = chunks.lengths.float()
         distances = (self.table.length - chunks.starts - chunks.lengths + 1).clamp(min=1).float()
         everything = len(rows) == len(self.table.first)
         index = None if everything else send(rows, device)
-        scores = []
+        by_token = scorer.is_distribution and self.plan.top_k is None
+        ranks = []
         for layer in self.full_layers:
             queries, features = layer.last_queries(scorer.queries), layer.features
             assert features is not None
             features = features[:, :, : lengths.shape[1]]
             if index is not None:
                 queries, features = queries.index_select(0, index), features.index_select(0, index)
-            scores.append(chunk_scores(scorer, layer.place, queries, features, lengths, distances))
-        return scores
+            scores = chunk_scores(scorer, layer.place, queries, features, lengths, distances)
+            ranks.append(worth(scores, chunks.lengths) if by_token else scores)
+        return ranks
 
     def _divided(self, slots: int, ranks: list[Tensor], chunks: Chunks, recent: np.ndarray, held: int) -> list[int]:
-        """Slots of each layer, as the worth of the chunks at the end of the prompt divides them."""
+        """Slots of each layer: all the same, or as the worth of the chunks at the end of the prompt divides them."""
+        if not self.plan.adaptive:
+            return [slots] * len(ranks)
         always = self.plan.sinks + int(recent.max())
         if self._shares is None:
             shares = shares_of_layers(torch.stack(ranks), chunks.lengths, max(slots - always, 0))

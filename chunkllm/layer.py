@@ -156,11 +156,6 @@ class ChunkLayer(CacheLayerMixin):
         """Whether the buffer has no slot left."""
         return self._buffer is not None and self._used >= self._buffer[0].shape[2]
 
-    @property
-    def slots(self) -> int:
-        """Slots of the buffer that are in use, by selected tokens and those written since."""
-        return self._used
-
     @_lasting
     def select(self, rows: np.ndarray, tokens: Tensor, valid: Tensor | None, spare: int) -> None:
         """Gathers the selection of some rows, all of whose keys and values must be in the storage.
