@@ -297,8 +297,11 @@ class Attachment:
             made.activate_past_recording()  # assisted generation is going to crop it
         return made
 
-    def _after(self, *_: Any) -> None:
-        self._current = None
+    def _after(self, decoder: nn.Module, args: tuple, output: Any) -> None:
+        cache, self._current = self._current, None
+        # On CUDA what a step kept is counted a step later, when it has arrived.
+        if cache is not None and output is not None and next(decoder.parameters()).device.type != "cuda":
+            cache.count_last_step()
 
     def _detect(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
         if self._current is not None and self._adapters is not None:

@@ -266,7 +266,10 @@ class ChunkLayer(CacheLayerMixin):
             return
         self.settle()
         length = self.stored + tokens_to_remove if tokens_to_remove < 0 else min(tokens_to_remove, self.stored)
-        self.stored = max(length, 0)
+        removed, self.stored = self.stored - max(length, 0), max(length, 0)
+        if removed and self._queries:
+            left = torch.cat(self._queries, 2)
+            self._queries = [left[:, :, :-removed]] if removed < left.shape[2] else []
 
     @_lasting
     def take_rows(self, rows: Tensor) -> None:

@@ -64,7 +64,9 @@ def gathering(monkeypatch):
     due = ChunkCache._rows_to_refresh
 
     def rows_to_refresh(self, length):
-        return due(self, length) if self._front.selected else np.arange(len(self.table.first))
+        if self._front.selected or not self._front.has_queries:
+            return due(self, length)
+        return np.arange(len(self.table.first))
 
     monkeypatch.setattr(ChunkCache, "_rows_to_refresh", rows_to_refresh)
 
