@@ -126,10 +126,13 @@ def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path:
     full = next(row for row in rows if row["method"] == FULL)
     for axis, (title, value) in zip(axes, measures, strict=True):
         for i, method in enumerate(options.methods):
-            line = [row for row in rows if row["method"] == method] + [full]
+            line = sorted([row for row in rows if row["method"] == method] + [full], key=lambda row: row["retention"])
             style = "-" if method.startswith("adapter") else "--" if method.startswith("pooled") else ":"
             x = [100 * row["retention"] for row in line]
             axis.plot(x, [value(row) for row in line], f"o{style}", color=f"C{i}", label=method, ms=4)
+        shown = [value(row) for row in rows if not row["method"].startswith("random")]  # which would hide the others
+        margin = 0.05 * (max(shown) - min(shown))
+        axis.set_ylim(min(shown) - margin, max(shown) + margin)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("keys and values kept, %")
         axis.grid(alpha=0.3)
