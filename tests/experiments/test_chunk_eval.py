@@ -46,7 +46,7 @@ def folders(tmp_path, long_model, speller):
 
 
 def evaluate(folders, text_file, *more):
-    shape = ["--context", "240", "--scored", "24", "--pieces", "2", "--passkey-lengths", "120", "--passkey-depths", "2"]
+    shape = ["--context", "240", "--scored", "80", "--pieces", "2", "--passkey-lengths", "120", "--passkey-depths", "2"]
     where = ["--model", str(folders / "model"), "--adapters", str(folders / "adapters"), "--out", str(folders / "out")]
     return CliRunner().invoke(cli, ["chunk", "eval", str(text_file), *where, *shape, "--retention", "0.5", *more])
 
