@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -19,13 +18,12 @@ from chunkllm.boundaries import punctuation_boundaries
 from chunkllm.cache import ChunkCache
 from chunkllm.errors import ChunkError
 from chunkllm.layer import ChunkLayer
-from chunkllm.models import ModelShape, model_shape
+from chunkllm.models import CACHE_NAMES, ModelShape, cache_argument, model_shape
 from chunkllm.scorers import PooledScorer, Scorer
 
 DEFAULT_BUDGET = 2048
 DEFAULT_LOCAL, DEFAULT_SINKS, DEFAULT_MAX_CHUNK = 64, 4, 64
 FIXED_CHUNK = 20
-_CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 _attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
 
 
@@ -197,7 +195,7 @@ class Attachment:
         self._caches: WeakSet[ChunkCache] = WeakSet()
         self._current: ChunkCache | None = None
         decoder = model.get_decoder()
-        self._cache_name = next(name for name in _CACHE_NAMES if name in inspect.signature(decoder.forward).parameters)
+        self._cache_name = cache_argument(decoder)
         self._undo = [
             intercept(model, self._attend),
             decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove,
@@ -244,7 +242,7 @@ class Attachment:
 
     def _before(self, decoder: nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Gives the forward pass a cache of ours, and lets it refresh its selection."""
-        name = next((name for name in _CACHE_NAMES if options.get(name) is not None), self._cache_name)
+        name = next((name for name in CACHE_NAMES if options.get(name) is not None), self._cache_name)
         cache = self._adopted(options.get(name), options.get("use_cache"))
         self._current = cache
         if cache is None:
@@ -254,7 +252,6 @@ class Attachment:
         inputs = options["inputs_embeds"] if ids is None else ids
         cache.begin(inputs.shape[0], inputs.shape[1], options.get("attention_mask"), inputs.device)
         if self._punctuation is not None and ids is not None:
-            self._punctuation = self._punctuation.to(ids.device)
             cache.observe(self._punctuation[ids])
         return args, options
 
@@ -274,7 +271,7 @@ class Attachment:
         if self._adapters is not None:
             return self._adapters.is_boundary(bottom_states)
         if self._punctuation is not None:
-            return self._punctuation.to(input_ids.device)[input_ids]
+            return self._punctuation[input_ids]
         return torch.zeros_like(input_ids, dtype=torch.bool)
 
     def _adopted(self, cache: Cache | None, use_cache: bool | None) -> ChunkCache | None:
@@ -320,8 +317,8 @@ class Attachment:
 
 
 def _punctuation(tokenizer: Any, model: Any) -> Tensor:
-    """bool [V], where a model may have more tokens than its tokenizer."""
-    found = punctuation_boundaries(tokenizer)
+    """bool [V], where a model may have more tokens than its tokenizer, on its device."""
+    found = punctuation_boundaries(tokenizer).to(model.device)
     return nn.functional.pad(found, (0, max(model.get_input_embeddings().num_embeddings - len(found), 0)))
 
 

@@ -74,7 +74,6 @@ class ChunkCache(Cache):
             raise ChunkError(f"the cache holds {len(self.table.first)} rows, not {batch}")
         elif new_tokens > 1:
             self._check_padding(attention_mask, length)
-        self._read_flags(length)
         self.count_last_step()
         if new_tokens > 1 or length == 0:
             self.settle()
@@ -289,7 +288,6 @@ class ChunkCache(Cache):
         """The rows of everything that is kept per row."""
         if self.table is None:
             return
-        self._read_flags(self._front.get_seq_length())
         self.count_last_step()
         on_host = rows.cpu().numpy()
         self.table.take_rows(on_host)

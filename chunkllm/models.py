@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from chunkllm.errors import ChunkError
+
+CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
+
+
+def cache_argument(model: Any) -> str:
+    """What a model or decoder calls the cache in its forward pass."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_NAMES if name in parameters)
 
 
 @dataclass(frozen=True)

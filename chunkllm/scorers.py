@@ -106,7 +106,7 @@ def chunk_scores(
         distances: float32 [B, C], tokens from a chunk's end to the query, at least 1.
 
     Returns:
-        float32 [B, C]; 0 or less than any other for chunks that a row does not have.
+        float32 [B, C]; 0 or less than any other for chunks that a row does not have, NaN in rows without any.
     """
     batch, heads, count, _ = queries.shape
     groups = features.shape[1]

@@ -230,9 +230,9 @@ class Training:
         self.optimizer.zero_grad()
         boundary = self._boundary_loss(reading)
         boundary.backward()
-        distilled = 0.0
+        distilled, scorer = 0.0, self.adapters.scorer()
         for layer in self.shape.full_layers:
-            loss = self._distillation_loss(self.adapters.scorer(), layer, reading)
+            loss = self._distillation_loss(scorer, layer, reading)
             loss.backward()  # layer by layer, so that one layer's activations are held at a time
             distilled += float(loss.detach()) / len(self.shape.full_layers)
         torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
@@ -286,7 +286,8 @@ class Training:
             yield f"missing_at_{keep:g}", lost
 
     def _predictions(self, readings: Readings) -> tuple[Tensor, Tensor]:
-        pairs = [(self.adapters.is_boundary(readings[i].bottom), readings[i].labels) for i in range(len(readings))]
+        opened = (readings[i] for i in range(len(readings)))
+        pairs = [(self.adapters.is_boundary(reading.bottom), reading.labels) for reading in opened]
         predicted, labels = zip(*pairs, strict=True)
         return torch.cat(predicted), torch.cat(labels)
 

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig
 from chunkllm import ChunkAdapters, ChunkSelection
 from chunkllm.attention import intercept
 from chunkllm.layer import ChunkLayer, grouped_attention
-from experiments.chunk_eval import cache_argument
+from chunkllm.models import cache_argument
 from experiments.figures import Figure, interleaved, not_measured, ratio_of, report
 
 matplotlib.use("Agg")

@@ -6,7 +6,6 @@ through the cache that users get.
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from transformers import DynamicCache
 
 from chunkllm import ChunkAdapters, ChunkSelection
 from chunkllm.attach import Attachment
+from chunkllm.models import cache_argument
 from decoding.corpora import load_corpus, tokenize
 from decoding.errors import DecodingError
 from decoding.metrics import token_log_probs
@@ -100,11 +100,6 @@ def read(model: Any, ids: Tensor) -> Read:
     layers = zip(*rows, strict=True)
     states = [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers]
     return Read(ids, states, torch.cat(bottoms))
-
-
-def cache_argument(model: Any) -> str:
-    """What the model calls its cache: its name changed in transformers 5.24."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class Continuation:
@@ -299,7 +294,7 @@ def slices(documents: Sequence[np.ndarray], length: int, count: int) -> list[np.
     pieces = [ids[i : i + length] for ids in documents for i in range(0, len(ids) - length + 1, length)]
     if len(pieces) < count:
         raise DecodingError(
-            f"the text has {len(pieces)} pieces of {length} tokens, not {count}: give more, or less --texts"
+            f"the text has {len(pieces)} pieces of {length} tokens, not {count}: give more, or less --pieces"
         )
     return [pieces[i * len(pieces) // count] for i in range(count)]
 

@@ -7,7 +7,6 @@ All sample from the top-p nucleus after the temperature, as transformers does.
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
+from chunkllm.models import cache_argument
 from decoding.temperature import DynamicTemperature, EntropyDependentTemperature, FixedTemperature, Temperature
 from experiments.runs import RunFolder, progress_of_cells
 from experiments.tasks import Item, Task
@@ -159,7 +159,7 @@ class Collection:
         with torch.inference_mode():
             if ids.shape[1] > 1:
                 positions = (mask.cumsum(1) - 1).clamp(min=0)
-                kept = {"position_ids": positions[:, :-1], "logits_to_keep": 1, _cache_argument(self.model): cache}
+                kept = {"position_ids": positions[:, :-1], "logits_to_keep": 1, cache_argument(self.model): cache}
                 self.model(ids[:, :-1], attention_mask=mask[:, :-1], **kept)
                 cache.batch_repeat_interleave(count)
             output = self.model.generate(
@@ -172,7 +172,7 @@ class Collection:
                 top_p=options.top_p,
                 max_new_tokens=task.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
-                **{_cache_argument(self.model): cache},
+                **{cache_argument(self.model): cache},
             )
         return self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
@@ -185,8 +185,3 @@ class Collection:
 
 def _key(task: Task, start: int) -> str:
     return f"{task.name}-{start:05d}"
-
-
-def _cache_argument(model: Any) -> str:
-    """transformers 5.24 renamed the argument."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
