@@ -144,8 +144,11 @@ class ChunkSelection:
                 embeddings. Layers with sliding windows are left alone.
             tokenizer: of the model, for boundaries by punctuation where there are no adapters.
 
+        The adapters move to the model's device.
+
         Raises:
-            ChunkError: the model lacks something, has a selection attached, or the adapters are another model's.
+            ChunkError: the model lacks something, lies on several devices, or has a selection attached, or the adapters
+                are another model's.
         """
         if model in _attached:
             raise ChunkError("the model has a selection attached: detach it first")
@@ -156,11 +159,15 @@ class ChunkSelection:
 
     def _plan(self, model: Any, max_chunk: int) -> Plan:
         shape = model_shape(model)
-        if self.adapters is not None and self.adapters.config.shape != shape:
-            differing = _difference(self.adapters.config.shape, shape)
-            raise ChunkError(
-                f"the adapters are for another model ({differing}): train some with `decoding chunk train`"
-            )
+        if len({parameter.device for parameter in model.parameters()}) > 1:
+            raise ChunkError("the model lies on several devices: chunk selection needs it on one")
+        if self.adapters is not None:
+            if self.adapters.config.shape != shape:
+                differing = _difference(self.adapters.config.shape, shape)
+                raise ChunkError(
+                    f"the adapters are for another model ({differing}): train some with `decoding chunk train`"
+                )
+            self.adapters.to(model.device)
         scorer = self.scorer
         if scorer is None:
             pooled = PooledScorer(shape.head_dim, scaling=shape.scaling)

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -343,3 +344,10 @@ def test_no_adapters_there(tmp_path):
     for where in (tmp_path / "nowhere", "someone/none-of-these", "no good name!"):
         with pytest.raises(ChunkError, match="no adapters at"):
             ChunkAdapters.from_pretrained(where)
+
+
+def test_a_model_on_several_devices_is_refused(models):
+    model = copy.deepcopy(models("llama"))
+    model.model.layers[-1].to("meta")
+    with pytest.raises(ChunkError, match="lies on several devices"):
+        ChunkSelection(budget=100).attach(model)
