@@ -7,6 +7,7 @@ The paper leaves their shapes open. Here the query and key adapters learn a resi
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -42,6 +43,8 @@ class AdapterConfig:
         detector_width: of the boundary detector's hidden layer.
         queries: how many of the last tokens' queries are averaged over.
         threshold: the boundary probability from which a token ends a chunk.
+        sensitivity: of each layer with full attention, in nats: how far the next token's distribution moves (KL) when
+            this layer alone selects, as `chunkllm.calibration` measures it. None if that was not measured.
         about: how they were trained: the command, the data, the figures.
     """
 
@@ -50,6 +53,7 @@ class AdapterConfig:
     detector_width: int = 64
     queries: int = DEFAULT_QUERIES
     threshold: float = 0.5
+    sensitivity: tuple[float, ...] | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -96,6 +100,8 @@ class ChunkAdapters(nn.Module, ModelHubMixin):
         layers, heads, groups, inputs = len(shape.full_layers), shape.heads, shape.kv_heads, shape.head_dim
         if width < 0 or config.queries < 1 or config.detector_width < 1:
             raise ChunkError("queries and detector_width of adapters must be at least 1, width at least 0")
+        if config.sensitivity is not None and not _are_sensitivities(config.sensitivity, layers):
+            raise ChunkError(f"sensitivity must be {layers} numbers of at least 0, one for each layer")
         self.boundary = BoundaryDetector(shape.hidden_size, config.detector_width)
         self.query = nn.Parameter(
             torch.randn(layers, heads, inputs + 1, width) * inputs**-0.5
@@ -153,6 +159,8 @@ class ChunkAdapters(nn.Module, ModelHubMixin):
             if held.pop("format") != _FORMAT:
                 raise ValueError("another version of this package wrote it")
             shape = held.pop("shape")
+            if (sensitivity := held.pop("sensitivity", None)) is not None:
+                held["sensitivity"] = tuple(sensitivity)
             config = AdapterConfig(ModelShape(**shape | {"full_layers": tuple(shape["full_layers"])}), **held)
             adapters = cls(config)
             tensors = load_file(weights_path)
@@ -199,6 +207,10 @@ class AdapterScorer(Scorer):
         by_distance = gains[:, 3, None] * distances.log()[:, None]
         bias = (by_length + by_distance).masked_fill(lengths[:, None] == 0, -torch.inf)
         return (logits + bias[:, :, None]).softmax(-1).mean((1, 2))
+
+
+def _are_sensitivities(values: tuple[float, ...], layers: int) -> bool:
+    return len(values) == layers and all(0 <= value < math.inf for value in values)
 
 
 def _find(where: str | os.PathLike, file: str, hub: dict[str, Any]) -> Path:

@@ -20,9 +20,10 @@ from chunkllm.errors import ChunkError
 from chunkllm.layer import ChunkLayer
 from chunkllm.models import CACHE_NAMES, ModelShape, cache_argument, model_shape
 from chunkllm.scorers import PooledScorer, Scorer
+from chunkllm.selection import layer_weights
 
 DEFAULT_BUDGET = 2048
-DEFAULT_LOCAL, DEFAULT_SINKS, DEFAULT_MAX_CHUNK = 64, 4, 64
+DEFAULT_LOCAL, DEFAULT_SINKS, DEFAULT_MAX_CHUNK = 64, 4, 32
 FIXED_CHUNK = 20
 _attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
 
@@ -41,7 +42,7 @@ class Plan:
     local: int
     sinks: int
     max_chunk: int
-    adaptive: bool
+    weights: np.ndarray
     vote: bool
     every_step: bool
     offload: bool
@@ -83,8 +84,10 @@ class ChunkSelection:
         retention: keep this share of the tokens so far, in (0, 1].
         local: last tokens that always stay.
         sinks: first tokens that always stay.
-        max_chunk: a chunk ends after so many tokens at the latest; 64 by default, 20 where nothing tells of boundaries.
-        adaptive: divide the budget among layers by the worth of their chunks, once per prompt, instead of evenly.
+        max_chunk: a chunk ends after so many tokens at the latest; 32 by default, 20 where nothing tells of boundaries.
+        adaptive: divide the budget among layers by how sensitive the model is to what each of them reads, instead of
+            evenly; the mean stays. By default where the adapters tell (`AdapterConfig.sensitivity`) and neither
+            ``top_k`` nor ``vote`` speaks against it.
         vote: one selection for all layers, by their mean score.
         every_step: select at every token, not at boundaries.
         offload: keep what is not selected in the host's memory. Then a selection waits for the device.
@@ -104,7 +107,7 @@ class ChunkSelection:
         local: int = DEFAULT_LOCAL,
         sinks: int = DEFAULT_SINKS,
         max_chunk: int | None = None,
-        adaptive: bool = False,
+        adaptive: bool | None = None,
         vote: bool = False,
         every_step: bool = False,
         offload: bool = False,
@@ -117,6 +120,9 @@ class ChunkSelection:
             raise ChunkError(f"retention must lie in (0, 1], not {retention}")
         if adaptive and (top_k is not None or vote):
             raise ChunkError("adaptive divides a budget of tokens among layers: it goes with neither top_k nor vote")
+        knows_layers = adapters is not None and adapters.config.sensitivity is not None
+        if adaptive and not knows_layers:
+            raise ChunkError("adaptive needs adapters that know the layers' sensitivities: `decoding chunk train`")
         if local < 1 or sinks < 0 or (max_chunk is not None and max_chunk < 1):
             raise ChunkError("local and max_chunk must be at least 1, sinks at least 0")
         self.adapters = adapters
@@ -126,7 +132,8 @@ class ChunkSelection:
         self.budget = DEFAULT_BUDGET if top_k is None and retention is None and budget is None else budget
         self.retention = retention
         self.local, self.sinks = local, sinks
-        self.adaptive, self.vote, self.every_step, self.offload = adaptive, vote, every_step, offload
+        self.adaptive = knows_layers and top_k is None and not vote if adaptive is None else adaptive
+        self.vote, self.every_step, self.offload = vote, every_step, offload
         self._require_room(local if max_chunk is None else max(local, max_chunk))
 
     def _require_room(self, recent: int) -> None:
@@ -183,11 +190,18 @@ class ChunkSelection:
             local=self.local,
             sinks=self.sinks,
             max_chunk=max_chunk,
-            adaptive=self.adaptive,
+            weights=self._weights(len(shape.full_layers)),
             vote=self.vote,
             every_step=self.every_step,
             offload=self.offload,
         )
+
+    def _weights(self, layers: int) -> np.ndarray:
+        """Float [L], in what proportion layers share the budget."""
+        if not self.adaptive:
+            return np.ones(layers)
+        assert self.adapters is not None and self.adapters.config.sensitivity is not None
+        return layer_weights(self.adapters.config.sensitivity)
 
 
 class Attachment:

@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache
 from chunkllm.errors import ChunkError
 from chunkllm.layer import ChunkLayer
 from chunkllm.scorers import Scorer, chunk_scores
-from chunkllm.selection import Chunks, Rows, choose_tokens, selectable, shares_of_layers, worth
+from chunkllm.selection import Chunks, Rows, choose_tokens, divide, selectable, worth
 from chunkllm.table import Arriving, ChunkTable, send
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ class ChunkCache(Cache):
         self._flags: Arriving | None = None
         self._ended = np.zeros(0, bool)
         self._summarised = np.zeros(0, np.int64)
-        self._shares: np.ndarray | None = None
-        self._placed: list[int] = []
+        self._shares: list[int] = []
         self._placed_for = 0
+        self._has_short_rows = False
         self._kept = np.zeros((0, 0), np.int64)
         self._kept_later: tuple[np.ndarray, list[Arriving]] | None = None
         self._since = np.zeros(0, np.int64)
@@ -77,7 +77,6 @@ class ChunkCache(Cache):
         self.count_last_step()
         if new_tokens > 1 or length == 0:
             self.settle()
-            self._shares = None
             return
         rows = self._rows_to_refresh(length)
         if rows is None:
@@ -176,12 +175,18 @@ class ChunkCache(Cache):
         held = table.length - table.first
         if len(rows) == len(held):
             self._placed_for = self._slots(int(held.max()))
-            self._placed = self._divided(self._placed_for, ranks, chunks, recent, int(held.max()))
+            self._shares = self._divided(self._placed_for, plan.sinks + int(recent.max()), int(held.max()))
+            self._has_short_rows = bool((held <= self._placed_for).any())
+        is_short = held[rows] <= self._placed_for
         if plan.vote:
             ranks = [torch.stack(ranks).mean(0)] * len(layers)
         kept = []
-        for layer, rank, slots in zip(layers, ranks, self._placed, strict=True):
-            tokens, valid = choose_tokens(rank, chunks, stand, plan.sinks, slots, plan.top_k)
+        for layer, rank, share in zip(layers, ranks, self._shares, strict=True):
+            slots, limits = share, None
+            if self._has_short_rows and share < self._placed_for:  # rows within the budget keep all in every layer
+                slots = self._placed_for
+                limits = send(np.where(is_short, slots, share), device)
+            tokens, valid = choose_tokens(rank, chunks, stand, plan.sinks, slots, plan.top_k, limits)
             fills_all = plan.top_k is None and len(held) == 1 and slots <= held[0]
             layer.select(rows, tokens, None if fills_all else valid, self._spare(len(held)))
             kept.append(Arriving(valid.sum(-1)))
@@ -239,15 +244,10 @@ class ChunkCache(Cache):
             ranks.append(worth(scores, chunks.lengths) if by_token else scores)
         return ranks
 
-    def _divided(self, slots: int, ranks: list[Tensor], chunks: Chunks, recent: np.ndarray, held: int) -> list[int]:
-        """Slots of each layer: all the same, or as the worth of the chunks at the end of the prompt divides them."""
-        if not self.plan.adaptive:
-            return [slots] * len(ranks)
-        always = self.plan.sinks + int(recent.max())
-        if self._shares is None:
-            shares = shares_of_layers(torch.stack(ranks), chunks.lengths, max(slots - always, 0))
-            self._shares = Arriving(shares).get()
-        return [min(always + round(float(share) * (slots - always)), held) for share in self._shares]
+    def _divided(self, slots: int, always: int, held: int) -> list[int]:
+        """Slots of each layer, ``slots`` on average, ``always`` at least, and no more than there are tokens."""
+        weights = self.plan.weights
+        return [always + chosen for chosen in divide(max(slots - always, 0), weights, held - always)]
 
     def count_last_step(self) -> None:
         """Tokens that the last step kept, of those that it could have read."""

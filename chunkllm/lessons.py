@@ -50,7 +50,7 @@ class ReadingOptions:
     context: int = 8000
     boundaries: int = 48
     queries: int = 4
-    max_chunk: int = 64
+    max_chunk: int = 32
     local: int = 64
     sinks: int = 4
     language: str = "en"
@@ -159,7 +159,7 @@ def read_piece(model: Any, piece: Piece, options: ReadingOptions, seed: int) -> 
 
 def _boundaries(piece: Piece, options: ReadingOptions, seed: int) -> Boundaries:
     """Boundaries in the last three quarters of the piece, where there is something to choose among."""
-    table = ChunkTable(np.zeros(1, np.int64), options.max_chunk)
+    table = ChunkTable(np.zeros(1, np.int64), options.max_chunk, options.sinks)
     table.extend(piece.labels[None])
     starts, lengths = table.spans()
     ends = (starts + lengths - 1)[0]

@@ -6,10 +6,14 @@ chunks between them those that score best.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_LEAST_WEIGHT = 0.5
 
 
 class Rows(NamedTuple):
@@ -51,7 +55,13 @@ def worth(scores: Tensor, lengths: Tensor) -> Tensor:
 
 
 def choose_tokens(
-    ranks: Tensor, chunks: Chunks, rows: Rows, sinks: int, slots: int, top_k: int | None = None
+    ranks: Tensor,
+    chunks: Chunks,
+    rows: Rows,
+    sinks: int,
+    slots: int,
+    top_k: int | None = None,
+    limits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The tokens that stay.
 
@@ -62,6 +72,7 @@ def choose_tokens(
         sinks: first tokens that always stay.
         slots: S, tokens that stay. The last chunk to fit is cut to fill them exactly.
         top_k: chunks that stay; all that fit by default.
+        limits: int64 [B], slots that a row uses, if not all.
 
     Returns:
         int64 [B, S], places of tokens, and bool [B, S], whether there is one: rows with no more than S tokens keep
@@ -86,26 +97,44 @@ def choose_tokens(
     keeps_all = held <= slots
     tokens = torch.where(keeps_all, rows.first[:, None] + slot, tokens)
     valid = torch.where(keeps_all, slot < held, valid)
+    if limits is not None:
+        valid = valid & (slot < limits[:, None])
     return torch.where(valid, tokens, 0), valid
 
 
-def shares_of_layers(worths: Tensor, lengths: Tensor, tokens: int) -> Tensor:
-    """How a budget is best divided among layers: by taking the worthiest chunks of all layers together.
+def layer_weights(sensitivity: Sequence[float]) -> np.ndarray:
+    """In what proportion layers should share a budget, float [L] with mean of about 1.
 
-    Layers that attend to few chunks get little, diffuse ones much.
+    If a layer that keeps the share x does the damage s/x, the sum of damages is least for x proportional to √s. No
+    layer gets much less than the average: what one does when alone says little of what many do together.
 
     Args:
-        worths: float [L, B, C], attention per token.
-        lengths: int64 [B, C], tokens that may be chosen.
-        tokens: budget of a layer, on average.
+        sensitivity: s, damage of each layer when it alone selects, at the same x.
+    """
+    roots = np.sqrt(np.asarray(sensitivity, float))
+    return np.maximum(roots / max(roots.mean(), 1e-12), _LEAST_WEIGHT)
+
+
+def divide(tokens: int, weights: np.ndarray, most: int) -> list[int]:
+    """Divides a budget among layers: in proportion to weights, but no layer gets more than it can use.
+
+    Args:
+        tokens: for a layer, on average.
+        weights: float [L], above 0.
+        most: what a layer can use; what is beyond, the others share.
 
     Returns:
-        float [L], tokens of each layer relative to the average; their mean is 1.
+        L numbers of tokens; their mean is ``tokens``, but for rounding down.
     """
-    layers, batch, count = worths.shape
-    sizes = lengths.expand(layers, batch, count).transpose(0, 1).reshape(batch, -1)
-    order = worths.transpose(0, 1).reshape(batch, -1).argsort(-1, descending=True)
-    taken = sizes.gather(1, order)
-    taken = (tokens * layers - (taken.cumsum(-1) - taken)).clamp(min=0).minimum(taken)
-    per_layer = torch.zeros_like(sizes).scatter_(1, order, taken).view(batch, layers, count).sum((0, 2))
-    return per_layer.float() / per_layer.float().mean().clamp(min=1)
+    if tokens >= most:
+        return [tokens] * len(weights)
+    share = np.zeros(len(weights))
+    open_, left = np.ones(len(weights), bool), float(tokens * len(weights))
+    while True:
+        share[open_] = left * weights[open_] / weights[open_].sum()
+        full = open_ & (share >= most)
+        if not full.any():
+            return share.astype(int).tolist()
+        share[full] = most
+        open_ &= ~full
+        left -= most * int(full.sum())

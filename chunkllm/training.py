@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from chunkllm.adapters import DEFAULT_WIDTH, AdapterConfig, ChunkAdapters, write_file
 from chunkllm.boundaries import agreement
+from chunkllm.calibration import layer_sensitivity
 from chunkllm.distillation import distillation_loss, lesson_scores, missing_by_score
 from chunkllm.errors import ChunkError
 from chunkllm.lessons import Piece, Reading, ReadingOptions, cut, load_reading, read_piece, save_reading
@@ -31,6 +32,8 @@ from chunkllm.models import ModelShape, model_shape
 from chunkllm.scorers import PooledScorer, Scorer
 
 STATE_FILE = "state.safetensors"
+SENSITIVITY_FILE = "sensitivity.json"
+_CALIBRATED = 512  # tokens of a piece
 _RETENTIONS = (0.25, 0.5)
 _THRESHOLDS = tuple(i / 20 for i in range(2, 19))
 
@@ -50,6 +53,7 @@ class TrainingOptions:
         learning_rate: AdamW's, at its highest: it rises over the first twentieth of the steps and falls as a cosine.
         weight_decay: AdamW's.
         save_every: steps between states on disk.
+        calibration: pieces that layers' sensitivities are measured on.
         reading: how texts are read.
 
     Raises:
@@ -64,12 +68,15 @@ class TrainingOptions:
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     save_every: int = 20
+    calibration: int = 2
     reading: ReadingOptions = ReadingOptions()
 
     def __post_init__(self) -> None:
-        if min(self.tokens, self.held_out, self.detector_width, self.epochs, self.save_every) < 1 or self.width < 0:
+        counts = (self.tokens, self.held_out, self.detector_width, self.epochs, self.save_every, self.calibration)
+        if min(counts) < 1 or self.width < 0:
             raise ChunkError(
-                "tokens, held_out, detector_width, epochs and save_every must be at least 1, width at least 0"
+                "tokens, held_out, detector_width, epochs, save_every and calibration must be at least 1, width at "
+                "least 0"
             )
         if not 0 < self.learning_rate < math.inf:
             raise ChunkError(f"the learning rate must be above 0, not {self.learning_rate:g}")
@@ -148,7 +155,7 @@ class Training:
         }
         self.readings = Readings(model, pieces, reading, folder / "readings")
         self.judged = Readings(model, judged, reading, folder / "held_out")
-        self._device = model.device
+        self._model, self._pieces, self._device = model, pieces, model.device
         self._begin(resume)
 
     def of_width(self, width: int) -> Training:
@@ -215,6 +222,27 @@ class Training:
             on_progress("learning", self.step, self.steps)
         self._choose_threshold()
         return self.adapters
+
+    def measure_sensitivity(self, on_progress: Progress = lambda what, done, total: None) -> list[float]:
+        """Of every layer, as `layer_sensitivity` measures it, with the adapters as they are; sets it in their config.
+
+        The mean of some pieces that were learnt from, by a copy of the model in float32: in half precision rounding
+        alone moves distributions further than most layers do. What was measured is kept in the folder.
+        """
+        path = self.folder / SENSITIVITY_FILE
+        found: list[list[float]] = json.loads(path.read_bytes()) if path.is_file() else []
+        pieces = self._pieces[: self.options.calibration]
+        if len(found) < len(pieces):
+            exact = deepcopy(self._model).float()
+            for i, piece in enumerate(pieces[len(found) :], len(found)):
+                on_progress("calibrating", i, len(pieces))
+                last = min(_CALIBRATED, len(piece.ids) // 4)
+                found.append(layer_sensitivity(exact, self.adapters, piece.ids, last, self.options.reading))
+                write_file(path, lambda beside: beside.write_text(json.dumps(found)))
+        on_progress("calibrating", len(pieces), len(pieces))
+        means = np.mean(found, 0).tolist()
+        self.adapters.config = replace(self.adapters.config, sensitivity=tuple(means))
+        return means
 
     def _next(self) -> int:
         """Every epoch has an order of its own."""

@@ -117,16 +117,19 @@ class Setting:
 
 
 FULL = "full attention"
+BY_LAYER = ", by layer"
 METHODS: dict[str, Callable[[Setting], Attachment]] = {
     FULL: lambda s: ChunkSelection(retention=1.0).attach(s.model),
-    "adapter, adaptive": lambda s: s.by_sentence(None, adaptive=True),
-    "adapter": lambda s: s.by_sentence(None),
-    "pooled, adaptive": lambda s: s.by_sentence(s.pooled(), adaptive=True),
-    "pooled": lambda s: s.by_sentence(s.pooled()),
-    "pooled, one vote": lambda s: s.by_sentence(s.pooled(), vote=True),
-    "mean keys alone": lambda s: s.by_sentence(s.pooled(use_variance=False)),
+    "adapter" + BY_LAYER: lambda s: s.by_sentence(None, adaptive=True),
+    "pooled" + BY_LAYER: lambda s: s.by_sentence(s.pooled(), adaptive=True),
+    "adapter": lambda s: s.by_sentence(None, adaptive=False),
+    "adapter at every token": lambda s: s.by_sentence(None, adaptive=False, every_step=True),
+    "adapter, one vote": lambda s: s.by_sentence(None, vote=True),
+    "pooled": lambda s: s.by_sentence(s.pooled(), adaptive=False),
+    "mean keys alone": lambda s: s.by_sentence(s.pooled(use_variance=False), adaptive=False),
     "fixed chunks (FixLLM)": lambda s: s.by_length(s.pooled(), FIXED),
     "pages (Quest)": lambda s: s.by_length(QuestScorer(s.scaling), PAGE, every_step=True),
-    "sinks + recent (StreamingLLM)": lambda s: s.by_sentence(RecentScorer()),
-    "random chunks": lambda s: s.by_sentence(RandomScorer()),
+    "sinks + recent (StreamingLLM)": lambda s: s.by_sentence(RecentScorer(), adaptive=False),
+    "sinks + recent" + BY_LAYER: lambda s: s.by_sentence(RecentScorer(), adaptive=True),
+    "random chunks": lambda s: s.by_sentence(RandomScorer(), adaptive=False),
 }

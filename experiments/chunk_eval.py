@@ -20,11 +20,12 @@ from transformers import DynamicCache
 
 from chunkllm import ChunkAdapters, ChunkSelection
 from chunkllm.attach import Attachment
+from chunkllm.calibration import divergence
 from chunkllm.models import cache_argument
 from decoding.corpora import load_corpus, tokenize
 from decoding.errors import DecodingError
 from decoding.metrics import token_log_probs
-from experiments.chunk_baselines import FULL, METHODS, Setting
+from experiments.chunk_baselines import BY_LAYER, FULL, METHODS, Setting
 from experiments.runs import RunFolder, progress_of_cells
 
 _LAST = 8  # Tokens of a prompt that the selection's own model pass reads, for their queries.
@@ -78,7 +79,7 @@ class Read:
     Attributes:
         ids: int64 [B, T].
         states: keys and values of every layer but for the last tokens, each [B, Hkv, T − last, D].
-        bottom: [B, T, hidden_size], the bottommost layer's output.
+        bottom: [B, T − last, hidden_size], the bottommost layer's output.
     """
 
     ids: Tensor
@@ -86,20 +87,35 @@ class Read:
     bottom: Tensor
 
 
-def read(model: Any, ids: Tensor) -> Read:
-    """Reads prompts of one length, int64 [B, T], row by row."""
-    rows, bottoms = [], []
-    hook = model.get_decoder().layers[0].register_forward_hook(lambda module, args, output: bottoms.append(output))
-    try:
-        for row in ids[:, :-_LAST].split(1):
-            cache: Any = DynamicCache(config=model.config)
-            model(input_ids=row, logits_to_keep=1, use_cache=True, **{cache_argument(model): cache})
-            rows.append([(layer.keys, layer.values) for layer in cache.layers])
-    finally:
-        hook.remove()
+def read(model: Any, ids: Tensor, following: Tensor | None = None) -> tuple[Read, Tensor | None]:
+    """Reads prompts of one length row by row, with full attention.
+
+    Args:
+        model: without anything attached.
+        ids: int64 [B, T], the prompts.
+        following: int64 [B, n], tokens behind them.
+
+    Returns:
+        The prompts, and float32 [B, n, V], log-probabilities of what follows, if that is given.
+    """
+    rows, bottoms, predicted = [], [], []
+    name = cache_argument(model)
+    decoder_layer = model.get_decoder().layers[0]
+    for i, row in enumerate(ids.split(1)):
+        cache: Any = DynamicCache(config=model.config)
+        hook = decoder_layer.register_forward_hook(lambda module, args, output: bottoms.append(output))
+        try:
+            model(input_ids=row[:, :-_LAST], logits_to_keep=1, use_cache=True, **{name: cache})
+        finally:
+            hook.remove()
+        rows.append([(layer.keys, layer.values) for layer in cache.layers])
+        if following is not None:
+            rest = torch.cat((row[:, -_LAST:], following[i : i + 1, :-1]), 1)
+            output = model(input_ids=rest, logits_to_keep=following.shape[1], use_cache=True, **{name: cache})
+            predicted.append(output.logits.float().log_softmax(-1))
     layers = zip(*rows, strict=True)
     states = [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in layers]
-    return Read(ids, states, torch.cat(bottoms))
+    return Read(ids, states, torch.cat(bottoms)), torch.cat(predicted) if predicted else None
 
 
 class Continuation:
@@ -117,7 +133,7 @@ class Continuation:
         return output.logits[:, -1]
 
 
-def score_texts(model: Any, chunks: Attachment, prompts: Read, targets: Tensor) -> dict[str, Any]:
+def score_texts(model: Any, chunks: Attachment, prompts: Read, targets: Tensor, full: Tensor) -> dict[str, Any]:
     """Predicts the tokens that follow prompts, given those before.
 
     Args:
@@ -125,15 +141,18 @@ def score_texts(model: Any, chunks: Attachment, prompts: Read, targets: Tensor) 
         chunks: the selection.
         prompts: B of them.
         targets: int64 [B, n], what follows.
+        full: float32 [B, n, V], log-probabilities under full attention.
 
     Returns:
-        Negative log-likelihoods and most probable tokens, B lists of n each; recall per layer; the retention.
+        Negative log-likelihoods, divergences from full attention and whether the most probable token is the same, B
+        lists of n each; recall per layer; the retention.
     """
     writing = Continuation(model, chunks, prompts)
-    losses, best, recalls = [], [], []
+    losses, divergences, agree, recalls = [], [], [], []
     for i in range(targets.shape[1]):
         losses.append(-token_log_probs(writing.logits, targets[:, i]))
-        best.append(writing.logits.argmax(-1))
+        divergences.append(divergence(full[:, i], writing.logits.float().log_softmax(-1)))
+        agree.append(writing.logits.argmax(-1) == full[:, i].argmax(-1))
         if i and i % _RECALL_EVERY == 0 and writing.cache.full_layers[0].selected:
             scaling = chunks.plan.shape.scaling
             recalls.append([float(layer.recall(scaling).mean()) for layer in writing.cache.full_layers])
@@ -141,7 +160,8 @@ def score_texts(model: Any, chunks: Attachment, prompts: Read, targets: Tensor) 
             writing.logits = writing.step(targets[:, i : i + 1])
     return {
         "nll": torch.stack(losses, 1).tolist(),
-        "best": torch.stack(best, 1).tolist(),
+        "divergence": torch.stack(divergences, 1).tolist(),
+        "agree": torch.stack(agree, 1).tolist(),
         "recall": np.mean(recalls, 0).tolist() if recalls else None,
         "kv_retention": chunks.stats["kv_retention"],
         "stats": chunks.stats,
@@ -188,7 +208,7 @@ class Evaluation:
     ):
         self.model, self.tokenizer, self.adapters = model, tokenizer, adapters
         self.texts, self.options, self.folder = texts, options, folder
-        self._read: Read | None = None
+        self._read: tuple[Read, Tensor] | None = None
 
     def run(self) -> dict[str, dict[str, Any]]:
         """All cells by key."""
@@ -217,10 +237,17 @@ class Evaluation:
     def _score(self, method: str, retention: float) -> dict[str, Any]:
         prompt = self.options.context - self.options.scored
         ids = torch.from_numpy(np.stack([text[: self.options.context] for text in self.texts])).to(self.model.device)
+        targets = ids[:, prompt:]
         if self._read is None:
-            self._read = read(self.model, ids[:, :prompt])
+            prompts, full = read(self.model, ids[:, :prompt], targets)
+            assert full is not None
+            self._read = prompts, full
+        prompts, full = self._read
+        if method == FULL:
+            losses = -full.gather(-1, targets[..., None])[..., 0]
+            return {"nll": losses.tolist(), "recall": None, "kv_retention": 1.0}
         with self.attached(method, retention) as chunks:
-            return score_texts(self.model, chunks, self._read, ids[:, prompt:])
+            return score_texts(self.model, chunks, prompts, targets, full)
 
     def _score_short(self) -> dict[str, Any]:
         """Texts from which nothing need be dropped under the default budget: perplexity without selection and with."""
@@ -259,7 +286,7 @@ class Evaluation:
         rng = random.Random(f"{length} {place}")
         keys = [str(rng.randint(10_000, 99_999)) for _ in range(self.options.passkey_keys)]
         prompts = [passkey_prompt(self.tokenizer, length, depth, key) for key in keys]
-        batches = [read(self.model, self._ids(prompt)) for prompt in prompts]
+        batches = [read(self.model, self._ids(prompt))[0] for prompt in prompts]
         answers = {}
         for method, retention in self.options.cells:
             found = []
@@ -348,13 +375,21 @@ def prepare(
     return Evaluation(model, tokenizer, adapters, texts, options, RunFolder(out, settings, resume))
 
 
-def chosen_methods(names: Sequence[str], with_adapters: bool) -> tuple[str, ...]:
+def chosen_methods(names: Sequence[str], adapters: ChunkAdapters | None) -> tuple[str, ...]:
     """Those names of `METHODS`, or all but full attention, which always belongs to it.
 
     Raises:
-        DecodingError: no such method, or one that needs adapters where there are none.
+        DecodingError: no such method, or one that needs adapters where there are none, or layers' sensitivities that
+            the adapters do not tell.
     """
-    known = [name for name in METHODS if name != FULL and (with_adapters or not name.startswith("adapter"))]
+    knows_layers = adapters is not None and adapters.config.sensitivity is not None
+    known = [
+        name
+        for name in METHODS
+        if name != FULL
+        and (adapters is not None or not name.startswith("adapter"))
+        and (knows_layers or not name.endswith(BY_LAYER))
+    ]
     if unknown := [name for name in names if name not in known]:
         raise DecodingError(f"no method {unknown[0]!r}: choose from {'; '.join(known)}")
     return tuple(names or known)

@@ -18,6 +18,7 @@ from ngram.storage import write_atomically
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+_COLORS = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
 Cells = Mapping[str, Mapping[str, Any]]
 
 
@@ -50,8 +51,7 @@ def _short_line(cell: Mapping[str, Any]) -> str:
 
 def text_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
     """A row for every method and retention: perplexity, its ratio to full attention's, agreement, recall."""
-    full = cells[text_key(FULL, 1.0)]
-    base, best = np.array(full["nll"]), np.array(full["best"])
+    base = np.array(cells[text_key(FULL, 1.0)]["nll"])
     rows = []
     for method, retention in options.cells:
         cell = cells[text_key(method, retention)]
@@ -64,13 +64,20 @@ def text_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
                 "kv_retention": cell["kv_retention"],
                 "perplexity": float(np.exp(losses.mean())),
                 "ratio": float(np.exp(more.mean())),
-                "ratio_error": float(more.std(ddof=1) / len(more) ** 0.5) if len(more) > 1 else None,
-                "agreement": float((np.array(cell["best"]) == best).mean()),
+                "ratio_error": None if method == FULL else _error(more),
+                "divergence": 0.0 if method == FULL else float(np.mean(cell["divergence"])),
+                "divergence_error": None if method == FULL else _error(np.mean(cell["divergence"], 1)),
+                "agreement": 1.0 if method == FULL else float(np.mean(cell["agree"])),
                 "recall": None if cell["recall"] is None else float(np.mean(cell["recall"])),
                 "recall_by_layer": cell["recall"],
             }
         )
     return rows
+
+
+def _error(values: np.ndarray) -> float | None:
+    """Standard error of a mean over texts."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def passkey_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
@@ -91,20 +98,27 @@ def passkey_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
 
 
 def _text_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    lines = [["kept, %", "method", "perplexity", "against full attention", "same next token, %", "attention held, %"]]
+    columns = ["perplexity", "against full attention", "KL, 10⁻³ nats", "same next token, %", "attention held, %"]
+    lines = [["kept, %", "method", *columns]]
     for row in rows:
-        error = "" if row["ratio_error"] is None or row["ratio"] == 1 else f" ± {row['ratio_error']:.4f}"
+        ratio = f"{row['ratio']:.4f}{_plus_minus(row['ratio_error'], 4)}"
+        moved = f"{1e3 * row['divergence']:.2f}{_plus_minus(row['divergence_error'], 2, 1e3)}"
         lines.append(
             [
                 f"{100 * row['retention']:g}",
                 row["method"],
                 f"{row['perplexity']:.3f}",
-                f"{row['ratio']:.4f}{error}",
+                ratio,
+                moved,
                 f"{100 * row['agreement']:.1f}",
                 "100" if row["recall"] is None else f"{100 * row['recall']:.1f}",
             ]
         )
     return lines
+
+
+def _plus_minus(error: float | None, digits: int, scale: float = 1.0) -> str:
+    return "" if error is None else f" ± {scale * error:.{digits}f}"
 
 
 def _passkey_table(rows: Sequence[Mapping[str, Any]], options: EvalOptions) -> list[list[str]]:
@@ -117,26 +131,27 @@ def _passkey_table(rows: Sequence[Mapping[str, Any]], options: EvalOptions) -> l
 
 
 def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
     measures = (
         ("perplexity above full attention, %", lambda row: 100 * (row["ratio"] - 1)),
+        ("divergence from full attention (KL), nats", lambda row: row["divergence"]),
         ("same next token as full attention, %", lambda row: 100 * row["agreement"]),
         ("attention held by what is kept, %", lambda row: 100 * (1 if row["recall"] is None else row["recall"])),
     )
     full = next(row for row in rows if row["method"] == FULL)
-    for axis, (title, value) in zip(axes, measures, strict=True):
+    for axis, (title, value) in zip(axes.flat, measures, strict=True):
         for i, method in enumerate(options.methods):
             line = sorted([row for row in rows if row["method"] == method] + [full], key=lambda row: row["retention"])
             style = "-" if method.startswith("adapter") else "--" if method.startswith("pooled") else ":"
             x = [100 * row["retention"] for row in line]
-            axis.plot(x, [value(row) for row in line], f"o{style}", color=f"C{i}", label=method, ms=4)
+            axis.plot(x, [value(row) for row in line], f"o{style}", color=_COLORS[i], label=method, ms=4)
         shown = [value(row) for row in rows if not row["method"].startswith("random")]  # which would hide the others
         margin = 0.05 * (max(shown) - min(shown))
         axis.set_ylim(min(shown) - margin, max(shown) + margin)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("keys and values kept, %")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8)
     _save(figure, path)
 
 
@@ -147,7 +162,7 @@ def _draw_recall(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: 
     for axis, share in zip(axes[0], shares, strict=False):
         for i, method in enumerate(options.methods):
             row = next(row for row in rows if (row["method"], row["retention"]) == (method, share))
-            axis.plot([100 * held for held in row["recall_by_layer"]], color=f"C{i}", label=method, lw=1.2)
+            axis.plot([100 * held for held in row["recall_by_layer"]], color=_COLORS[i], label=method, lw=1.2)
         axis.set_title(f"attention held, %, {100 * share:g} % kept", fontsize=10)
         axis.set_xlabel("layer")
         axis.grid(alpha=0.3)

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from chunkllm.selection import divide, layer_weights
 from experiments.report import markdown
 from ngram.storage import write_atomically
 
@@ -56,8 +57,8 @@ def _draw_training(results: Mapping[str, Any], path: Path) -> None:
     tokens = np.arange(1, len(history) + 1) * results["options"]["reading"]["context"] / 1e6
     at = [i for i, record in enumerate(history) if "held_out" in record]
     judged = [history[i]["held_out"] for i in at]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    loss, boundary, lost, layers = axes.flat
+    figure, axes = plt.subplots(2, 3, figsize=(16, 7), layout="constrained")
+    loss, boundary, damage, lost, layers, budgets = axes.flat
     for axis, key in ((loss, "distillation"), (boundary, "boundary")):
         values = np.array([record[key] for record in history])
         axis.plot(tokens, values, color=_COLORS["adapter"], alpha=0.25, lw=1)
@@ -85,11 +86,20 @@ def _draw_training(results: Mapping[str, Any], path: Path) -> None:
     layers.set(
         title=f"The same by layer, {100 * float(_SHARES[0]):g} % kept", ylabel="%", xlabel="layer", ylim=(0, None)
     )
+    sensitivity = results["sensitivity"]
+    damage.semilogy(np.maximum(sensitivity, 1e-7), "o-", ms=3, color="C5")
+    damage.set(title="Next tokens' KL when a layer alone selects, 25 % kept", ylabel="nats", xlabel="layer")
+    context = results["options"]["reading"]["context"]
+    for share in _SHARES:
+        tokens_of = divide(round(float(share) * context), layer_weights(sensitivity), context)
+        label = f"{100 * float(share):g} % kept"
+        budgets.plot(100 * np.array(tokens_of) / context, "o-", ms=3, label=label)
+    budgets.set(title="So a budget is divided by layer", ylabel="tokens kept, %", xlabel="layer", ylim=(0, 105))
     for axis in (loss, boundary, lost):
         axis.set_xlabel("tokens learnt from, millions")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
-    for axis in (loss, layers):
+    for axis in (loss, layers, budgets):
         axis.legend(fontsize=8, frameon=False)
     boundary.legend(fontsize=8, frameon=False, loc="center right")
     lost.set_ylim(0, 1.45 * lost.get_ylim()[1])  # lines cross the whole width: room for the legend above them

@@ -84,7 +84,10 @@ def train(
     learnt, judged = (["\n\n".join(corpus.documents) for corpus in corpora] for corpora in texts)
     training = Training(model, tokenizer, learnt, judged, options, out / CHECKPOINT, resume, about)
     with progress_of_cells() as progress:
-        adapters = training.run(_Bars(progress).show)
+        bars = _Bars(progress)
+        training.run(bars.show)
+        training.measure_sensitivity(bars.show)
+    adapters = training.adapters
     results = {
         **about,
         "options": asdict(options),
@@ -92,6 +95,7 @@ def train(
         "held_out_texts": {corpus.name: corpus.sha256 for corpus in texts[1]},
         "tokens": len(training.readings) * options.reading.context,
         "threshold": adapters.config.threshold,
+        "sensitivity": adapters.config.sensitivity,
         **environment(),
         "held_out": _judged(training),
         "history": training.history,

@@ -40,6 +40,7 @@ def chunk() -> None:
 @_number("--width", default=TrainingOptions.width, type=click.IntRange(min=0), help="Features a head; 0: gains alone.")
 @_number("--detector-width", default=TrainingOptions.detector_width, help="Of the boundary detector.")
 @_number("--epochs", default=TrainingOptions.epochs, help="How often each piece is learnt from.")
+@_number("--calibration", default=TrainingOptions.calibration, help="Pieces to measure layers' sensitivities on.")
 @click.option(
     "--ablate-width",
     "widths",
@@ -130,8 +131,9 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
 
     if not chosen["resume"]:
         check_unused(out)
+    opened = None if no_adapters else ChunkAdapters.from_pretrained(adapters)
     options = chunk_eval.EvalOptions(
-        methods=chunk_eval.chosen_methods(chosen["methods"], with_adapters=not no_adapters),
+        methods=chunk_eval.chosen_methods(chosen["methods"], opened),
         retentions=chunk_eval.checked_retentions(chosen["retentions"]),
         context=chosen["context"],
         scored=chosen["scored"],
@@ -139,7 +141,6 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
         passkey_depths=chosen["passkey_depths"],
         passkey_keys=chosen["passkey_keys"],
     )
-    opened = None if no_adapters else ChunkAdapters.from_pretrained(adapters)
     tokenizer, model = load_tokenizer(chosen["model"]), load_model(chosen["model"], chosen["dtype"])
     about = {
         "model": chosen["model"],

@@ -1,8 +1,11 @@
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from chunkllm import ChunkAdapters
 
 VOCAB, PAD = 64, 0
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
@@ -72,6 +75,15 @@ class Stops:
 
     def batch_decode(self, ids):
         return ["." if i % 5 == 0 else "x" for (i,) in ids]
+
+
+def calibrated(model):
+    """Adapters that score as the pooled scorer does, and know of a layer that needs most."""
+    torch.manual_seed(0)
+    adapters = ChunkAdapters.for_model(model)
+    layers = len(adapters.config.shape.full_layers)
+    adapters.config = replace(adapters.config, sensitivity=tuple(0.1 * (i + 1) ** 4 for i in range(layers)))
+    return adapters
 
 
 @pytest.fixture(scope="session")

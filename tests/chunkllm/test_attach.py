@@ -188,6 +188,7 @@ def test_models_without_what_is_needed_are_refused(make, message):
         ({"budget": 40, "local": 8, "max_chunk": 36}, "leaves nothing to choose"),
         ({"top_k": 3, "adaptive": True}, "adaptive"),
         ({"vote": True, "adaptive": True}, "adaptive"),
+        ({"adaptive": True}, "decoding chunk train"),
         ({"local": 0}, "local and max_chunk must be at least 1"),
         ({"max_chunk": 0}, "local and max_chunk must be at least 1"),
         ({"sinks": -1}, "sinks at least 0"),
@@ -199,8 +200,8 @@ def test_settings_that_make_no_sense_are_refused(options, message):
 
 
 def test_a_budget_that_a_running_chunk_may_fill_is_refused(model):
-    chooser = ChunkSelection(budget=60, local=8)
-    with pytest.raises(ChunkError, match=r"running chunk \(64\)"):
+    chooser = ChunkSelection(budget=30, local=8)
+    with pytest.raises(ChunkError, match=r"running chunk \(32\)"):
         chooser.attach(model, Stops())
     assert not hooks(model)
     with chooser.attach(model):  # then chunks are of 20 tokens
@@ -269,7 +270,8 @@ def test_masks_that_it_cannot_take_are_refused(model):
 @pytest.fixture
 def adapters(model):
     torch.manual_seed(3)
-    made = ChunkAdapters.for_model(model, width=4, detector_width=8, queries=2, threshold=0.4)
+    sensitivity = (0.25, 0.0, 1.5e-4)
+    made = ChunkAdapters.for_model(model, width=4, detector_width=8, queries=2, threshold=0.4, sensitivity=sensitivity)
     made.key.data.normal_()
     return made
 
@@ -294,6 +296,18 @@ def test_adapters_come_back_as_they_were_saved(model, adapters, folder):
     assert torch.equal(*got)
 
 
+def test_adapters_that_know_the_layers_divide_the_budget(model, adapters):
+    kept = {}
+    for name, options in {"told": {}, "even": {"adaptive": False}, "vote": {"vote": True}}.items():
+        with ChunkSelection(adapters, **SMALL, budget=24, **options).attach(model) as chunks:
+            model.generate(prompts((80,))[0], max_new_tokens=12, do_sample=False)
+            kept[name] = chunks.stats["layers"]
+    assert kept["told"][0] > kept["told"][2] + 0.05 and kept["told"][1] == pytest.approx(kept["told"][2], abs=0.02)
+    for name in ("even", "vote"):
+        assert len(set(kept[name].values())) == 1
+    assert sum(kept["told"].values()) == pytest.approx(sum(kept["even"].values()), abs=0.03)
+
+
 def test_what_they_were_trained_on_is_kept(adapters, tmp_path):
     config = AdapterConfig(adapters.config.shape, width=2, about={"command": "decoding chunk train", "recall": [0.9]})
     ChunkAdapters(config).save_pretrained(tmp_path)
@@ -307,6 +321,9 @@ def change(folder, **fields):
 
 
 DAMAGES = {
+    "too few layers": lambda f: change(f, sensitivity=[0.1, 0.2]),
+    "no numbers": lambda f: change(f, sensitivity=["a", "b", "c"]),
+    "less than nothing": lambda f: change(f, sensitivity=[0.1, -0.2, 0.1]),
     "cut weights": lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
     "no weights": lambda f: (f / "model.safetensors").unlink(),
     "empty weights": lambda f: (f / "model.safetensors").write_bytes(b""),

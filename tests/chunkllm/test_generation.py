@@ -5,7 +5,7 @@ import torch
 from chunkllm import ChunkAdapters, ChunkCache, ChunkSelection
 from chunkllm.layer import ChunkLayer
 from chunkllm.scorers import chunk_scores
-from tests.chunkllm.conftest import KINDS, VOCAB, Stops, cache_name, cache_of, prompts, tiny_model
+from tests.chunkllm.conftest import KINDS, VOCAB, Stops, cache_name, cache_of, calibrated, prompts, tiny_model
 from tests.chunkllm.test_selection import wanted_tokens
 from tests.chunkllm.test_table import brute_force
 
@@ -20,7 +20,8 @@ WAYS = {
 
 
 def attach(model, **options):
-    return ChunkSelection(**SMALL | options).attach(model, Stops())
+    adapters = calibrated(model) if options.get("adaptive") else None
+    return ChunkSelection(adapters, **SMALL | options).attach(model, Stops())
 
 
 def generate(model, lengths=(23,), seed=0, ids=None, **options):
@@ -337,8 +338,7 @@ def test_a_step_attends_to_what_brute_force_selects(models, monkeypatch, kind, l
 def test_sinks_recent_tokens_and_the_running_chunk_are_always_attended_to(llama, monkeypatch, options):
     ids, mask = prompts((50, 20))
     spy = Spy(monkeypatch)
-    torch.manual_seed(0)
-    with ChunkSelection(ChunkAdapters.for_model(llama), **SMALL, **options).attach(llama):
+    with ChunkSelection(calibrated(llama), **SMALL, **options).attach(llama):
         _, cache = read(llama, ids, mask, steps_for((50, 20), 30))
     attended = [list(spy.places(layer)) for layer in cache.full_layers]
     table = cache.table
@@ -357,6 +357,20 @@ def test_sinks_recent_tokens_and_the_running_chunk_are_always_attended_to(llama,
     assert (len(sizes) > 1) == bool(options.get("adaptive"))
     if options.get("adaptive"):
         assert sum(len(layer[0][0]) for layer in attended) == pytest.approx(3 * 25, abs=3)
+
+
+def test_a_row_within_the_budget_loses_nothing_beside_a_longer_one(llama, monkeypatch):
+    """Whatever share of the budget a layer has."""
+    ids, mask = prompts((50, 12))
+    steps = steps_for((50, 12), 9)
+    plain, _ = read(llama, ids[1:, -12:], mask[1:, -12:], steps[1:])
+    spy = Spy(monkeypatch)
+    with attach(llama, budget=24, adaptive=True):
+        got, cache = read(llama, ids, mask, steps)
+    assert_close(got[1:], plain)
+    attended = [list(spy.places(layer)) for layer in cache.full_layers]
+    assert all(len(layer[5][1]) == 12 + 6 for layer in attended)
+    assert len({len(layer[5][0]) for layer in attended}) > 1
 
 
 # Selecting.
@@ -624,7 +638,7 @@ def test_a_decode_step_never_waits_for_the_device(monkeypatch, lengths, options)
     ids, mask = (x.cuda() for x in prompts(lengths))
     steps = steps_for(lengths, 30).cuda()
     with attach(model, **options) as attached:
-        _, cache = read(model, ids, mask, steps[:, :2])  # the adapted budget of layers is asked for once per prompt
+        _, cache = read(model, ids, mask, steps[:, :2])
         before = attached.stats["selections"]
         for kind, names in ((ChunkCache, ("begin", "observe")), (ChunkLayer, ("update", "remember", "attend"))):
             for name in names:

@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkllm.selection import Chunks, Rows, choose_tokens, selectable, shares_of_layers, worth
+from chunkllm.selection import Chunks, Rows, choose_tokens, divide, layer_weights, selectable, worth
 
 
 def chunks_of(rows):
@@ -121,32 +122,27 @@ def test_worth_is_the_share_per_token():
     torch.testing.assert_close(got, torch.tensor([[0.25, 0.05, 0.0]]))
 
 
-def brute_shares(worths, lengths, tokens):
-    layers, batch, count = worths.shape
-    taken = [0] * layers
-    for row in range(batch):
-        room = tokens * layers
-        pairs = [(layer, chunk) for layer in range(layers) for chunk in range(count)]
-        for layer, chunk in sorted(pairs, key=lambda p: -float(worths[p[0], row, p[1]])):
-            size = min(room, int(lengths[row, chunk]))
-            taken[layer] += size
-            room -= size
-    mean = max(sum(taken) / layers, 1)
-    return [x / mean for x in taken]
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8), st.integers(0, 60), st.integers(1, 50))
+def test_a_budget_is_divided_in_proportion_and_no_layer_gets_more_than_it_can_use(weights, tokens, most):
+    got = divide(tokens, np.array(weights), most)
+    layers = len(weights)
+    if tokens >= most:
+        assert got == [tokens] * layers
+        return
+    assert max(got) <= most
+    assert tokens * layers - layers <= sum(got) <= tokens * layers
+    open_ = [i for i in range(layers) if got[i] < most]
+    for i in open_:
+        for j in open_:
+            assert got[i] * weights[j] == pytest.approx(got[j] * weights[i], abs=1.01 * (weights[i] + weights[j]))
+        for j in set(range(layers)) - set(open_):
+            assert weights[j] * (got[i] + 1) >= weights[i] * most * (1 - 1e-9)  # who got all deserved no less
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(0, 40), st.integers(0, 1000))
-def test_layers_get_what_the_worthiest_chunks_of_all_take(layers, batch, count, tokens, seed):
-    generator = torch.Generator().manual_seed(seed)
-    worths = torch.rand(layers, batch, count, generator=generator)  # no ties
-    lengths = torch.randint(0, 9, (batch, count), generator=generator)
-    got = shares_of_layers(worths, lengths, tokens)
-    torch.testing.assert_close(got, torch.tensor(brute_shares(worths, lengths, tokens)))
-    if got.any():
-        assert got.mean() == pytest.approx(1, abs=1e-5)
-
-
-def test_a_layer_with_one_worthy_chunk_gets_less_than_a_diffuse_one():
-    worths = torch.tensor([[[0.9, 0.01, 0.01, 0.01]], [[0.2, 0.2, 0.2, 0.2]]])
-    assert shares_of_layers(worths, torch.full((1, 4), 10), 20).tolist() == [0.5, 1.5]
+def test_sensitive_layers_get_more_by_the_root_and_none_is_starved():
+    weights = layer_weights([4e-3, 1e-3, 0.0, 0.0])
+    assert weights[0] == pytest.approx(2 * weights[1])
+    assert weights[2] == weights[3] == pytest.approx(0.5)
+    assert layer_weights([0.0, 0.0]).tolist() == [0.5, 0.5]
+    assert divide(10, layer_weights([1e-3] * 3), 100) == [10, 10, 10]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from chunkllm import AdapterScorer, ChunkAdapters, ChunkError, PooledScorer
 from chunkllm.distillation import lesson_scores
 from chunkllm.lessons import ReadingOptions, cut, load_reading, read_piece, save_reading
-from chunkllm.training import STATE_FILE, Training, TrainingOptions
+from chunkllm.training import SENSITIVITY_FILE, STATE_FILE, Training, TrainingOptions
 from tests.conftest import WORDS, make_model, make_tokenizer
 
 KNOWN = ["storm", "sea", "rain", "night"]
@@ -101,6 +101,23 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(training, monkey
     assert times and all(path.stat().st_mtime_ns == time for path, time in times.items())  # nothing was read again
     again = training("broken", options=replace(OPTIONS, epochs=4), resume=True).run()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in got.items())
+
+
+def test_layers_sensitivities_are_measured_once(training, monkeypatch, tmp_path):
+    options = replace(OPTIONS, epochs=1)
+    run = training(options=options)
+    run.run()
+    measured = run.measure_sensitivity()
+    assert run.adapters.config.sensitivity == tuple(measured) and len(measured) == 2
+    by_piece = json.loads((tmp_path / "run" / SENSITIVITY_FILE).read_text())
+    assert len(by_piece) == OPTIONS.calibration
+    assert measured == pytest.approx([sum(layer) / 2 for layer in zip(*by_piece, strict=True)])
+    (tmp_path / "run" / SENSITIVITY_FILE).write_text(json.dumps(by_piece[:1]))  # interrupted after the first
+    resumed = training(options=options, resume=True)
+    resumed.run()
+    assert resumed.measure_sensitivity() == pytest.approx(measured, rel=1e-5)
+    monkeypatch.delattr("chunkllm.training.layer_sensitivity")
+    assert resumed.measure_sensitivity() == pytest.approx(measured, rel=1e-5)
 
 
 def test_a_write_that_is_cut_short_leaves_the_state_before(training, monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from chunkllm import ChunkAdapters, ChunkSelection
 from decoding.cli import cli
+from decoding.errors import DecodingError
 from experiments import chunk_bench, chunk_eval
 from experiments.chunk_baselines import FULL, METHODS, QuestScorer
 from experiments.chunk_eval import EvalOptions, passkey_prompt, slices, text_key
@@ -41,7 +42,8 @@ def text_file(tmp_path, speller):
 def folders(tmp_path, long_model, speller):
     long_model.save_pretrained(tmp_path / "model")
     speller.save_pretrained(tmp_path / "model")
-    ChunkAdapters.for_model(long_model, width=2).save_pretrained(tmp_path / "adapters")
+    adapters = ChunkAdapters.for_model(long_model, width=2, sensitivity=(0.01, 0.02))
+    adapters.save_pretrained(tmp_path / "adapters")
     return tmp_path
 
 
@@ -60,6 +62,7 @@ def test_from_the_command_line_and_resumed(folders, text_file):
     rows = {row["method"]: row for row in results["text"]}
     assert set(rows) == set(METHODS)
     assert rows[FULL]["ratio"] == 1 and rows[FULL]["kv_retention"] == 1 and rows[FULL]["agreement"] == 1
+    assert rows[FULL]["divergence"] == 0 < min(row["divergence"] for name, row in rows.items() if name != FULL)
     assert results["short"]["kv_retention"] == 1
     for name, row in rows.items():
         if name != FULL:
@@ -88,13 +91,27 @@ def test_bad_input_is_one_line(folders, text_file, bad, says):
 
 def test_what_is_scored_is_what_the_model_says_token_by_token(long_model, speller):
     ids = torch.randint(3, len(speller), (2, 100))
-    prompts = chunk_eval.read(long_model, ids[:, :60])
-    with torch.inference_mode(), ChunkSelection(retention=1.0).attach(long_model) as chunks:
-        scored = chunk_eval.score_texts(long_model, chunks, prompts, ids[:, 60:])
     with torch.inference_mode():
         logits = long_model(ids).logits[:, 59:-1].log_softmax(-1)
+        prompts, full = chunk_eval.read(long_model, ids[:, :60], ids[:, 60:])
+    torch.testing.assert_close(full, logits, rtol=0, atol=2e-4)
+    with torch.inference_mode(), ChunkSelection(retention=1.0).attach(long_model) as chunks:
+        scored = chunk_eval.score_texts(long_model, chunks, prompts, ids[:, 60:], full)
     expected = -logits.gather(-1, ids[:, 60:, None])[..., 0]
     torch.testing.assert_close(torch.tensor(scored["nll"]), expected, rtol=0, atol=2e-4)
+    assert torch.tensor(scored["divergence"]).abs().max() < 1e-4
+    assert all(all(row) for row in scored["agree"])
+
+
+def test_methods_that_need_what_adapters_do_not_tell_are_left_out(long_model):
+    plain = ChunkAdapters.for_model(long_model, width=2)
+    told = ChunkAdapters.for_model(long_model, width=2, sensitivity=(0.01, 0.02))
+    assert set(chunk_eval.chosen_methods((), told)) == set(METHODS) - {FULL}
+    without_layers = set(chunk_eval.chosen_methods((), plain))
+    assert set(METHODS) - {FULL} - without_layers == {name for name in METHODS if name.endswith("by layer")}
+    assert not any("adapter" in name for name in chunk_eval.chosen_methods((), None))
+    with pytest.raises(DecodingError, match="no method 'adapter, by layer'"):
+        chunk_eval.chosen_methods(("adapter, by layer",), plain)
 
 
 def test_quest_bounds_every_key_of_its_page():

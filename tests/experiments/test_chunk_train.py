@@ -41,6 +41,7 @@ def test_adapters_from_the_command_line(run, tmp_path):
     assert "| adapter | " in result.output and "f1" in result.output
     adapters = ChunkAdapters.from_pretrained(tmp_path / "out")
     assert adapters.config.width == 4
+    assert len(adapters.config.sensitivity) == 2 and min(adapters.config.sensitivity) > 0
     about = adapters.config.about
     assert set(about["texts"]) == {"first", "second"} and set(about["held_out_texts"]) == {"judge"}
     assert about["tokens"] == 512
