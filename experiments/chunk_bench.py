@@ -101,9 +101,14 @@ def _contents(model: Any, batch: int, length: int) -> Iterator[tuple[Tensor, Ten
 
 
 def selection(model: Any, **options: Any) -> ChunkSelection:
-    """The selection that is measured: its detector runs and never fires, and a chunk ends after 20 tokens."""
+    """The selection that is measured: its detector runs and never fires, and a chunk ends after 20 tokens.
+
+    The budget is divided among layers as the embedded adapters tell, if the model has as many layers as theirs.
+    """
     adapters = ChunkAdapters.for_model(model)
-    adapters.config = replace(adapters.config, threshold=2.0)
+    known = ChunkAdapters.from_pretrained().config.sensitivity
+    fits = known is not None and len(known) == len(adapters.config.shape.full_layers)
+    adapters.config = replace(adapters.config, threshold=2.0, sensitivity=known if fits else None)
     return ChunkSelection(adapters, budget=BUDGET, max_chunk=CHUNK, **options)
 
 

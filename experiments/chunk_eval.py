@@ -6,6 +6,7 @@ through the cache that users get.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -27,12 +28,14 @@ from decoding.errors import DecodingError
 from decoding.metrics import token_log_probs
 from experiments.chunk_baselines import BY_LAYER, FULL, METHODS, Setting
 from experiments.runs import RunFolder, progress_of_cells
+from ngram.storage import write_atomically
 
 _LAST = 8  # Tokens of a prompt that the selection's own model pass reads, for their queries.
 _RECALL_EVERY = 64
 _ANSWER = 8
 _SHORT = 512
 SHORT_KEY = "short"
+TEXTS_FILE = "texts.json"
 
 _TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -372,7 +375,10 @@ def prepare(
         "pieces": count,
         **asdict(options),
     }
-    return Evaluation(model, tokenizer, adapters, texts, options, RunFolder(out, settings, resume))
+    folder = RunFolder(out, settings, resume)
+    held = {"scored": options.scored, "ids": [text[: options.context].tolist() for text in texts]}
+    write_atomically(out / TEXTS_FILE, json.dumps(held).encode())  # for methods that run elsewhere
+    return Evaluation(model, tokenizer, adapters, texts, options, folder)
 
 
 def chosen_methods(names: Sequence[str], adapters: ChunkAdapters | None) -> tuple[str, ...]:

@@ -58,6 +58,8 @@ def test_from_the_command_line_and_resumed(folders, text_file):
     assert done.exit_code == 0, done.output
     out = folders / "out"
     assert {"results.md", "results.json", "quality.png", "recall.png", "passkey.png"} <= {p.name for p in out.iterdir()}
+    held = json.loads((out / "texts.json").read_text())
+    assert held["scored"] == 80 and [len(ids) for ids in held["ids"]] == [240, 240]
     results = json.loads((out / "results.json").read_text())
     rows = {row["method"]: row for row in results["text"]}
     assert set(rows) == set(METHODS)
