@@ -87,14 +87,14 @@ def layer_sensitivity(
     read.
 
     Args:
-        model: a causal language model of transformers, without anything attached.
+        model: a causal language model of transformers, without anything attached, with sdpa or eager attention.
         adapters: that score chunks and find their boundaries.
         ids: int64 [T], a text.
         last: n, tokens of it whose distributions are compared.
         options: longest chunk, local window and sinks.
 
     Returns:
-        Nats, for each layer with full attention.
+        Nats, for each layer with full attention; 0 if no chunk ends among the last tokens.
     """
     begin = len(ids) - last
     tokens = torch.from_numpy(ids)[None].to(model.device)
@@ -109,8 +109,11 @@ def layer_sensitivity(
     flags = adapters.is_boundary(torch.cat(bottom, 1)).cpu().numpy()
     scorer = adapters.scorer()
     choice = Choice(scorer, boundaries_of(flags, begin + scorer.queries - 1, options, model.device), begin, options)
+    layers = model_shape(model).full_layers
+    if not len(choice.boundaries.chosen):
+        return [0.0] * len(layers)
     damage = []
-    for layer in model_shape(model).full_layers:
+    for layer in layers:
         selecting = _with_selection(model, layer, choice, tokens[:, begin:], before)
         damage.append(max(float(divergence(full, selecting).mean()), 0.0))
     return damage

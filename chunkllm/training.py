@@ -234,6 +234,7 @@ class Training:
         pieces = self._pieces[: self.options.calibration]
         if len(found) < len(pieces):
             exact = deepcopy(self._model).float()
+            exact.set_attn_implementation("sdpa")  # FlashAttention takes neither float32 nor masks
             for i, piece in enumerate(pieces[len(found) :], len(found)):
                 on_progress("calibrating", i, len(pieces))
                 last = min(_CALIBRATED, len(piece.ids) // 4)

@@ -140,14 +140,19 @@ def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path:
     )
     full = next(row for row in rows if row["method"] == FULL)
     for axis, (title, value) in zip(axes.flat, measures, strict=True):
+        is_logarithmic = title.startswith("divergence")
+        ends = [] if is_logarithmic else [full]
         for i, method in enumerate(options.methods):
-            line = sorted([row for row in rows if row["method"] == method] + [full], key=lambda row: row["retention"])
+            line = sorted([row for row in rows if row["method"] == method] + ends, key=lambda row: row["retention"])
             style = "-" if method.startswith("adapter") else "--" if method.startswith("pooled") else ":"
             x = [100 * row["retention"] for row in line]
             axis.plot(x, [value(row) for row in line], f"o{style}", color=_COLORS[i], label=method, ms=4)
-        shown = [value(row) for row in rows if not row["method"].startswith("random")]  # which would hide the others
-        margin = 0.05 * (max(shown) - min(shown))
-        axis.set_ylim(min(shown) - margin, max(shown) + margin)
+        if is_logarithmic:
+            axis.set_yscale("log")
+        else:
+            shown = [value(row) for row in rows if not row["method"].startswith("random")]  # it would hide the others
+            margin = 0.05 * (max(shown) - min(shown))
+            axis.set_ylim(min(shown) - margin, max(shown) + margin)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("keys and values kept, %")
         axis.grid(alpha=0.3)

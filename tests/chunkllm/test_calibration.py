@@ -72,6 +72,12 @@ def test_a_layer_that_says_nothing_is_not_missed(ids):
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if "layers.1.self_attn.o_proj" not in n)
 
 
+def test_no_chunk_that_ends_is_no_damage(llama, ids):
+    adapters = adapters_for(llama)
+    adapters.config = replace(adapters.config, threshold=2.0)
+    assert layer_sensitivity(llama, adapters, ids.numpy(), 4, replace(OPTIONS, max_chunk=30)) == [0, 0, 0]
+
+
 def test_nothing_is_missed_where_the_window_holds_everything(llama, ids):
     options = replace(OPTIONS, context=3 * 200, local=150)
     assert layer_sensitivity(llama, adapters_for(llama), ids.numpy(), LAST, options) == pytest.approx(
