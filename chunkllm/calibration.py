@@ -18,11 +18,10 @@ from transformers import DynamicCache
 from chunkllm.adapters import ChunkAdapters
 from chunkllm.attention import intercept
 from chunkllm.distillation import Boundaries
-from chunkllm.lessons import ReadingOptions
+from chunkllm.lessons import ReadingOptions, chunk_ends
 from chunkllm.models import cache_argument, model_shape
 from chunkllm.scorers import Scorer, chunk_scores
 from chunkllm.selection import Rows, choose_tokens, selectable, worth
-from chunkllm.table import ChunkTable
 
 RETENTION = 0.25
 
@@ -106,7 +105,7 @@ def layer_sensitivity(
         full = _log_probs(model, tokens[:, begin:], before)
     finally:
         hook.remove()
-    flags = adapters.is_boundary(torch.cat(bottom, 1)).cpu().numpy()
+    flags = adapters.is_boundary(torch.cat(bottom, 1))[0].cpu().numpy()
     scorer = adapters.scorer()
     choice = Choice(scorer, boundaries_of(flags, begin + scorer.queries - 1, options, model.device), begin, options)
     layers = model_shape(model).full_layers
@@ -145,10 +144,7 @@ def _log_probs(model: Any, tokens: Tensor, before: Any) -> Tensor:
 
 
 def boundaries_of(flags: np.ndarray, earliest: int, options: ReadingOptions, device: torch.device) -> Boundaries:
-    """Chunks of a text, of which bool [1, T] tells the boundaries, and those that end from place ``earliest`` on."""
-    table = ChunkTable(np.zeros(1, np.int64), options.max_chunk, options.sinks)
-    table.extend(flags)
-    starts, lengths = table.spans()
-    ends = (starts + lengths - 1)[0]
-    chosen = np.flatnonzero((ends >= earliest) & (ends < flags.shape[1] - 1))
+    """Chunks of a text, of which bool [T] tells the boundaries, and those that end from place ``earliest`` on."""
+    ends = chunk_ends(flags, options)
+    chosen = np.flatnonzero((ends >= earliest) & (ends < len(flags) - 1))
     return Boundaries(torch.from_numpy(ends).to(device), torch.from_numpy(chosen).to(device))

@@ -157,12 +157,17 @@ def read_piece(model: Any, piece: Piece, options: ReadingOptions, seed: int) -> 
     return Reading(boundaries, torch.from_numpy(piece.labels).to(device), bottom[0], lessons)
 
 
+def chunk_ends(flags: np.ndarray, options: ReadingOptions) -> np.ndarray:
+    """int64 [C], the last token of each chunk of a text, as decoding ends them; bool [T] tells the boundaries."""
+    table = ChunkTable(np.zeros(1, np.int64), options.max_chunk, options.sinks)
+    table.extend(flags[None])
+    starts, lengths = table.spans()
+    return (starts + lengths - 1)[0]
+
+
 def _boundaries(piece: Piece, options: ReadingOptions, seed: int) -> Boundaries:
     """Boundaries in the last three quarters of the piece, where there is something to choose among."""
-    table = ChunkTable(np.zeros(1, np.int64), options.max_chunk, options.sinks)
-    table.extend(piece.labels[None])
-    starts, lengths = table.spans()
-    ends = (starts + lengths - 1)[0]
+    ends = chunk_ends(piece.labels, options)
     late = np.flatnonzero(ends[:-1] > len(piece.ids) // 4)
     rng = np.random.default_rng((options.seed, seed))
     chosen = np.sort(rng.choice(late, min(options.boundaries, len(late)), replace=False))

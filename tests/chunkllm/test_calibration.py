@@ -34,7 +34,7 @@ def test_a_layers_damage_is_that_of_decoding_with_what_is_chosen(models, ids, ki
     flags = ids[None] % 5 == 0
     begin = int(flags[0, LENGTH - LAST :].nonzero()[0]) + LENGTH - LAST  # a chunk ends with the prompt
     full = adapters.config.shape.full_layers
-    choice = Choice(adapters.scorer(), boundaries_of(flags.numpy(), begin, OPTIONS, model.device), begin, OPTIONS)
+    choice = Choice(adapters.scorer(), boundaries_of(flags[0].numpy(), begin, OPTIONS, model.device), begin, OPTIONS)
 
     def attend(attention, module, query, key, value, mask, **others):
         if module.layer_idx in full and query.shape[2] > 1 and key.shape[2] == LENGTH:
