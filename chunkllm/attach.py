@@ -42,7 +42,7 @@ class Plan:
     local: int
     sinks: int
     max_chunk: int
-    weights: np.ndarray
+    weights: Tensor
     vote: bool
     every_step: bool
     offload: bool
@@ -196,10 +196,10 @@ class ChunkSelection:
             offload=self.offload,
         )
 
-    def _weights(self, layers: int) -> np.ndarray:
-        """Float [L], in what proportion layers share the budget."""
+    def _weights(self, layers: int) -> Tensor:
+        """Float64 [L], in what proportion layers share the budget."""
         if not self.adaptive:
-            return np.ones(layers)
+            return torch.ones(layers, dtype=torch.float64)
         assert self.adapters is not None and self.adapters.config.sensitivity is not None
         return layer_weights(self.adapters.config.sensitivity)
 

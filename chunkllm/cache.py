@@ -246,8 +246,8 @@ class ChunkCache(Cache):
 
     def _divided(self, slots: int, always: int, held: int) -> list[int]:
         """Slots of each layer, ``slots`` on average, ``always`` at least, and no more than there are tokens."""
-        weights = self.plan.weights
-        return [always + chosen for chosen in divide(max(slots - always, 0), weights, held - always)]
+        to_choose, most = torch.tensor([max(slots - always, 0)]), torch.tensor([held - always])
+        return (always + divide(to_choose, self.plan.weights, most)[0]).tolist()
 
     def count_last_step(self) -> None:
         """Tokens that the last step kept, of those that it could have read."""

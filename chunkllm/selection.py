@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,8 +101,8 @@ def choose_tokens(
     return torch.where(valid, tokens, 0), valid
 
 
-def layer_weights(sensitivity: Sequence[float]) -> np.ndarray:
-    """In what proportion layers should share a budget, float [L] with mean of about 1.
+def layer_weights(sensitivity: Sequence[float]) -> Tensor:
+    """In what proportion layers should share a budget, float64 [L] with mean of about 1.
 
     If a layer that keeps the share x does the damage s/x, the sum of damages is least for x proportional to √s. No
     layer gets much less than the average: what one does when alone says little of what many do together.
@@ -111,30 +110,28 @@ def layer_weights(sensitivity: Sequence[float]) -> np.ndarray:
     Args:
         sensitivity: s, damage of each layer when it alone selects, at the same x.
     """
-    roots = np.sqrt(np.asarray(sensitivity, float))
-    return np.maximum(roots / max(roots.mean(), 1e-12), _LEAST_WEIGHT)
+    roots = torch.tensor(sensitivity, dtype=torch.float64).sqrt()
+    return (roots / roots.mean().clamp(min=1e-12)).clamp(min=_LEAST_WEIGHT)
 
 
-def divide(tokens: int, weights: np.ndarray, most: int) -> list[int]:
-    """Divides a budget among layers: in proportion to weights, but no layer gets more than it can use.
+def divide(tokens: Tensor, weights: Tensor, most: Tensor) -> Tensor:
+    """Divides budgets among layers: in proportion to weights, but no layer gets more than it can use.
 
     Args:
-        tokens: for a layer, on average.
+        tokens: int64 [B], for a layer, on average. Blocks of tokens do as well.
         weights: float [L], above 0.
-        most: what a layer can use; what is beyond, the others share.
+        most: int64 [B], what a layer can use; what is beyond, the others share.
 
     Returns:
-        L numbers of tokens; their mean is ``tokens``, but for rounding down.
+        int64 [B, L]; the mean of a row is ``tokens``, but for rounding down.
     """
-    if tokens >= most:
-        return [tokens] * len(weights)
-    share = np.zeros(len(weights))
-    open_, left = np.ones(len(weights), bool), float(tokens * len(weights))
-    while True:
-        share[open_] = left * weights[open_] / weights[open_].sum()
-        full = open_ & (share >= most)
-        if not full.any():
-            return share.astype(int).tolist()
-        share[full] = most
-        open_ &= ~full
-        left -= most * int(full.sum())
+    order = weights.double().sort(descending=True)
+    lasting = order.values.flip(0).cumsum(0).flip(0)  # of the layers that are left when the first k have the most
+    full = torch.arange(len(weights), device=weights.device)
+    left = tokens[:, None] * len(weights) - full * most[:, None]
+    unit = left / lasting
+    fits = unit * order.values <= most[:, None]
+    unit = unit.gather(1, fits.int().argmax(1, keepdim=True))  # of the first k that does
+    shares = (unit * weights.double()).minimum(most[:, None].double())
+    enough = (tokens >= most)[:, None]
+    return torch.where(enough, tokens[:, None], (shares + 1e-9).long())

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 
 from chunkllm.selection import divide, layer_weights
 from experiments.report import markdown
@@ -91,9 +92,10 @@ def _draw_training(results: Mapping[str, Any], path: Path) -> None:
     damage.set(title="Next tokens' KL when a layer alone selects, 25 % kept", ylabel="nats", xlabel="layer")
     context = results["options"]["reading"]["context"]
     for share in _SHARES:
-        tokens_of = divide(round(float(share) * context), layer_weights(sensitivity), context)
+        on_average, most = torch.tensor([round(float(share) * context)]), torch.tensor([context])
+        tokens_of = divide(on_average, layer_weights(sensitivity), most)[0].numpy()
         label = f"{100 * float(share):g} % kept"
-        budgets.plot(100 * np.array(tokens_of) / context, "o-", ms=3, label=label)
+        budgets.plot(100 * tokens_of / context, "o-", ms=3, label=label)
     budgets.set(title="So a budget is divided by layer", ylabel="tokens kept, %", xlabel="layer", ylim=(0, 105))
     for axis in (loss, boundary, lost):
         axis.set_xlabel("tokens learnt from, millions")

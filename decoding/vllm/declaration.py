@@ -1,8 +1,8 @@
 """What a server offers, declared in the environment, which all of its processes share.
 
 vLLM checks requests in the process that receives them and applies them in others, and gives the check no configuration.
-So there are two variables in JSON: ``DECODING_STYLES``, an object from names to saved priors, and
-``DECODING_TEMPERATURE``, an object like `DeclaredSelector`.
+So there are three variables in JSON: ``DECODING_STYLES``, an object from names to saved priors,
+``DECODING_TEMPERATURE``, one like `DeclaredSelector`, and ``DECODING_CHUNKS``, one like `DeclaredChunks`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import torch
+
+from chunkllm.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from chunkllm.attach import DEFAULT_BUDGET
 from decoding.abilities import SIZES
 from decoding.errors import DecodingError
 from decoding.priors import is_saved_prior, may_be_hub_id
@@ -22,8 +26,12 @@ from decoding.selector import CONFIG_FILE, Policy
 
 STYLES_VARIABLE = "DECODING_STYLES"
 TEMPERATURE_VARIABLE = "DECODING_TEMPERATURE"
+CHUNKS_VARIABLE = "DECODING_CHUNKS"
 STYLE_PROCESSOR = "decoding.vllm.processor:StyleLogitsProcessor"
 TEMPERATURE_PROCESSOR = "decoding.vllm.processor:TemperatureLogitsProcessor"
+CHUNK_PROCESSOR = "decoding.vllm.processor:ChunkLogitsProcessor"
+EMBEDDED = "default"  # the name of what comes with the package
+BLOCK_SIZE = 32
 _COPIED_BY_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
@@ -35,22 +43,34 @@ class DeclaredSelector(NamedTuple):
     policy: Policy | None = None  # None for the selector's own
 
 
+class DeclaredChunks(NamedTuple):
+    """The chunk selection of a server; also what an engine's ``additional_config={"chunkllm": {…}}`` holds."""
+
+    adapters: str | None = None  # a folder or a hub id, "default" for the embedded ones, None to do without
+    kv_budget: int = DEFAULT_BUDGET  # tokens that a request reads at most, on average over layers
+
+
 def engine_args(
     styles: Mapping[str, str | PathLike] | None = None,
     *,
     temperature: bool | str | PathLike | None = None,
     model_size: str | None = None,
     policy: Policy | None = None,
+    chunk_adapters: str | PathLike | None = None,
+    kv_budget: int | None = None,
 ) -> dict[str, Any]:
-    """Arguments that give ``vllm.LLM`` or ``AsyncEngineArgs`` style priors, a temperature selector, or both.
+    """Arguments that give ``vllm.LLM`` or ``AsyncEngineArgs`` style priors, a temperature selector, chunk selection.
 
     Declares them in the environment, from which the engine's processes are started, in place of what an earlier call
-    declared.
+    declared. For chunk selection, the arguments also set the size of the cache's blocks, and on CUDA the attention
+    backend and vLLM's V1 model runner.
 
     Examples:
         >>> llm = LLM("path-or-hub-id", **engine_args({"king-james": "king-james.safetensors"}, temperature=True))
         >>> llm.generate(prompts, SamplingParams(extra_args={"style": "king-james", "lambda": 0.1}))
         >>> llm.generate(prompts, SamplingParams(temperature=1, extra_args={"temperature": "auto"}))
+        >>> llm = LLM("path-or-hub-id", **engine_args(chunk_adapters="my-adapters", kv_budget=2048))
+        >>> llm.generate(prompts, SamplingParams(extra_args={"kv_budget": 4096}))  # or "full"
 
     Args:
         styles: a saved prior for every name: a file of ``decoding style train``, a folder of
@@ -60,16 +80,47 @@ def engine_args(
         model_size: "small", "medium" or "large", as for `TemperatureSelector.select`; by default by the number of the
             model's parameters.
         policy: "ability" (the default) or "curve".
+        chunk_adapters: select chunks, with the adapters of a folder or hub id; "default" for the embedded ones.
+        kv_budget: select chunks, with or without adapters, where a request has more tokens than these, 2048 by default.
 
     Raises:
-        DecodingError: a name without a saved prior, no selector there, or an unknown size or policy.
+        DecodingError: a name without a saved prior, no selector or adapters there, or an unknown size, policy or
+            budget.
     """
     priors = None if styles is None else {name: _saved_prior(name, source) for name, source in styles.items()}
     selector = _selector(temperature, model_size, policy)
     _declare(STYLES_VARIABLE, priors)
     _declare(TEMPERATURE_VARIABLE, None if selector is None else selector._asdict())
-    processors = [STYLE_PROCESSOR] * (priors is not None) + [TEMPERATURE_PROCESSOR] * (selector is not None)
-    return {"logits_processors": processors}
+    chunks = _chunks(chunk_adapters, kv_budget)
+    _declare(CHUNKS_VARIABLE, None if chunks is None else chunks._asdict())
+    declared = {STYLE_PROCESSOR: priors, TEMPERATURE_PROCESSOR: selector, CHUNK_PROCESSOR: chunks}
+    processors = [name for name, value in declared.items() if value is not None]
+    return {"logits_processors": processors, **({} if chunks is None else _engine_of(chunks))}
+
+
+def _engine_of(chunks: DeclaredChunks) -> dict[str, Any]:
+    engine = {"additional_config": {"chunkllm": chunks._asdict()}, "block_size": BLOCK_SIZE}
+    if not torch.cuda.is_available():
+        return engine
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2 does not tell backends which row is whose
+    return engine | {"attention_backend": "CUSTOM"}
+
+
+def _chunks(adapters: str | PathLike | None, budget: int | None) -> DeclaredChunks | None:
+    if adapters is None and budget is None:
+        return None
+    source = None if adapters is None else _saved_adapters(adapters)
+    return checked_chunks({"adapters": source, "kv_budget": DEFAULT_BUDGET if budget is None else budget})
+
+
+def _saved_adapters(source: str | PathLike) -> str:
+    if source == EMBEDDED:
+        return EMBEDDED
+    if (Path(source) / ADAPTER_CONFIG_FILE).is_file():
+        return str(Path(source).resolve())
+    if not may_be_hub_id(str(source)):
+        raise DecodingError(f"no adapters at {source}: make some with `decoding chunk train`")
+    return str(source)
 
 
 def _saved_prior(name: str, source: str | PathLike) -> str:
@@ -140,6 +191,42 @@ def declared_selector() -> DeclaredSelector | None:
     except TypeError as error:
         fields = ", ".join(DeclaredSelector._fields)
         raise DecodingError(f"{TEMPERATURE_VARIABLE} can have {fields}, not {', '.join(declared)}") from error
+
+
+def declared_chunks() -> DeclaredChunks | None:
+    """The chunk selection that this process's environment declares, if it does.
+
+    Raises:
+        DecodingError: as `checked_chunks`.
+    """
+    text = os.environ.get(CHUNKS_VARIABLE)
+    return None if text is None else checked_chunks(_parsed(CHUNKS_VARIABLE, text))
+
+
+def checked_chunks(settings: Any) -> DeclaredChunks:
+    """Settings of chunk selection, from outside.
+
+    Raises:
+        DecodingError: no object of `DeclaredChunks`'s fields, or values that they cannot have.
+    """
+    fields = ", ".join(DeclaredChunks._fields)
+    if not isinstance(settings, Mapping) or not set(settings) <= set(DeclaredChunks._fields):
+        raise DecodingError(f"chunk selection is set by an object with {fields}, not {settings!r}")
+    chunks = DeclaredChunks(**settings)
+    if not isinstance(chunks.adapters, str | None):
+        raise DecodingError(f"adapters must be a folder, a hub id, {EMBEDDED!r} or null, not {chunks.adapters!r}")
+    return chunks._replace(kv_budget=checked_budget(chunks.kv_budget))
+
+
+def checked_budget(value: Any) -> int:
+    """A budget in tokens.
+
+    Raises:
+        DecodingError: no whole number above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise DecodingError(f"kv_budget must be a whole number of tokens above 0, not {value!r}")
+    return value
 
 
 @lru_cache(maxsize=8)

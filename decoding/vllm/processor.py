@@ -19,7 +19,7 @@ from decoding.errors import DecodingError
 from decoding.vllm.declaration import TEMPERATURE_VARIABLE, declared_selector, declared_styles
 from decoding.vllm.requests import LoadedStyles, check_request, load_styles
 from decoding.vllm.temperatures import PromptTemperatures, load_temperatures
-from decoding.vllm.v1 import StyleRows, TemperatureRows
+from decoding.vllm.v1 import BudgetRows, StyleRows, TemperatureRows, budget_rows
 from decoding.vllm.v2 import StyleSlots, TemperatureSlots
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class _Processor(V1LogitsProcessor, V2LogitsProcessor):
             self._slots = self._slots_of(vllm_config, device_or_states)
 
     @abstractmethod
-    def _rows_of(self, vllm_config: VllmConfig, device: torch.device) -> StyleRows | TemperatureRows: ...
+    def _rows_of(self, vllm_config: VllmConfig, device: torch.device) -> StyleRows | TemperatureRows | BudgetRows: ...
 
     @abstractmethod
     def _slots_of(self, vllm_config: VllmConfig, states: Any) -> StyleSlots | TemperatureSlots: ...
@@ -109,6 +109,24 @@ class TemperatureLogitsProcessor(_Processor):
 
     def _slots_of(self, vllm_config: VllmConfig, states: Any) -> TemperatureSlots:
         return TemperatureSlots(_temperatures_of(vllm_config, states.device), states)
+
+
+class ChunkLogitsProcessor(_Processor):
+    """Leaves logits as they are, and tells chunk selection which row wants which budget.
+
+    That is ``extra_args={"kv_budget": …}``, a number of tokens, or "full" to opt out. An attention backend is told of
+    rows, not of requests; processors are told of both, before it.
+    """
+
+    def is_argmax_invariant(self) -> bool:
+        """Yes: it changes nothing."""
+        return True
+
+    def _rows_of(self, vllm_config: VllmConfig, device: torch.device) -> BudgetRows:
+        return budget_rows(vllm_config.instance_id)
+
+    def _slots_of(self, vllm_config: VllmConfig, states: Any) -> Any:
+        raise DecodingError("chunk selection needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
 
 
 def _styles_of(vllm_config: VllmConfig, device: torch.device) -> LoadedStyles:

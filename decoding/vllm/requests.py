@@ -15,13 +15,15 @@ from torch.nn.functional import pad
 from decoding.errors import DecodingError
 from decoding.priors import is_saved_prior, load_prior
 from decoding.style import CONFIG_FILE, StylePrior, checked_lambda
-from decoding.vllm.declaration import declared_selector, declared_styles
+from decoding.vllm.declaration import checked_budget, declared_chunks, declared_selector, declared_styles
 from ngram import NGramError, NGramModel
 from ngram.layout import join
 from ngram.tables import Tables, add_log_prior
 
 MOST_STYLES_PER_REQUEST = 8
 AUTO = "auto"
+FULL = "full"
+UNLIMITED = 2**31 - 1
 
 
 def check_request(params: Any) -> None:
@@ -31,10 +33,11 @@ def check_request(params: Any) -> None:
         params: vLLM's ``SamplingParams``.
 
     Raises:
-        DecodingError: as `requested_styles` and `check_temperature`.
+        DecodingError: as `requested_styles`, `check_temperature` and `requested_budget`.
     """
     requested_styles(params.extra_args, declared_styles())
     check_temperature(params.extra_args, params.temperature, is_served=declared_selector() is not None)
+    requested_budget(params.extra_args, is_served=declared_chunks() is not None)
 
 
 def requested_styles(extra_args: Mapping[str, Any] | None, known: Collection[str]) -> list[tuple[str, float | None]]:
@@ -100,6 +103,24 @@ def check_temperature(extra_args: Mapping[str, Any] | None, own: float, is_serve
 def leaves_temperature_open(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether a request wants its temperature chosen."""
     return (extra_args or {}).get("temperature") == AUTO
+
+
+def requested_budget(extra_args: Mapping[str, Any] | None, is_served: bool) -> int | None:
+    """How many tokens of its keys and values a request wants to read at most; None for what the server says.
+
+    Args:
+        extra_args: a request's own arguments: ``kv_budget``, a number, or "full" for all. Others are somebody else's.
+        is_served: whether there is chunk selection.
+
+    Raises:
+        DecodingError: another value, or no chunk selection.
+    """
+    asked = (extra_args or {}).get("kv_budget")
+    if asked is None:
+        return None
+    if not is_served:
+        raise DecodingError("this server selects no chunks; start it with --kv-budget TOKENS or --chunk-adapters DIR")
+    return UNLIMITED if asked == FULL else checked_budget(asked)
 
 
 class Layer(NamedTuple):

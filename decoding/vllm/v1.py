@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from decoding.vllm.requests import Layer, LoadedStyles, layers_of, leaves_temperature_open
+from decoding.vllm.requests import Layer, LoadedStyles, layers_of, leaves_temperature_open, requested_budget
 from decoding.vllm.temperatures import PromptTemperatures
 
 Kept = TypeVar("Kept")
@@ -138,3 +139,38 @@ class TemperatureRows:
             request.chosen = chosen
         open_rows = {row: request.chosen for row, request in self._rows.items() if request.chosen is not None}
         return torch.stack([open_rows.get(row, self._one) for row in range(count)])
+
+
+class BudgetRows:
+    """The budgets that requests ask for, by row. A processor hears of requests, an attention backend asks for rows'."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, int] = {}
+
+    def update(self, batch_update: Any | None) -> None:
+        """Takes in a vLLM ``BatchUpdate``."""
+        if batch_update is not None:
+            take_in(batch_update, self._rows, self._kept)
+
+    def _kept(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> int | None:
+        return requested_budget(params.extra_args, is_served=True)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Nothing."""
+        return logits
+
+    def tensor(self, count: int, default: int, device: torch.device) -> Tensor:
+        """Int64 [count], in tokens; ``default`` where a request asks for nothing."""
+        if not self._rows:
+            return torch.full((count,), default, device=device)
+        return torch.tensor([self._rows.get(row, default) for row in range(count)]).to(device, non_blocking=True)
+
+    def least(self, default: int) -> int:
+        """The least that any row may have."""
+        return min(default, *self._rows.values()) if self._rows else default
+
+
+@lru_cache(maxsize=16)
+def budget_rows(engine: str) -> BudgetRows:
+    """Those of an engine, by its ``instance_id``: one for its processor and its attention backend."""
+    return BudgetRows()

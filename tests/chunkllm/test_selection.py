@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -122,10 +121,14 @@ def test_worth_is_the_share_per_token():
     torch.testing.assert_close(got, torch.tensor([[0.25, 0.05, 0.0]]))
 
 
+def divided(tokens, weights, most):
+    return divide(torch.tensor([tokens]), torch.as_tensor(weights), torch.tensor([most]))[0].tolist()
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8), st.integers(0, 60), st.integers(1, 50))
 def test_a_budget_is_divided_in_proportion_and_no_layer_gets_more_than_it_can_use(weights, tokens, most):
-    got = divide(tokens, np.array(weights), most)
+    got = divided(tokens, weights, most)
     layers = len(weights)
     if tokens >= most:
         assert got == [tokens] * layers
@@ -145,4 +148,10 @@ def test_sensitive_layers_get_more_by_the_root_and_none_is_starved():
     assert weights[0] == pytest.approx(2 * weights[1])
     assert weights[2] == weights[3] == pytest.approx(0.5)
     assert layer_weights([0.0, 0.0]).tolist() == [0.5, 0.5]
-    assert divide(10, layer_weights([1e-3] * 3), 100) == [10, 10, 10]
+    assert divided(10, layer_weights([1e-3] * 3), 100) == [10, 10, 10]
+
+
+def test_rows_are_divided_each_by_itself():
+    weights = torch.tensor([3.0, 1.0, 1.0])
+    together = divide(torch.tensor([10, 40, 50]), weights, torch.tensor([100, 60, 40]))
+    assert together.tolist() == [divided(10, weights, 100), divided(40, weights, 60), divided(50, weights, 40)]

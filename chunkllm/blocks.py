@@ -1,0 +1,219 @@
+"""Summaries of chunks beside a paged key-value cache: what a block of the cache holds, as a scorer reads it.
+
+A paged cache is read by whole blocks. So a chunk also ends where its block does: one that crosses an edge is two
+*pieces*, each of which lies in one block. Their summaries are kept by block, as keys are: a block that several requests
+share has them for all, and one that is written anew gets new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chunkllm.scorers import ChunkStatistics, Scorer
+
+_TOKENS_PER_PIECE = 8
+
+
+class Tokens(NamedTuple):
+    """The tokens that a step computes, T in all: those of R rows (requests), one row after the other.
+
+    Attributes:
+        row: int64 [T].
+        position: int64 [T], place in the row's text.
+        block: int64 [T], the block that the token is written to.
+        is_first: bool [T], whether it is the row's first in this step.
+        last: int64 [R], the row's last token in this step.
+    """
+
+    row: Tensor
+    position: Tensor
+    block: Tensor
+    is_first: Tensor
+    last: Tensor
+
+
+def tokens_of_step(block_table: Tensor, lengths: Tensor, query_start: Tensor, block_size: int, count: int) -> Tokens:
+    """Finds where the tokens of a step belong.
+
+    Args:
+        block_table: int [R, N], the blocks of each row.
+        lengths: int [R], tokens of each row, those of this step included.
+        query_start: int [R + 1], where each row's tokens begin among those of the step.
+        block_size: tokens of a block.
+        count: T, known to the host.
+    """
+    begin, stop = query_start[:-1].long(), query_start[1:].long()
+    rows = torch.arange(len(begin), device=begin.device)
+    row = rows.repeat_interleave(stop - begin, output_size=count)
+    token = torch.arange(count, device=begin.device)
+    position = token - stop[row] + lengths.long()[row]
+    block = block_table[row, position // block_size].long()
+    return Tokens(row, position, block, token == begin[row], stop - 1)
+
+
+class Pieces(NamedTuple):
+    """The pieces of chunks that the tokens of a step belong to, P in all.
+
+    Attributes:
+        of_token: int64 [T], the piece that a token belongs to.
+        block: int64 [P].
+        number: int64 [P], of the piece within its block.
+        slot: int64 [P], where the sums are of a piece that goes on from the step before.
+        goes_on: bool [P], whether it does.
+        tokens: float32 [P], tokens that the sums are of, this step's included.
+        end: int64 [P], its last token in this step.
+        is_whole: bool [P], whether that is the last of the piece, too.
+        running: int64 [R], the piece of each row's last token.
+        row_slot: int64 [R], the row's slot.
+    """
+
+    of_token: Tensor
+    block: Tensor
+    number: Tensor
+    slot: Tensor
+    goes_on: Tensor
+    tokens: Tensor
+    end: Tensor
+    is_whole: Tensor
+    running: Tensor
+    row_slot: Tensor
+
+
+class BlockSummaries:
+    """Features of the pieces in every block, and the sums of those that have not ended.
+
+    Args:
+        scorer: makes features.
+        layers: places in the model of the L layers.
+        blocks: of the cache.
+        block_size: tokens of a block.
+        slots: S, rows that can be under way.
+        kv_heads: Hkv.
+        head_dim: D.
+        dtype: of the features.
+        device: of everything.
+        fixed_shapes: whether shapes must not depend on what tensors hold, so that nothing waits for a device.
+
+    Attributes:
+        lengths: int64 [blocks + 1, M], tokens of each piece that is whole, 0 where there is none. Pieces of a block
+            follow each other from its first token on. The block behind the last takes what belongs nowhere.
+        features: L tensors [blocks + 1, M, Hkv, F].
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        layers: Sequence[int],
+        *,
+        blocks: int,
+        block_size: int,
+        slots: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        fixed_shapes: bool,
+    ):
+        self._scorer = scorer
+        self._layers = layers
+        self._fixed_shapes = fixed_shapes
+        self._block_size = block_size
+        self._nowhere = blocks
+        pieces = -(-block_size // _TOKENS_PER_PIECE)
+        one = torch.zeros(1, kv_heads, 1, head_dim, device=device)
+        width = scorer.chunk_features(layers[0], ChunkStatistics(one, one, one)).shape[-1]
+        self.lengths = torch.zeros(blocks + 1, pieces, dtype=torch.long, device=device)
+        shape = (blocks + 1, pieces, kv_heads, width)
+        self.features = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self._sums = torch.zeros(len(layers), slots, kv_heads, 2 * head_dim, device=device)
+        self._summed = torch.zeros(slots, device=device)
+
+    def cut(self, tokens: Tokens, ends: Tensor, row_slot: Tensor) -> Pieces:
+        """Cuts the tokens of a step into pieces, and takes in how long those are that end.
+
+        Args:
+            tokens: of the step.
+            ends: bool [T], whether a chunk ends at the token.
+            row_slot: int64 [R], slots of the rows; a row that is new in its slot has nothing to go on with.
+        """
+        offset = tokens.position % self._block_size
+        is_fresh = offset == 0
+        self.lengths[torch.where(is_fresh, tokens.block, self._nowhere)] = 0
+        token = torch.arange(len(offset), device=offset.device)
+        begin = torch.where(is_fresh | tokens.is_first, token, 0).cummax(0).values  # of the token's row and block
+        before = ends.cumsum(0) - ends.long()
+        held = self.lengths[tokens.block[begin]]
+        number = (held > 0).sum(1) + before - before[begin]
+        most = self.lengths.shape[1] - 1
+        is_end = (offset == self._block_size - 1) | (ends & (number < most))
+        number = number.clamp(max=most)
+        is_begin = is_fresh | tokens.is_first | is_end.roll(1)
+        of_token = is_begin.cumsum(0) - 1
+        count = len(offset) if self._fixed_shapes else int(of_token[-1]) + 1
+        sizes = torch.zeros(count, device=offset.device).index_add_(0, of_token, torch.ones_like(offset).float())
+        end = torch.zeros(count, dtype=torch.long, device=offset.device)
+        end.scatter_reduce_(0, of_token, token, "amax")
+        first = (end - sizes.long() + 1).clamp(min=0)
+        row = tokens.row[first]
+        goes_on = tokens.is_first[first] & ~is_fresh[first]
+        slot = row_slot[row]
+        block = torch.where(sizes > 0, tokens.block[end], self._nowhere)
+        pieces = Pieces(
+            of_token=of_token,
+            block=block,
+            number=number[end],
+            slot=slot,
+            goes_on=goes_on,
+            tokens=sizes + torch.where(goes_on, self._summed[slot], 0),
+            end=end,
+            is_whole=is_end[end] & (sizes > 0),
+            running=of_token[tokens.last],
+            row_slot=row_slot,
+        )
+        # Not `tokens`: of a piece whose beginning nobody summed, the length is known all the same.
+        started = torch.where(goes_on, self.lengths[block].sum(1), offset[first])
+        self._set_lengths(pieces, offset[end] + 1 - started)
+        open_ = ~pieces.is_whole[pieces.running]
+        self._summed[row_slot] = pieces.tokens[pieces.running] * open_
+        return pieces
+
+    def _set_lengths(self, pieces: Pieces, lengths: Tensor) -> None:
+        block = torch.where(pieces.is_whole, pieces.block, self._nowhere)
+        self.lengths[block, pieces.number] = lengths
+        self.lengths[self._nowhere] = 0
+
+    def forget(self, slots: Tensor) -> None:
+        """Empties slots, bool [S]: new rows will have them."""
+        self._summed.masked_fill_(slots, 0)
+        self._sums.masked_fill_(slots[:, None, None], 0)
+
+    def add(self, pieces: Pieces, keys: Tensor, layers: range) -> None:
+        """Takes in the keys of a step.
+
+        Args:
+            pieces: what `cut` made of it.
+            keys: [n, T, Hkv, D], post-RoPE.
+            layers: the n layers that they are of, as numbers in ``features``.
+        """
+        keys = keys.float()
+        sums = keys.new_zeros(len(keys), len(pieces.block), keys.shape[2], 2 * keys.shape[3])
+        sums.index_add_(1, pieces.of_token, torch.cat((keys, keys * keys), -1))
+        earlier = self._sums[layers.start : layers.stop]
+        sums += earlier[:, pieces.slot] * pieces.goes_on[:, None, None]
+        open_ = ~pieces.is_whole[pieces.running]
+        earlier[:, pieces.row_slot] = sums[:, pieces.running] * open_[:, None, None]
+        whole = slice(None) if self._fixed_shapes else pieces.is_whole.nonzero()[:, 0]
+        block = torch.where(pieces.is_whole, pieces.block, self._nowhere)[whole]
+        number, end = pieces.number[whole], pieces.end[whole]
+        if not len(block):
+            return
+        mean, square = (sums[:, whole] / pieces.tokens[whole].clamp(min=1)[:, None, None]).chunk(2, -1)
+        parts = (mean, (square - mean * mean).clamp(min=0), keys[:, end])
+        for i, layer in enumerate(layers):
+            statistics = ChunkStatistics(*(part[i].transpose(0, 1)[None] for part in parts))
+            features = self._scorer.chunk_features(self._layers[layer], statistics)
+            self.features[layer][block, number] = features[0].transpose(0, 1).to(self.features[layer].dtype)

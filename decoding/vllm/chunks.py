@@ -1,0 +1,318 @@
+"""Chunk selection in vLLM: what an engine asks for, what it cannot have, and what its attention backends share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from chunkllm import ChunkAdapters, ChunkError, PooledScorer, Scorer
+from chunkllm.attach import DEFAULT_LOCAL, DEFAULT_SINKS
+from chunkllm.paged import PagedSelection, Reading, Step, local_blocks
+from chunkllm.selection import layer_weights
+from decoding.errors import DecodingError
+from decoding.vllm.declaration import EMBEDDED, DeclaredChunks, checked_chunks
+from decoding.vllm.v1 import budget_rows
+
+KEY = "chunkllm"
+
+
+def asked_for(vllm_config: VllmConfig | None) -> DeclaredChunks | None:
+    """What an engine's ``additional_config={"chunkllm": {…}}`` asks for, if it does.
+
+    Raises:
+        DecodingError: unknown or impossible settings.
+    """
+    additional = None if vllm_config is None else vllm_config.additional_config
+    asked = additional.get(KEY) if isinstance(additional, dict) else None
+    return None if asked is None else checked_chunks(asked)
+
+
+def refuse_what_is_missing(vllm_config: VllmConfig) -> None:
+    """Refuses engines in which chunks cannot be selected.
+
+    Raises:
+        DecodingError: says what stands in the way.
+    """
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    reasons = {
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "tensor parallelism": parallel.tensor_parallel_size > 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+        "a quantized key-value cache": cache.cache_dtype.startswith(("fp8", "int8", "nvfp4", "turboquant")),
+        "a key-value connector": vllm_config.kv_transfer_config is not None,
+    }
+    found = [reason for reason, is_so in reasons.items() if is_so]
+    if found:
+        raise DecodingError(f"chunk selection does not go with {' and '.join(found)}: leave out one or the other")
+
+
+@dataclass
+class ChunkStep:
+    """A step in which chunks may be selected: the metadata of each layer, and what takes in its keys and queries."""
+
+    group: LayerGroup
+    tokens: int
+    of_layers: list[Any]
+
+
+class LayerGroup:
+    """The layers with full attention that share a block table, and the selection in them.
+
+    Args:
+        vllm_config: the engine's.
+        layer_names: of the group.
+        spec: of its key-value cache.
+        device: where it lies.
+
+    Raises:
+        DecodingError: chunks cannot be selected in this model or engine, or the adapters are not there.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, layer_names: list[str], spec: FullAttentionSpec, device: torch.device):
+        declared = asked_for(vllm_config)
+        assert declared is not None
+        refuse_what_is_missing(vllm_config)
+        context = vllm_config.compilation_config.static_forward_context
+        names = sorted(layer_names, key=extract_layer_index)
+        impls = [context[name].impl for name in names]
+        for number, impl in enumerate(impls):
+            _refuse_unusual_attention(impl)
+            impl.number = number
+        first = impls[0]
+        self.budget = declared.kv_budget
+        self._budgets = budget_rows(vllm_config.instance_id)
+        self.adapters = opened_adapters(declared.adapters, device)
+        layers = [extract_layer_index(name) for name in names]
+        scorer: Scorer = PooledScorer(first.head_size, scaling=first.scale)
+        weights = torch.ones(len(layers))
+        if self.adapters is not None:
+            scorer, weights = self.adapters.scorer(), _weights(self.adapters, layers, vllm_config, first)
+        _require_room(self.budget, spec.block_size)
+        self.selection = PagedSelection(
+            scorer,
+            layers,
+            weights,
+            heads=first.num_heads,
+            kv_heads=first.num_kv_heads,
+            head_dim=first.head_size,
+            blocks=_blocks(vllm_config),
+            block_size=spec.block_size,
+            rows=vllm_config.scheduler_config.max_num_seqs,
+            row_blocks=-(-vllm_config.model_config.max_model_len // spec.block_size),
+            sinks=DEFAULT_SINKS,
+            local=DEFAULT_LOCAL,
+            dtype=vllm_config.model_config.dtype,
+            device=device,
+        )
+
+    def begin(self, common: CommonAttentionMetadata) -> Reading | None:
+        """What the layers read in a step."""
+        if common.is_prefilling is None:
+            raise DecodingError("chunk selection needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
+        rows, device = common.num_reqs, common.block_table_tensor.device
+        step = Step(
+            block_table=common.block_table_tensor[:rows],
+            lengths=common.seq_lens[:rows],
+            query_start=common.query_start_loc[: rows + 1],
+            tokens=common.num_actual_tokens,
+            is_prompt=common.is_prefilling[:rows].to(device, non_blocking=True),
+            budgets=self._budgets.tensor(rows, self.budget, device),
+            may_select=common.max_seq_len > self._budgets.least(self.budget),
+        )
+        reading = self.selection.begin(step)
+        if self.adapters is None:
+            self.selection.note_ends(None)
+        return reading
+
+    def note_bottom_states(self, hidden_states: Tensor, tokens: int) -> None:
+        """Takes in the bottom layer's output, [T, hidden_size]."""
+        if self.adapters is not None:
+            self.selection.note_ends(self.adapters.is_boundary(hidden_states[None, :tokens])[0])
+
+
+def opened_adapters(source: str | None, device: torch.device) -> ChunkAdapters | None:
+    """The adapters that settings name, frozen; None for none."""
+    if source is None:
+        return None
+    try:
+        return ChunkAdapters.from_pretrained(None if source == EMBEDDED else source, device=device).requires_grad_(
+            False
+        )
+    except ChunkError as error:
+        raise DecodingError(str(error)) from error
+
+
+def _weights(adapters: ChunkAdapters, layers: list[int], vllm_config: VllmConfig, impl: Any) -> Tensor:
+    """In what proportion the layers share a budget, float [L].
+
+    Raises:
+        DecodingError: the adapters are another model's.
+    """
+    shape, config = adapters.config.shape, vllm_config.model_config.hf_text_config
+    ours = {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "heads": impl.num_heads,
+        "kv_heads": impl.num_kv_heads,
+        "head_dim": impl.head_size,
+        "scaling": impl.scale,
+    }
+    for name, value in ours.items():
+        if (theirs := getattr(shape, name)) != value:
+            raise DecodingError(f"the adapters are another model's: its {name} is {theirs}, this one's {value}")
+    if not set(layers) <= set(shape.full_layers):
+        raise DecodingError("the adapters are another model's: they do not have the layers of this one")
+    if adapters.config.sensitivity is None:
+        return torch.ones(len(layers))
+    of_layer = dict(zip(shape.full_layers, layer_weights(adapters.config.sensitivity).tolist(), strict=True))
+    return torch.tensor([of_layer[layer] for layer in layers])
+
+
+def _refuse_unusual_attention(impl: Any) -> None:
+    reasons = {
+        "caps its attention logits": bool(impl.logits_soft_cap),
+        "has attention sinks of its own": impl.sinks is not None,
+        "has ALiBi": impl.alibi_slopes is not None,
+        "shares keys and values between layers": impl.kv_sharing_target_layer_name is not None,
+    }
+    for reason, is_so in reasons.items():
+        if is_so:
+            raise DecodingError(f"chunk selection does not know this model's attention: it {reason}")
+
+
+def _require_room(budget: int, block_size: int) -> None:
+    always = (local_blocks(DEFAULT_LOCAL, block_size) + 2) * block_size
+    if budget < always + block_size:
+        raise DecodingError(
+            f"a kv_budget of {budget} tokens leaves nothing to choose: the first and the last blocks of {block_size} "
+            f"tokens take {always}"
+        )
+
+
+def _blocks(vllm_config: VllmConfig) -> int:
+    blocks = vllm_config.cache_config.num_gpu_blocks
+    assert blocks is not None  # known by the time that a cache is made
+    return blocks
+
+
+class SelectingBuilder:
+    """What a metadata builder does besides, when chunks are to be selected. Goes before vLLM's class."""
+
+    group: LayerGroup | None = None
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        if asked_for(vllm_config) is not None and type(kv_cache_spec) is FullAttentionSpec:
+            self.group = LayerGroup(vllm_config, layer_names, kv_cache_spec, device)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False):
+        """vLLM's metadata, with a `ChunkStep` in ``chunks``."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        if self.group is None:
+            return metadata
+        reading = self.group.begin(common_attn_metadata)
+        layers = [] if reading is None else self.of_layers(metadata, reading)
+        metadata.chunks = ChunkStep(self.group, metadata.num_actual_tokens, layers)
+        return metadata
+
+    def of_layers(self, metadata: Any, reading: Reading) -> list[Any]:
+        """The metadata of each layer. Subclasses add what their kernels plan by."""
+        return [
+            replace(metadata, block_table=table, seq_lens=lengths)
+            for table, lengths in zip(reading.block_table, reading.lengths, strict=True)
+        ]
+
+
+class SelectingImpl:
+    """What an attention does besides, when chunks are to be selected. Goes before vLLM's class."""
+
+    number = -1  # of the layer, in its group
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        watch_bottom_layer()
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **options: Any,
+    ) -> Tensor:
+        """vLLM's, over the blocks that were selected."""
+        step: ChunkStep | None = getattr(attn_metadata, "chunks", None)
+        if step is not None:
+            step.group.selection.add_keys(self.number, key[: step.tokens])
+            step.group.selection.add_queries(self.number, query[: step.tokens])
+            if step.of_layers:
+                attn_metadata = step.of_layers[self.number]
+        return super().forward(  # type: ignore[misc]
+            layer, query, key, value, kv_cache, attn_metadata, output, *args, **options
+        )
+
+
+def is_selecting() -> bool:
+    """Whether the engine that is being built asks for chunk selection."""
+    return asked_for(get_current_vllm_config_or_none()) is not None
+
+
+_watching: list[Any] = []
+
+
+def watch_bottom_layer() -> None:
+    """Sees to it that boundaries are looked for in the output of the layers' first, of the model that is being built.
+
+    Attention is made before the list of layers that it belongs to becomes the model's, and PyTorch tells of that.
+    """
+    if not _watching:
+        _watching.append(register_module_module_registration_hook(_registered))
+
+
+def _registered(module: nn.Module, name: str, submodule: Any) -> None:
+    if name == "layers" and isinstance(submodule, nn.ModuleList):
+        submodule[0].register_buffer("chunk_anchor", torch.zeros(1), persistent=False)
+        submodule[0].register_forward_hook(_detect)
+        _watching.pop().remove()
+
+
+def _detect(layer: nn.Module, args: Any, output: Tensor | tuple[Tensor, Tensor]) -> None:
+    hidden_states, residual = output if isinstance(output, tuple) else (output, None)
+    torch.ops.decoding.note_bottom_states(hidden_states, residual, layer.chunk_anchor)
+
+
+@torch.library.custom_op("decoding::note_bottom_states", mutates_args=("anchor",))
+def note_bottom_states(hidden_states: Tensor, residual: Tensor | None, anchor: Tensor) -> None:
+    """Hands the bottom layer's output to the selection. An operator of its own, since compiled models call it too.
+
+    Args:
+        hidden_states: [T, hidden_size].
+        residual: what is to be added to it, if the model has not yet.
+        anchor: nothing; said to be written to, lest the call be taken for one without effect.
+    """
+    metadata = get_forward_context().attn_metadata if is_forward_context_available() else None
+    if not isinstance(metadata, dict):
+        return
+    steps = {id(each.chunks): each.chunks for each in metadata.values() if hasattr(each, "chunks")}
+    if steps:
+        states = hidden_states if residual is None else hidden_states + residual
+        for step in steps.values():
+            step.group.note_bottom_states(states, step.tokens)
+
+
+@note_bottom_states.register_fake
+def _(hidden_states: Tensor, residual: Tensor | None, anchor: Tensor) -> None: ...

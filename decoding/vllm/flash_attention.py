@@ -1,0 +1,55 @@
+"""The attention backend on CUDA: FlashAttention's, under the name that vLLM has for others' backends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+
+from chunkllm.paged import Reading
+from decoding.vllm.chunks import SelectingBuilder, SelectingImpl, is_selecting
+
+
+class ChunkFlashAttentionBackend(FlashAttentionBackend):
+    """FlashAttention, with chunk selection if the engine asks for it."""
+
+    @staticmethod
+    def get_name() -> str:
+        """The one name that vLLM knows for backends of others."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashAttentionImpl]:
+        """Of attention layers."""
+        return _Impl if is_selecting() else FlashAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
+        """Of metadata."""
+        return _Builder
+
+
+class _Impl(SelectingImpl, FlashAttentionImpl): ...
+
+
+class _Builder(SelectingBuilder, FlashAttentionMetadataBuilder):
+    supports_update_block_table = False  # a selection is one block table's
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Graphs of what lies between attentions: a layer's selection is computed anew in each step."""
+        if is_selecting():
+            return AttentionCGSupport.NEVER
+        return super().get_cudagraph_support(vllm_config, kv_cache_spec)
+
+    def of_layers(self, metadata: FlashAttentionMetadata, reading: Reading) -> list[Any]:
+        # Its plan is for the lengths that are in the metadata; without one, the kernel makes its own.
+        return [replace(each, scheduler_metadata=None) for each in super().of_layers(metadata, reading)]
