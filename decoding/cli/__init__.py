@@ -181,15 +181,18 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 @click.option("--temperature-selector", help='"default" (the embedded one), a folder or a hub id; none by default.')
 @click.option("--temperature-policy", type=click.Choice(["ability", "curve"]), help="Of the selector.")
 @click.option("--model-size", type=click.Choice(["small", "medium", "large"]), help="By its parameters by default.")
+@click.option("--chunk-adapters", help='Select chunks: "default" (SmolLM2-135M\'s), a folder or a hub id.')
+@click.option("--kv-budget", type=click.IntRange(min=1), help="Select chunks: tokens to read, 2048 with adapters.")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **options: Any) -> None:
     """Serves a model over HTTP: vLLM's OpenAI-compatible server, which takes all of its own options.
 
-    A request names its style in vllm_xargs, {"style": "NAME", "lambda": 0.1}, and has its temperature chosen with
-    {"temperature": "auto"}.
+    A request names its style in vllm_xargs, {"style": "NAME", "lambda": 0.1}, has its temperature chosen with
+    {"temperature": "auto"}, and reads another number of tokens with {"kv_budget": 4096}, or all with "full".
     """
     from decoding.models import load_tokenizer, resolve_model
     from decoding.priors import name_and_file, require_distinct
+    from decoding.vllm import engine_args
     from decoding.vllm.server import serve as run_server
 
     path = resolve_model(model)
@@ -198,15 +201,15 @@ def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **
     named = [name_and_file(spec, tokenizer, **trained) for spec in styles]
     require_distinct([name for name, _ in named])
     selector = options["temperature_selector"]
-    run_server(
-        path,
-        model,
+    engine = engine_args(
         dict(named),
-        vllm_options,
         temperature=True if selector == "default" else selector,
         model_size=options["model_size"],
         policy=options["temperature_policy"],
+        chunk_adapters=options["chunk_adapters"],
+        kv_budget=options["kv_budget"],
     )
+    run_server(path, model, engine, vllm_options)
 
 
 @cli.group()

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from decoding.errors import DecodingError
-from decoding.selector import Policy
-from decoding.vllm.declaration import engine_args
 
 
-def serve(
-    model: str,
-    name: str,
-    styles: Mapping[str, str],
-    arguments: Sequence[str],
-    *,
-    temperature: bool | str | None = None,
-    model_size: str | None = None,
-    policy: Policy | None = None,
-) -> None:
+def serve(model: str, name: str, engine: Mapping[str, Any], arguments: Sequence[str]) -> None:
     """Runs ``vllm serve MODEL`` until it is stopped.
 
     Args:
         model: a folder or a hub id.
         name: what the API calls the model, unless ``arguments`` say otherwise.
-        styles: as for `engine_args`.
+        engine: from `decoding.vllm.engine_args`.
         arguments: any of ``vllm serve``.
-        temperature: as for `engine_args`.
-        model_size: likewise.
-        policy: likewise.
 
     Raises:
-        DecodingError: vLLM is not installed, or a style or the selector is not there.
+        DecodingError: vLLM is not installed, or chunk selection cannot have the attention backend that is asked for.
     """
     try:
         from vllm.entrypoints.cli.serve import cmd_init
@@ -40,14 +27,25 @@ def serve(
     except ImportError as error:
         raise DecodingError(f"serving needs vLLM, 0.32 or newer: pip install vllm ({error})") from error
 
-    processors = engine_args(styles, temperature=temperature, model_size=model_size, policy=policy)["logits_processors"]
     # As vLLM's command line does it. That one cannot be called: it knows one name of vLLM's distribution only.
     cli_env_setup()
     parser = FlexibleArgumentParser(prog="decoding")
     (command,) = cmd_init()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     args = parser.parse_args(["serve", model, *arguments])
-    args.logits_processors = [*(args.logits_processors or []), *processors]
+    _take_in(args, engine)
     args.served_model_name = args.served_model_name or [name]
     command.validate(args)
     command.cmd(args)
+
+
+def _take_in(args: Any, engine: Mapping[str, Any]) -> None:
+    """Adds what an engine needs to the arguments that the user gave."""
+    args.logits_processors = [*(args.logits_processors or []), *engine["logits_processors"]]
+    args.additional_config = {**(args.additional_config or {}), **engine.get("additional_config", {})}
+    args.block_size = args.block_size or engine.get("block_size")
+    backend = engine.get("attention_backend")
+    if backend is not None:
+        if args.attention_backend is not None:
+            raise DecodingError("chunk selection is an attention backend itself: leave --attention-backend out")
+        args.attention_backend = backend
