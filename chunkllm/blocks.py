@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chunkllm.scorers import ChunkStatistics, Scorer
 
-_TOKENS_PER_PIECE = 8
+_TOKENS_PER_PIECE = 16
 
 
 class Tokens(NamedTuple):
@@ -101,7 +101,7 @@ class BlockSummaries:
     Attributes:
         lengths: int64 [blocks + 1, M], tokens of each piece that is whole, 0 where there is none. Pieces of a block
             follow each other from its first token on. The block behind the last takes what belongs nowhere.
-        features: L tensors [blocks + 1, M, Hkv, F].
+        features: L tensors [Hkv, blocks + 1, M, F].
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class BlockSummaries:
         one = torch.zeros(1, kv_heads, 1, head_dim, device=device)
         width = scorer.chunk_features(layers[0], ChunkStatistics(one, one, one)).shape[-1]
         self.lengths = torch.zeros(blocks + 1, pieces, dtype=torch.long, device=device)
-        shape = (blocks + 1, pieces, kv_heads, width)
+        shape = (kv_heads, blocks + 1, pieces, width)
         self.features = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self._sums = torch.zeros(len(layers), slots, kv_heads, 2 * head_dim, device=device)
         self._summed = torch.zeros(slots, device=device)
@@ -216,4 +216,4 @@ class BlockSummaries:
         for i, layer in enumerate(layers):
             statistics = ChunkStatistics(*(part[i].transpose(0, 1)[None] for part in parts))
             features = self._scorer.chunk_features(self._layers[layer], statistics)
-            self.features[layer][block, number] = features[0].transpose(0, 1).to(self.features[layer].dtype)
+            self.features[layer][:, block, number] = features[0].to(self.features[layer].dtype)

@@ -250,7 +250,8 @@ class PagedSelection:
         places = slot[:, None] * ring + torch.arange(ring, device=slot.device)
         worth = []
         for i, layer in enumerate(self._layers):
-            features = self.summaries.features[i][blocks].flatten(1, 2).transpose(1, 2)
+            features = self.summaries.features[i].index_select(1, blocks.flatten()).unflatten(1, blocks.shape)
+            features = features.flatten(2, 3).transpose(0, 1)
             queries = self._queries[i][places].transpose(1, 2)
             scores = chunk_scores(self._scorer, layer, queries, features, *flat)
             worth.append(scores.view(lengths.shape).sum(-1))

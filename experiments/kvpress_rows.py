@@ -1,10 +1,10 @@
 """kvpress's methods (github.com/NVIDIA/kvpress) on the texts of a ``decoding chunk eval``, for the same table.
 
-kvpress wants a transformers that is older than this project's, so it runs in an environment of its own, and this script
-imports nothing else:
+kvpress wants a transformers that is older than this project's, so it runs in an environment of its own, from the root
+of the project:
 
     python -m venv kvpress && kvpress/bin/pip install kvpress==0.5.5
-    kvpress/bin/python experiments/kvpress_rows.py JUDGED/texts.json MODEL --press SnapKVPress --out kvpress.json
+    kvpress/bin/python -m experiments.kvpress_rows JUDGED/texts.json MODEL --press SnapKVPress --out kvpress.json
 
 A press drops keys and values once, when a prompt has been read; what is dropped cannot come back. The prompt's share of
 tokens is kept; the tokens behind it are all kept.
@@ -23,6 +23,8 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.text_rows import figures, row
+
 _LAST = 8  # Tokens of a prompt that are read after pressing, as in `experiments.chunk_eval`.
 
 
@@ -38,31 +40,6 @@ def predictions(model: Any, ids: Tensor, scored: int, press: Any | None) -> Tens
     places = torch.arange(begin, ids.shape[1] - 1)[None]
     output = model(ids[:, begin:-1], position_ids=places, past_key_values=cache, logits_to_keep=scored)
     return output.logits[0].float().log_softmax(-1)
-
-
-def figures(full: Tensor, pressed: Tensor, targets: Tensor) -> dict[str, float]:
-    """Of one text: how much more a token costs, KL from full attention in nats, and how often the best is the same."""
-    losses = [-log_probs.gather(-1, targets[:, None]).mean() for log_probs in (full, pressed)]
-    return {
-        "more": float(losses[1] - losses[0]),
-        "divergence": float((full.exp() * (full - pressed)).sum(-1).mean()),
-        "agreement": float((full.argmax(-1) == pressed.argmax(-1)).float().mean()),
-    }
-
-
-def row(name: str, retention: float, by_text: list[dict[str, float]]) -> dict[str, Any]:
-    """Means over texts, with standard errors."""
-    columns = {key: torch.tensor([text[key] for text in by_text], dtype=torch.float64) for key in by_text[0]}
-    errors = {key: float(values.std() / len(values) ** 0.5) for key, values in columns.items()}
-    return {
-        "method": f"kvpress {name}",
-        "retention": retention,
-        "ratio": float(columns["more"].mean().exp()),
-        "ratio_error": errors["more"],
-        "divergence": float(columns["divergence"].mean()),
-        "divergence_error": errors["divergence"],
-        "agreement": float(columns["agreement"].mean()),
-    }
 
 
 @torch.inference_mode()
@@ -86,7 +63,7 @@ def main() -> None:
         for name, share in cells:
             pressed = predictions(model, ids, held["scored"], getattr(kvpress, name)(compression_ratio=1 - share))
             by_cell[name, share].append(figures(full, pressed, targets))
-    rows = [row(name, share, by_text) for (name, share), by_text in by_cell.items()]
+    rows = [row(f"kvpress {name}", share, by_text) for (name, share), by_text in by_cell.items()]
     versions = {package.__name__: package.__version__ for package in (torch, transformers)}
     chosen.out.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1))
 

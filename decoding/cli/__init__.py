@@ -352,6 +352,39 @@ def bench_long_context(
     chunk_bench.main(lengths, dtype, rounds, out, picture)
 
 
+@bench.command(name="vllm-long-context")
+@shared.model
+@click.option("--chunk-adapters", default="default", show_default=True, help="A folder or a hub id.")
+@click.option(
+    "--contexts", type=shared.Numbers("contexts"), default="4096,8192,16384,32768", show_default=True, help="In tokens."
+)
+@click.option("--batches", type=shared.Numbers("batches"), default="1,4", show_default=True, help="Requests at a time.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the figures here.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Also draw speed over context here, a .png file.")
+def bench_vllm_long_context(
+    model: str,
+    chunk_adapters: str,
+    contexts: tuple[float, ...],
+    batches: tuple[float, ...],
+    rounds: int,
+    out: Path | None,
+    picture: Path | None,
+) -> None:
+    """Measures chunk selection behind long contexts in vLLM. Let the machine be idle."""
+    from experiments import vllm_chunk_bench
+
+    lengths, counts = tuple(map(int, contexts)), tuple(map(int, batches))
+    if min(lengths) <= vllm_chunk_bench.BUDGET or min(counts) < 1:
+        raise DecodingError(
+            f"contexts must be longer than the {vllm_chunk_bench.BUDGET} tokens read, batches at least 1"
+        )
+    for path in (out, picture):
+        if path is not None:
+            require_writable(path)
+    vllm_chunk_bench.main(model, chunk_adapters, lengths, counts, rounds, out, picture)
+
+
 @cli.group()
 def reproduce() -> None:
     """Reproduces the papers' experiments."""

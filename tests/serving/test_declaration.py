@@ -8,9 +8,13 @@ import pytest
 from decoding import DecodingError
 from decoding.vllm import engine_args
 from decoding.vllm.declaration import (
+    CHUNK_PROCESSOR,
     STYLE_PROCESSOR,
     TEMPERATURE_PROCESSOR,
+    DeclaredChunks,
     DeclaredSelector,
+    checked_chunks,
+    declared_chunks,
     declared_selector,
     declared_styles,
 )
@@ -22,7 +26,7 @@ BOTH = {"logits_processors": [STYLE_PROCESSOR, TEMPERATURE_PROCESSOR]}
 
 @pytest.fixture(autouse=True)
 def nothing_declared(monkeypatch):
-    for variable in ("DECODING_STYLES", "DECODING_TEMPERATURE", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"):
+    for variable in ("DECODING_STYLES", "DECODING_TEMPERATURE", "DECODING_CHUNKS", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"):
         monkeypatch.setenv(variable, "")  # so that it is put back as it was
         monkeypatch.delenv(variable)
 
@@ -109,3 +113,49 @@ def test_declarations_are_json_that_vllm_users_can_write(saved, monkeypatch):
     monkeypatch.setenv("DECODING_TEMPERATURE", '{"size": "large"}')
     with pytest.raises(DecodingError, match="can have selector, model_size, policy, not size"):
         declared_selector()
+
+
+def test_chunk_selection_is_declared_in_the_environment_and_to_the_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "config.json").write_text("{}")
+    for asked, adapters, budget in (
+        ({"chunk_adapters": "default"}, "default", 2048),
+        ({"kv_budget": 512}, None, 512),
+        ({"chunk_adapters": tmp_path, "kv_budget": 4096}, str(tmp_path), 4096),
+        ({"chunk_adapters": "me/mine"}, "me/mine", 2048),
+    ):
+        assert engine_args(**asked) == {
+            "logits_processors": [CHUNK_PROCESSOR],
+            "additional_config": {"chunkllm": {"adapters": adapters, "kv_budget": budget}},
+            "block_size": 32,
+        }
+        assert declared_chunks() == DeclaredChunks(adapters, budget)
+    engine_args({})
+    assert declared_chunks() is None
+
+
+def test_on_a_gpu_chunk_selection_brings_its_backend_and_the_v1_runner(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert engine_args(kv_budget=512)["attention_backend"] == "CUSTOM"
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ([], "an object with adapters, kv_budget"),
+        ({"budget": 3}, "an object with adapters, kv_budget"),
+        ({"adapters": 3}, "adapters must be a folder"),
+        ({"kv_budget": "2048"}, "whole number of tokens"),
+        ({"kv_budget": True}, "whole number of tokens"),
+    ],
+)
+def test_settings_of_chunk_selection_are_checked(settings, reason):
+    with pytest.raises(DecodingError, match=reason):
+        checked_chunks(settings)
+
+
+def test_adapters_that_are_not_there_are_refused_before_anything_starts(tmp_path):
+    with pytest.raises(DecodingError, match="decoding chunk train"):
+        engine_args(chunk_adapters=tmp_path / "none")

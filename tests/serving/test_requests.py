@@ -6,11 +6,13 @@ import torch
 from decoding import DecodingError, StylePrior
 from decoding.vllm.requests import (
     MOST_STYLES_PER_REQUEST,
+    UNLIMITED,
     check_request,
     check_temperature,
     layers_of,
     leaves_temperature_open,
     load_styles,
+    requested_budget,
     requested_styles,
 )
 from tests.conftest import WORDS, make_tokenizer
@@ -137,3 +139,25 @@ def test_priors_that_do_not_fit_the_model_are_refused(saved, tokenizer, tmp_path
     (tmp_path / "spoilt.safetensors").write_bytes(b"spoilt")
     with pytest.raises(DecodingError, match="style 'x':.*not a whole n-gram model"):
         load_styles({"x": str(tmp_path / "spoilt.safetensors")}, tokenizer, 60, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [(None, None), ({"style": "a"}, None), ({"kv_budget": 4096}, 4096), ({"kv_budget": "full"}, UNLIMITED)],
+)
+def test_budgets_that_requests_ask_for(arguments, wanted):
+    assert requested_budget(arguments, is_served=True) == wanted
+
+
+@pytest.mark.parametrize("budget", [0, -5, True, 2.0, "2048", "all", [2048]])
+def test_budgets_that_are_refused(budget):
+    with pytest.raises(DecodingError, match="kv_budget must be a whole number"):
+        requested_budget({"kv_budget": budget}, is_served=True)
+
+
+def test_a_budget_where_no_chunks_are_selected_is_refused(monkeypatch):
+    monkeypatch.delenv("DECODING_CHUNKS", raising=False)
+    with pytest.raises(DecodingError, match="selects no chunks"):
+        check_request(SimpleNamespace(extra_args={"kv_budget": 2048}, temperature=1))
+    monkeypatch.setenv("DECODING_CHUNKS", "{}")
+    check_request(SimpleNamespace(extra_args={"kv_budget": 2048}, temperature=1))

@@ -13,8 +13,9 @@ from urllib.request import urlopen
 import pytest
 
 from decoding import TemperatureSelector
-from decoding.models import DEFAULT_MODEL
+from decoding.models import DEFAULT_MODEL, load_tokenizer
 from decoding.priors import name_and_file
+from experiments.chunk_eval import passkey_prompt
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")
 openai = pytest.importorskip("openai")
@@ -32,13 +33,12 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory, selector_folder):
-    from decoding.models import load_tokenizer
-
     _, presidents = name_and_file("presidents", load_tokenizer(), order=3, smoothing="kneser-ney")
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
     command = [sys.executable, "-m", "decoding", "serve", "--style", "king-james", "--style", f"speeches={presidents}"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8", "--enforce-eager"]
-    command += ["--max-model-len", "512", "--dtype", "float32", "--temperature-selector", str(selector_folder)]
+    command += ["--max-model-len", "2048", "--dtype", "float32", "--temperature-selector", str(selector_folder)]
+    command += ["--chunk-adapters", "default", "--kv-budget", "384"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -144,3 +144,24 @@ def test_two_temperatures_are_a_400(client, temperature, asked):
     with pytest.raises(openai.BadRequestError, match="temperature"):
         sample(client, temperature, vllm_xargs={"temperature": asked})
     assert sample(client, 1, **AUTO)
+
+
+def test_passkeys_are_found_among_selected_chunks(client):
+    """1,800 tokens, of which a fifth is read; the key at three places."""
+    tokenizer = load_tokenizer()
+    for depth, key in ((0.1, "61934"), (0.5, "30728"), (0.8, "85216")):
+        prompt = passkey_prompt(tokenizer, 1800, depth, key)
+        assert 1700 < len(tokenizer(prompt)["input_ids"]) <= 1800
+        assert key in complete(client, prompt=prompt, max_tokens=8).choices[0].text
+
+
+@pytest.mark.parametrize("budget", [0, "much", [1]])
+def test_bad_budgets_are_a_400(client, budget):
+    with pytest.raises(openai.BadRequestError, match="kv_budget must be"):
+        client.completions.create(model=DEFAULT_MODEL, prompt=PROMPT, extra_body={"vllm_xargs": {"kv_budget": budget}})
+    options = {"model": DEFAULT_MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 24}
+    texts = [
+        client.completions.create(**options, extra_body={"vllm_xargs": {"kv_budget": each}}).choices[0].text
+        for each in (512, "full")
+    ]
+    assert texts[0] == texts[1] == complete(client).choices[0].text

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from decoding.vllm.v1 import StyleRows, TemperatureRows
+from decoding.vllm.requests import UNLIMITED
+from decoding.vllm.v1 import BudgetRows, StyleRows, TemperatureRows
 from tests.serving.conftest import (
     UNKNOWN,
     WIDTH,
@@ -214,3 +215,23 @@ def test_a_request_keeps_its_temperature_when_its_prompt_is_forgotten(choose, se
     rows.update(batch_update(moved=[(0, 2, Direction.SWAP)]))
     assert torch.equal(rows.apply(logits.flip(0)), first.flip(0))
     assert selector.batches == [["1", "2", "3"]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_budgets_move_with_their_requests(seed):
+    rng = np.random.default_rng(seed)
+    rows, default = BudgetRows(), 2048
+    kinds = {None: default, 512: 512, 4096: 4096, "full": UNLIMITED}
+
+    def new_request():
+        budget = list(kinds)[rng.integers(len(kinds))]
+        extra = None if budget is None else {"kv_budget": budget}
+        return SimpleNamespace(params=SimpleNamespace(extra_args=extra), prompt=[1], output=[], wanted=kinds[budget])
+
+    for batch, update in steps(rng, new_request):
+        rows.update(update)
+        wanted = [it.wanted for it in batch]
+        assert rows.tensor(len(batch), default, torch.device("cpu")).tolist() == wanted
+        assert rows.least(default) == min([default, *wanted])
+        logits = torch.randn(len(batch), WIDTH)
+        assert rows.apply(logits) is logits

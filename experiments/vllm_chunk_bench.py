@@ -1,0 +1,193 @@
+"""``decoding bench vllm-long-context``: how fast vLLM writes behind long contexts, with chunk selection and without.
+
+One engine in this process, real text, and batches whose requests have different texts. vLLM without selection is the
+same engine with the selection taken out, but for a look at the bottom layer's output. Where contexts are longer than
+the model's positions, these are declared to be more: what it writes there is worthless, how fast it writes is not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+
+from decoding.corpora import load_corpus, tokenize
+from decoding.errors import DecodingError
+from decoding.models import load_tokenizer, resolve_model
+from decoding.vllm.declaration import engine_args
+from experiments.engines import require_engine
+from experiments.figures import Figure, interleaved, ratio_of, report, seconds_of
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+TEXT = "king-james"
+BUDGET = 2048
+BLOCK = 32
+STEPS = 64
+_TARGETS = {8192: 1.3, 32768: 2.5}
+
+Times = dict[tuple[int, int], np.ndarray]  # batch, context -> seconds [stock, selected; rounds]
+
+
+def main(
+    model: str,
+    adapters: str,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    rounds: int,
+    out: Path | None,
+    picture: Path | None,
+) -> None:
+    """Measures, prints the table, writes it as JSON and draws it if asked.
+
+    Args:
+        model: a folder, a hub id, or the default's name.
+        adapters: likewise.
+        contexts: tokens cached, ascending, each longer than the budget.
+        batches: numbers of requests.
+        rounds: how often each is measured.
+        out: file for the figures.
+        picture: file for the picture.
+
+    Raises:
+        DecodingError: vLLM is not installed, or the text is too short.
+    """
+    require_engine("vllm")
+    texts = _texts(model, max(contexts), max(batches))
+    llm = _engine(model, adapters, max(contexts) + STEPS + 2 * BLOCK, max(batches))
+    times = {
+        (batch, context): _measured(llm, [text[:context] for text in texts[:batch]], rounds)
+        for context in contexts  # each text's beginning is in the cache when the next context wants it
+        for batch in sorted(batches, reverse=True)
+    }
+    figures = [_figure(*key, *seconds) for key, seconds in sorted(times.items())]
+    speeds = {
+        f"batch {batch}, {context}": dict(zip(("stock", "selected"), seconds.tolist(), strict=True))
+        for (batch, context), seconds in times.items()
+    }
+    about = {"model": model, "budget": BUDGET, "block_size": BLOCK, "steps": STEPS, "seconds_of_steps": speeds}
+    report(figures, f"long contexts in vLLM, {BUDGET:,} tokens read", about, out)
+    if picture is not None:
+        _draw(times, picture)
+
+
+def _texts(model: str, length: int, count: int) -> list[list[int]]:
+    ids = np.concatenate(tokenize(load_corpus(TEXT), load_tokenizer(model)))
+    if len(ids) < length * count:
+        raise DecodingError(f"{TEXT} has {len(ids):,} tokens: choose shorter contexts or smaller batches")
+    return [ids[i * length : (i + 1) * length].tolist() for i in range(count)]
+
+
+def _engine(model: str, adapters: str, length: int, batch: int) -> Any:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from transformers import AutoConfig
+    from vllm import LLM
+
+    path = resolve_model(model)
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    longer = {"max_position_embeddings": length} if length > config.max_position_embeddings else {}
+    on_gpu = torch.cuda.is_available()
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    cache = int(1.2 * batch * length * width * 2 * 2 * config.num_hidden_layers)  # keys and values of two bytes
+    return LLM(
+        path,
+        dtype="bfloat16",
+        max_model_len=length,
+        max_num_seqs=batch,
+        max_num_batched_tokens=4096,
+        hf_overrides=longer,
+        **({} if on_gpu else {"kv_cache_memory_bytes": cache}),
+        **engine_args(chunk_adapters=adapters, kv_budget=BUDGET),
+    )
+
+
+def _measured(llm: Any, texts: Sequence[list[int]], rounds: int) -> np.ndarray:
+    """Seconds of `STEPS` steps, [stock, selected; rounds]."""
+    _write(llm, texts)  # the prompts into the prefix cache, with their summaries
+    seconds = np.zeros((2, rounds))
+
+    def stock(turn: int) -> None:
+        with _taken_out(llm):
+            seconds[0, turn] = _write(llm, texts)
+
+    def selecting(turn: int) -> None:
+        seconds[1, turn] = _write(llm, texts)
+
+    interleaved([stock, selecting], rounds)
+    return seconds
+
+
+def _write(llm: Any, texts: Sequence[list[int]]) -> float:
+    """Seconds of `STEPS` steps in which all requests write; prompts are read before."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=10 * STEPS, detokenize=False)
+    names = [
+        engine.add_request(f"{i}-{os.urandom(4).hex()}", {"prompt_token_ids": text}, sampling)
+        for i, text in enumerate(texts)
+    ]
+    writing: set[str] = set()
+    while len(writing) < len(texts):
+        writing |= {output.request_id for output in engine.step()}
+    for _ in range(2):  # the first selection is the prompt's
+        engine.step()
+    seconds = seconds_of(lambda: [engine.step() for _ in range(STEPS)])
+    engine.abort_request(names, internal=True)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return seconds
+
+
+@contextmanager
+def _taken_out(llm: Any) -> Iterator[None]:
+    """The engine as if it had not been asked for chunk selection."""
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    builders = [group.get_metadata_builder(0) for groups in runner.attn_groups for group in groups]
+    held = [builder.group for builder in builders]
+    for builder in builders:
+        builder.group = None
+    try:
+        yield
+    finally:
+        for builder, group in zip(builders, held, strict=True):
+            builder.group = group
+
+
+def _figure(batch: int, context: int, stock: np.ndarray, selected: np.ndarray) -> Figure:
+    ratio, shown = ratio_of(stock, selected)
+    target = _TARGETS.get(context)
+    what = f"{context:,} tokens, batch {batch}: tokens per second with selection, against vLLM without"
+    met = None if target is None else ratio >= target
+    return Figure(what, ratio, shown, "" if target is None else f"≥ {target}×", met)
+
+
+def _draw(times: Times, picture: Path) -> None:
+    """Tokens per second over the context, relative to vLLM's at the shortest: absolute ones are the machine's."""
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    contexts = sorted({context for _, context in times})
+    smallest = min(batch for batch, _ in times)
+    unit = float(np.median(times[smallest, contexts[0]][0])) / smallest
+    for color, batch in enumerate(sorted({batch for batch, _ in times})):
+        for which, (name, style) in enumerate((("vLLM", "o--"), ("with chunk selection", "D-"))):
+            speeds = [batch * unit / float(np.median(times[batch, context][which])) for context in contexts]
+            axis.plot(contexts, speeds, style, color=f"C{color}", label=f"{name}, batch {batch}")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set_xticks(contexts, [f"{context // 1024}K" for context in contexts])
+    axis.set_xlabel("tokens in the cache")
+    axis.set_ylabel(f"tokens per second (vLLM, batch {smallest}, {contexts[0] // 1024}K = 1)")
+    axis.set_title(f"SmolLM2-135M in vLLM, bfloat16, {BUDGET:,} tokens read", fontsize=10)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
