@@ -122,13 +122,15 @@ class PagedSelection:
             fixed_shapes=self._fixed_shapes,
         )
         count = len(layers)
-        self._queries = torch.zeros(count, slots * scorer.queries, heads, head_dim, dtype=dtype, device=device)
+        queries = torch.zeros(count, slots * scorer.queries, heads, head_dim, dtype=dtype, device=device)
+        self._queries = list(queries)
         self._known = torch.zeros(slots, dtype=torch.long, device=device)  # last tokens whose queries are there
         self._ended = torch.zeros(slots, dtype=torch.bool, device=device)  # a chunk, since the last selection
         self._has_chosen = torch.zeros(slots, dtype=torch.bool, device=device)
         self._chosen = torch.zeros(count, slots, row_blocks, dtype=torch.int32, device=device)
         self._counts = torch.zeros(count, slots, dtype=torch.long, device=device)
-        self._waiting = torch.zeros(count, max(rows, 1), kv_heads, head_dim, dtype=dtype, device=device)
+        self._waiting = torch.zeros(count, rows, kv_heads, head_dim, dtype=dtype, device=device)
+        self._waiting_of_layer = list(self._waiting)
         self._early: list[tuple[int, Tensor]] = []
         self._pieces: Pieces | None = None
         self._waits = False
@@ -165,9 +167,10 @@ class PagedSelection:
             self._query_places = torch.where(there, place, nowhere).flatten()
         else:
             self._query_tokens, self._query_places = token[there], place[there]
+        self._takes_every_query = not self._fixed_shapes and len(self._query_tokens) == len(tokens.row) == len(slot)
         self._known[slot] += sizes
         self._tokens, self._slot = tokens, slot
-        self._waits = len(tokens.row) <= self._waiting.shape[1]
+        self._waits = len(tokens.row) <= len(self._waiting[0])
         self._pieces = None
         self._early.clear()
 
@@ -185,7 +188,7 @@ class PagedSelection:
     def add_keys(self, layer: int, keys: Tensor) -> None:
         """Takes in the keys [T, Hkv, D], post-RoPE, of the layer with this number among the L."""
         if self._waits:
-            self._waiting[layer, : len(keys)] = keys
+            self._waiting_of_layer[layer].narrow(0, 0, len(keys)).copy_(keys)
         elif self._pieces is None:
             self._early.append((layer, keys))
         else:
@@ -193,7 +196,9 @@ class PagedSelection:
 
     def add_queries(self, layer: int, queries: Tensor) -> None:
         """Takes in the queries [T, H, D], post-RoPE."""
-        self._queries[layer].index_copy_(0, self._query_places, queries[self._query_tokens])
+        if not self._takes_every_query:  # else they are in order
+            queries = queries.index_select(0, self._query_tokens)
+        self._queries[layer].index_copy_(0, self._query_places, queries)
 
     def _take_in(self) -> None:
         """The keys of a step of few tokens, of all layers at once."""
@@ -268,7 +273,7 @@ class PagedSelection:
         place = torch.arange(width, device=slot.device)
         chosen = torch.cat((torch.zeros_like(self._chosen[:, slot, :1]), self._chosen[:, slot, : width - 1]), -1)
         behind = recent[:, None] + place - counts[..., None] - 1
-        number = torch.where(place <= counts[..., None], chosen, behind).minimum(last[:, None])
+        number = torch.where(place <= counts[..., None], chosen, behind).minimum(last[:, None]).clamp(min=0)
         own = step.block_table.expand(len(counts), -1, -1)
         tables = own.gather(2, number)
         if self._fixed_shapes or not selects.all():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from chunkllm.attach import DEFAULT_LOCAL, DEFAULT_SINKS
 from chunkllm.paged import PagedSelection, Reading, Step, local_blocks
 from chunkllm.selection import layer_weights
 from decoding.errors import DecodingError
+from decoding.late import send
 from decoding.vllm.declaration import EMBEDDED, DeclaredChunks, checked_chunks
 from decoding.vllm.v1 import budget_rows
 
@@ -58,10 +60,9 @@ def refuse_what_is_missing(vllm_config: VllmConfig) -> None:
 
 @dataclass
 class ChunkStep:
-    """A step in which chunks may be selected: the metadata of each layer, and what takes in its keys and queries."""
+    """A step in which chunks may be selected: who selects, and each layer's metadata, or none if all is read."""
 
     group: LayerGroup
-    tokens: int
     of_layers: list[Any]
 
 
@@ -83,13 +84,15 @@ class LayerGroup:
         assert declared is not None
         refuse_what_is_missing(vllm_config)
         context = vllm_config.compilation_config.static_forward_context
-        names = sorted(layer_names, key=extract_layer_index)
+        # A group can hold layers with sliding windows too, which are left alone.
+        names = sorted((name for name in layer_names if not _has_window(context[name].impl)), key=extract_layer_index)
         impls = [context[name].impl for name in names]
         for number, impl in enumerate(impls):
             _refuse_unusual_attention(impl)
             impl.number = number
         first = impls[0]
         self.budget = declared.kv_budget
+        self.tokens = 0  # of the step under way
         self._budgets = budget_rows(vllm_config.instance_id)
         self.adapters = opened_adapters(declared.adapters, device)
         layers = [extract_layer_index(name) for name in names]
@@ -105,7 +108,7 @@ class LayerGroup:
             heads=first.num_heads,
             kv_heads=first.num_kv_heads,
             head_dim=first.head_size,
-            blocks=_blocks(vllm_config),
+            blocks=_blocks(vllm_config, spec.block_size),
             block_size=spec.block_size,
             rows=vllm_config.scheduler_config.max_num_seqs,
             row_blocks=-(-vllm_config.model_config.max_model_len // spec.block_size),
@@ -120,12 +123,13 @@ class LayerGroup:
         if common.is_prefilling is None:
             raise DecodingError("chunk selection needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
         rows, device = common.num_reqs, common.block_table_tensor.device
+        self.tokens = int(common.query_start_loc_cpu[rows])  # without those that only pad a CUDA graph's batch
         step = Step(
             block_table=common.block_table_tensor[:rows],
             lengths=common.seq_lens[:rows],
             query_start=common.query_start_loc[: rows + 1],
-            tokens=common.num_actual_tokens,
-            is_prompt=common.is_prefilling[:rows].to(device, non_blocking=True),
+            tokens=self.tokens,
+            is_prompt=send(common.is_prefilling[:rows], device),
             budgets=self._budgets.tensor(rows, self.budget, device),
             may_select=common.max_seq_len > self._budgets.least(self.budget),
         )
@@ -134,10 +138,15 @@ class LayerGroup:
             self.selection.note_ends(None)
         return reading
 
-    def note_bottom_states(self, hidden_states: Tensor, tokens: int) -> None:
+    def note_bottom_states(self, hidden_states: Tensor) -> None:
         """Takes in the bottom layer's output, [T, hidden_size]."""
         if self.adapters is not None:
-            self.selection.note_ends(self.adapters.is_boundary(hidden_states[None, :tokens])[0])
+            self.selection.note_ends(self.adapters.is_boundary(hidden_states[None, : self.tokens])[0])
+
+    def take_in(self, layer: int, keys: Tensor, queries: Tensor) -> None:
+        """Takes in the keys [T, Hkv, D] and queries [T, H, D] of the layer with this number in the group."""
+        self.selection.add_keys(layer, keys[: self.tokens])
+        self.selection.add_queries(layer, queries[: self.tokens])
 
 
 def opened_adapters(source: str | None, device: torch.device) -> ChunkAdapters | None:
@@ -178,6 +187,10 @@ def _weights(adapters: ChunkAdapters, layers: list[int], vllm_config: VllmConfig
     return torch.tensor([of_layer[layer] for layer in layers])
 
 
+def _has_window(impl: Any) -> bool:
+    return impl.sliding_window not in (-1, (-1, -1))
+
+
 def _refuse_unusual_attention(impl: Any) -> None:
     reasons = {
         "caps its attention logits": bool(impl.logits_soft_cap),
@@ -199,10 +212,11 @@ def _require_room(budget: int, block_size: int) -> None:
         )
 
 
-def _blocks(vllm_config: VllmConfig) -> int:
-    blocks = vllm_config.cache_config.num_gpu_blocks
-    assert blocks is not None  # known by the time that a cache is made
-    return blocks
+def _blocks(vllm_config: VllmConfig, block_size: int) -> int:
+    """Of the cache, in the size that the kernel reads: vLLM may hand out larger ones."""
+    cache = vllm_config.cache_config
+    assert cache.num_gpu_blocks is not None  # known by the time that a cache is made
+    return cache.num_gpu_blocks * max(cache.block_size // block_size, 1)
 
 
 class SelectingBuilder:
@@ -212,7 +226,9 @@ class SelectingBuilder:
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        if asked_for(vllm_config) is not None and type(kv_cache_spec) is FullAttentionSpec:
+        context = vllm_config.compilation_config.static_forward_context
+        is_full = not all(_has_window(context[name].impl) for name in layer_names)
+        if asked_for(vllm_config) is not None and type(kv_cache_spec) is FullAttentionSpec and is_full:
             self.group = LayerGroup(vllm_config, layer_names, kv_cache_spec, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False):
@@ -222,21 +238,28 @@ class SelectingBuilder:
             return metadata
         reading = self.group.begin(common_attn_metadata)
         layers = [] if reading is None else self.of_layers(metadata, reading)
-        metadata.chunks = ChunkStep(self.group, metadata.num_actual_tokens, layers)
+        metadata.chunks = ChunkStep(self.group, layers)
         return metadata
 
     def of_layers(self, metadata: Any, reading: Reading) -> list[Any]:
-        """The metadata of each layer. Subclasses add what their kernels plan by."""
-        return [
-            replace(metadata, block_table=table, seq_lens=lengths)
-            for table, lengths in zip(reading.block_table, reading.lengths, strict=True)
-        ]
+        """The metadata of each layer."""
+        layers = []
+        for table, lengths in zip(reading.block_table, reading.lengths, strict=True):
+            layer = copy(metadata)
+            layer.block_table, layer.seq_lens = table, lengths
+            layer.scheduler_metadata = self.plan_of(layer)
+            layers.append(layer)
+        return layers
+
+    def plan_of(self, metadata: Any) -> Tensor | None:
+        """What a kernel plans its work by, for a layer's lengths."""
+        raise NotImplementedError
 
 
 class SelectingImpl:
     """What an attention does besides, when chunks are to be selected. Goes before vLLM's class."""
 
-    number = -1  # of the layer, in its group
+    number = -1  # of the layer, among those of its group that select
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -256,9 +279,8 @@ class SelectingImpl:
     ) -> Tensor:
         """vLLM's, over the blocks that were selected."""
         step: ChunkStep | None = getattr(attn_metadata, "chunks", None)
-        if step is not None:
-            step.group.selection.add_keys(self.number, key[: step.tokens])
-            step.group.selection.add_queries(self.number, query[: step.tokens])
+        if step is not None and self.number >= 0:
+            step.group.take_in(self.number, key, query)
             if step.of_layers:
                 attn_metadata = step.of_layers[self.number]
         return super().forward(  # type: ignore[misc]
@@ -311,7 +333,7 @@ def note_bottom_states(hidden_states: Tensor, residual: Tensor | None, anchor: T
     if steps:
         states = hidden_states if residual is None else hidden_states + residual
         for step in steps.values():
-            step.group.note_bottom_states(states, step.tokens)
+            step.group.note_bottom_states(states)
 
 
 @note_bottom_states.register_fake

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -38,29 +37,26 @@ class _Impl(SelectingImpl, CPUAttentionBackendImpl): ...
 
 class _Builder(SelectingBuilder, CPUAttentionMetadataBuilder):
     def of_layers(self, metadata: CPUAttentionMetadata, reading: Reading) -> list[Any]:
-        plans: dict[bytes, Tensor] = {}  # most layers read as much as others
-        layers = []
-        for each in super().of_layers(metadata, reading):
-            key = each.seq_lens.numpy().tobytes()
-            if key not in plans:
-                plans[key] = self._plan(each)
-            layers.append(replace(each, scheduler_metadata=plans[key]))
-        return layers
+        self._plans: dict[bytes, Tensor] = {}  # most layers read as much as others
+        return super().of_layers(metadata, reading)
 
-    def _plan(self, metadata: CPUAttentionMetadata) -> Tensor:
-        """As vLLM's builder does, for other lengths."""
-        return ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(metadata.seq_lens),
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            seq_lens=metadata.seq_lens,
-            dtype=self.dtype,
-            query_start_loc=metadata.query_start_loc,
-            causal=metadata.causal,
-            sliding_window_size=self.window_size,
-            isa=self.isa,
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-            dynamic_causal=metadata.dynamic_causal,
-            kv_cache_dtype=self.kv_cache_dtype,
-        )
+    def plan_of(self, metadata: CPUAttentionMetadata) -> Tensor:
+        """As vLLM's builder makes it, for other lengths."""
+        lengths = metadata.seq_lens.numpy().tobytes()
+        if lengths not in self._plans:
+            self._plans[lengths] = ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=len(metadata.seq_lens),
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                seq_lens=metadata.seq_lens,
+                dtype=self.dtype,
+                query_start_loc=metadata.query_start_loc,
+                causal=metadata.causal,
+                sliding_window_size=-1,
+                isa=self.isa,
+                enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+                dynamic_causal=metadata.dynamic_causal,
+                kv_cache_dtype=self.kv_cache_dtype,
+            )
+        return self._plans[lengths]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -14,7 +13,6 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from chunkllm.paged import Reading
 from decoding.vllm.chunks import SelectingBuilder, SelectingImpl, is_selecting
 
 
@@ -50,6 +48,5 @@ class _Builder(SelectingBuilder, FlashAttentionMetadataBuilder):
             return AttentionCGSupport.NEVER
         return super().get_cudagraph_support(vllm_config, kv_cache_spec)
 
-    def of_layers(self, metadata: FlashAttentionMetadata, reading: Reading) -> list[Any]:
-        # Its plan is for the lengths that are in the metadata; without one, the kernel makes its own.
-        return [replace(each, scheduler_metadata=None) for each in super().of_layers(metadata, reading)]
+    def plan_of(self, metadata: FlashAttentionMetadata) -> None:
+        """None: the kernel makes its own."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from decoding.late import send
 from decoding.vllm.requests import Layer, LoadedStyles, layers_of, leaves_temperature_open, requested_budget
 from decoding.vllm.temperatures import PromptTemperatures
 
@@ -163,7 +164,7 @@ class BudgetRows:
         """Int64 [count], in tokens; ``default`` where a request asks for nothing."""
         if not self._rows:
             return torch.full((count,), default, device=device)
-        return torch.tensor([self._rows.get(row, default) for row in range(count)]).to(device, non_blocking=True)
+        return send(torch.tensor([self._rows.get(row, default) for row in range(count)]), device)
 
     def least(self, default: int) -> int:
         """The least that any row may have."""

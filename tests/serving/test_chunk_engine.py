@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from chunkllm import AdapterConfig, ChunkAdapters
 from chunkllm.attention import intercept
@@ -298,6 +298,34 @@ def test_the_option_alone_will_do_and_adapters_are_optional(engines, tiny, readi
     alone = engines(tiny / "model", **TINY, block_size=BLOCK, additional_config={"chunkllm": {"kv_budget": BUDGET}})
     assert len(texts(alone, [random_ids(random.Random(9), 600)], params())[0]) == 24
     assert sum(reading is not None for _, _, reading in readings) == 23
+
+
+def test_layers_with_sliding_windows_are_left_alone(engines, readings, tmp_path):
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        sliding_window=64,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = Gemma3ForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    sensitive = AdapterConfig(model_shape(model), width=4, sensitivity=(1e-3,))
+    ChunkAdapters(sensitive).save_pretrained(tmp_path / "adapters")
+    selecting = engine_args(chunk_adapters=tmp_path / "adapters", kv_budget=BUDGET)
+    llm = engines(tmp_path / "model", **TINY, **selecting)
+    texts(llm, [random_ids(random.Random(13), 600)], params())
+    steps = [reading for _, _, reading in readings if reading is not None]
+    assert len(steps) == 23
+    assert all(len(reading.lengths) == 1 and int(reading.lengths) <= BUDGET for reading in steps)
 
 
 @pytest.mark.parametrize(
