@@ -19,7 +19,7 @@ from chunkllm.blocks import BlockSummaries, Pieces, Tokens, tokens_of_step
 from chunkllm.scorers import Scorer, chunk_scores
 from chunkllm.selection import divide
 
-_AT_ONCE = 4
+_AT_ONCE = 4  # rows that choose anew in a step, where shapes are fixed
 
 
 class Step(NamedTuple):

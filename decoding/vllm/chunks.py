@@ -25,6 +25,7 @@ from decoding.vllm.declaration import EMBEDDED, DeclaredChunks, checked_chunks
 from decoding.vllm.v1 import budget_rows
 
 KEY = "chunkllm"
+_NO_WINDOW = (-1, (-1, -1))  # as vLLM's backends say it
 
 
 def asked_for(vllm_config: VllmConfig | None) -> DeclaredChunks | None:
@@ -71,7 +72,7 @@ class LayerGroup:
 
     Args:
         vllm_config: the engine's.
-        layer_names: of the group.
+        layer_names: theirs.
         spec: of its key-value cache.
         device: where it lies.
 
@@ -84,8 +85,7 @@ class LayerGroup:
         assert declared is not None
         refuse_what_is_missing(vllm_config)
         context = vllm_config.compilation_config.static_forward_context
-        # A group can hold layers with sliding windows too, which are left alone.
-        names = sorted((name for name in layer_names if not _has_window(context[name].impl)), key=extract_layer_index)
+        names = sorted(layer_names, key=extract_layer_index)
         impls = [context[name].impl for name in names]
         for number, impl in enumerate(impls):
             _refuse_unusual_attention(impl)
@@ -187,10 +187,6 @@ def _weights(adapters: ChunkAdapters, layers: list[int], vllm_config: VllmConfig
     return torch.tensor([of_layer[layer] for layer in layers])
 
 
-def _has_window(impl: Any) -> bool:
-    return impl.sliding_window not in (-1, (-1, -1))
-
-
 def _refuse_unusual_attention(impl: Any) -> None:
     reasons = {
         "caps its attention logits": bool(impl.logits_soft_cap),
@@ -226,10 +222,13 @@ class SelectingBuilder:
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        if asked_for(vllm_config) is None or type(kv_cache_spec) is not FullAttentionSpec:
+            return
         context = vllm_config.compilation_config.static_forward_context
-        is_full = not all(_has_window(context[name].impl) for name in layer_names)
-        if asked_for(vllm_config) is not None and type(kv_cache_spec) is FullAttentionSpec and is_full:
-            self.group = LayerGroup(vllm_config, layer_names, kv_cache_spec, device)
+        # A group can hold layers with sliding windows too, which are left alone.
+        names = [name for name in layer_names if context[name].impl.sliding_window in _NO_WINDOW]
+        if names:
+            self.group = LayerGroup(vllm_config, names, kv_cache_spec, device)
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False):
         """vLLM's metadata, with a `ChunkStep` in ``chunks``."""
