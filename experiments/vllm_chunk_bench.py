@@ -31,7 +31,7 @@ import matplotlib.pyplot as plt
 TEXT = "king-james"
 BUDGET = 2048
 BLOCK = 32
-STEPS = 64
+STEPS = 32
 _SHORT = 64
 _TARGETS = {8192: 1.3, 32768: 2.5}
 

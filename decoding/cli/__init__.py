@@ -359,7 +359,7 @@ def bench_long_context(
     "--contexts", type=shared.Numbers("contexts"), default="4096,8192,16384,32768", show_default=True, help="In tokens."
 )
 @click.option("--batches", type=shared.Numbers("batches"), default="1,4", show_default=True, help="Requests at a time.")
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
+@click.option("--rounds", default=11, show_default=True, type=click.IntRange(min=1))
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Also draw speed over context here, a .png file.")
 def bench_vllm_long_context(

@@ -230,7 +230,9 @@ class SelectingBuilder:
         if names:
             self.group = LayerGroup(vllm_config, names, kv_cache_spec, device)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False):
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
         """vLLM's metadata, with a `ChunkStep` in ``chunks``."""
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         if self.group is None:
