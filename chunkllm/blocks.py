@@ -60,7 +60,7 @@ class Pieces(NamedTuple):
 
     Attributes:
         of_token: int64 [T], the piece that a token belongs to.
-        block: int64 [P].
+        block: int64 [P], of a piece that is whole; else the block that takes what belongs nowhere.
         number: int64 [P], of the piece within its block.
         slot: int64 [P], where the sums are of a piece that goes on from the step before.
         goes_on: bool [P], whether it does.
@@ -68,6 +68,7 @@ class Pieces(NamedTuple):
         end: int64 [P], its last token in this step.
         is_whole: bool [P], whether that is the last of the piece, too.
         running: int64 [R], the piece of each row's last token.
+        is_open: bool [R], whether that goes on behind this step.
         row_slot: int64 [R], the row's slot.
     """
 
@@ -80,6 +81,7 @@ class Pieces(NamedTuple):
     end: Tensor
     is_whole: Tensor
     running: Tensor
+    is_open: Tensor
     row_slot: Tensor
 
 
@@ -161,30 +163,27 @@ class BlockSummaries:
         row = tokens.row[first]
         goes_on = tokens.is_first[first] & ~is_fresh[first]
         slot = row_slot[row]
-        block = torch.where(sizes > 0, tokens.block[end], self._nowhere)
+        is_whole = is_end[end] & (sizes > 0)
+        running = of_token[tokens.last]
         pieces = Pieces(
             of_token=of_token,
-            block=block,
+            block=torch.where(is_whole, tokens.block[end], self._nowhere),
             number=number[end],
             slot=slot,
             goes_on=goes_on,
             tokens=sizes + torch.where(goes_on, self._summed[slot], 0),
             end=end,
-            is_whole=is_end[end] & (sizes > 0),
-            running=of_token[tokens.last],
+            is_whole=is_whole,
+            running=running,
+            is_open=~is_whole[running],
             row_slot=row_slot,
         )
         # Not `tokens`: of a piece whose beginning nobody summed, the length is known all the same.
-        started = torch.where(goes_on, self.lengths[block].sum(1), offset[first])
-        self._set_lengths(pieces, offset[end] + 1 - started)
-        open_ = ~pieces.is_whole[pieces.running]
-        self._summed[row_slot] = pieces.tokens[pieces.running] * open_
-        return pieces
-
-    def _set_lengths(self, pieces: Pieces, lengths: Tensor) -> None:
-        block = torch.where(pieces.is_whole, pieces.block, self._nowhere)
-        self.lengths[block, pieces.number] = lengths
+        started = torch.where(goes_on, self.lengths[pieces.block].sum(1), offset[first])
+        self.lengths[pieces.block, pieces.number] = offset[end] + 1 - started
         self.lengths[self._nowhere] = 0
+        self._summed[row_slot] = pieces.tokens[running] * pieces.is_open
+        return pieces
 
     def forget(self, slots: Tensor) -> None:
         """Empties slots, bool [S]: new rows will have them."""
@@ -204,11 +203,9 @@ class BlockSummaries:
         sums.index_add_(1, pieces.of_token, torch.cat((keys, keys * keys), -1))
         earlier = self._sums[layers.start : layers.stop]
         sums += earlier[:, pieces.slot] * pieces.goes_on[:, None, None]
-        open_ = ~pieces.is_whole[pieces.running]
-        earlier[:, pieces.row_slot] = sums[:, pieces.running] * open_[:, None, None]
+        earlier[:, pieces.row_slot] = sums[:, pieces.running] * pieces.is_open[:, None, None]
         whole = slice(None) if self._fixed_shapes else pieces.is_whole.nonzero()[:, 0]
-        block = torch.where(pieces.is_whole, pieces.block, self._nowhere)[whole]
-        number, end = pieces.number[whole], pieces.end[whole]
+        block, number, end = pieces.block[whole], pieces.number[whole], pieces.end[whole]
         if not len(block):
             return
         mean, square = (sums[:, whole] / pieces.tokens[whole].clamp(min=1)[:, None, None]).chunk(2, -1)

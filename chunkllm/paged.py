@@ -222,10 +222,9 @@ class PagedSelection:
 
     def _choose(self, step: Step, rows: Tensor, slot: Tensor, lengths: Tensor) -> None:
         """Chooses the blocks of some rows anew, for the queries of their last tokens."""
-        last = (lengths - 1) // self._block_size
+        last, recent = self._last_blocks(lengths)
         count = step.block_table.shape[1] if self._fixed_shapes else int(last.max()) + 1
         blocks = step.block_table[rows, :count].long()
-        recent = (last - self._local_blocks).clamp(min=1)
         number = torch.arange(count, device=slot.device)
         may = (number >= 1) & (number < recent[:, None])
         # Not the block that this step begins: what is said of that is of whoever had it before.
@@ -237,6 +236,11 @@ class PagedSelection:
         self._chosen[:, slot, :most] = best[:, :, :most].int()
         self._counts[:, slot] = shares
         self._has_chosen[slot], self._ended[slot] = True, False
+
+    def _last_blocks(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers of rows' last blocks, and of the first of those that stay for being recent; each int64 like it."""
+        last = (lengths - 1) // self._block_size
+        return last, (last - self._local_blocks).clamp(min=1)
 
     def _worth(self, blocks: Tensor, slot: Tensor, held: Tensor, there: Tensor) -> Tensor:
         """The share of attention that each block is expected to get, float32 [L, K, N].
@@ -264,8 +268,7 @@ class PagedSelection:
 
     def _tables(self, step: Step, slot: Tensor, selects: Tensor, lengths: Tensor) -> Reading:
         """Block tables: the first block, the chosen ones, the last ones."""
-        last = (lengths - 1) // self._block_size
-        recent = (last - self._local_blocks).clamp(min=1)
+        last, recent = self._last_blocks(lengths)
         counts = self._counts[:, slot]
         width = min(step.block_table.shape[1], self._chosen.shape[2])
         if not self._fixed_shapes:

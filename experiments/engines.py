@@ -46,6 +46,11 @@ def require_engine(name: str) -> None:
         raise DecodingError("--engine vllm needs vLLM, 0.32 or newer: pip install vllm")
 
 
+def model_runner(llm: Any) -> Any:
+    """What computes the steps of a ``vllm.LLM`` in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 def prior_of(cell: Cell, styles: Mapping[str, Style], options: SweepOptions, pad_token_id: int | None) -> StylePrior:
     """The processor of a steered cell."""
     assert cell.style is not None

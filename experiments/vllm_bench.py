@@ -23,7 +23,7 @@ from decoding.models import load_tokenizer, resolve_model
 from decoding.priors import name_and_file
 from decoding.vllm.declaration import engine_args
 from decoding.vllm.requests import load_styles
-from experiments.engines import require_engine
+from experiments.engines import model_runner, require_engine
 from experiments.figures import Figure, interleaved, not_measured, report
 from experiments.style_sweep import DEFAULT_PROMPTS, DEFAULT_STYLES, read_prompts
 
@@ -107,7 +107,7 @@ def _throughput(model: str, files: Sequence[str], tokens: int, rounds: int) -> l
 @contextmanager
 def _taken_out(llm: Any) -> Iterator[None]:
     """The engine as if the processor had not been declared. V1's runner: all that the declaration changes in a step."""
-    batch = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.input_batch
+    batch = model_runner(llm).input_batch
     processors = batch.logitsprocs.non_argmax_invariant
     held = list(processors)
     processors[:] = [each for each in held if type(each).__name__ != "StyleLogitsProcessor"]

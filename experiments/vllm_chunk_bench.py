@@ -21,8 +21,8 @@ import torch
 from decoding.corpora import load_corpus, tokenize
 from decoding.errors import DecodingError
 from decoding.models import load_tokenizer, resolve_model
-from decoding.vllm.declaration import engine_args
-from experiments.engines import require_engine
+from decoding.vllm.declaration import BLOCK_SIZE, engine_args
+from experiments.engines import model_runner, require_engine
 from experiments.figures import Figure, interleaved, report, seconds_of
 
 matplotlib.use("Agg")
@@ -30,7 +30,6 @@ import matplotlib.pyplot as plt
 
 TEXT = "king-james"
 BUDGET = 2048
-BLOCK = 32
 STEPS = 32
 _SHORT = 64
 _TARGETS = {8192: 1.3, 32768: 2.5}
@@ -65,7 +64,7 @@ def main(
     """
     require_engine("vllm")
     texts = _texts(model, max(contexts), max(batches))
-    llm = _engine(model, adapters, max(contexts) + STEPS + 2 * BLOCK, max(batches))
+    llm = _engine(model, adapters, max(contexts) + STEPS + 2 * BLOCK_SIZE, max(batches))
     times = {
         (batch, context): _measured(llm, [text[:context] for text in texts[:batch]], rounds)
         for context in contexts  # each text's beginning is in the cache when the next context wants it
@@ -76,7 +75,7 @@ def main(
         f"batch {batch}, {context}": dict(zip(_KINDS, seconds.tolist(), strict=True))
         for (batch, context), seconds in times.items()
     }
-    about = {"model": model, "budget": BUDGET, "block_size": BLOCK, "steps": STEPS, "seconds_of_steps": speeds}
+    about = {"model": model, "budget": BUDGET, "block_size": BLOCK_SIZE, "steps": STEPS, "seconds_of_steps": speeds}
     report(figures, f"long contexts in vLLM, {BUDGET:,} tokens read", about, out)
     if picture is not None:
         _draw(times, picture)
@@ -158,8 +157,7 @@ def _write(llm: Any, texts: Sequence[list[int]]) -> float:
 @contextmanager
 def _taken_out(llm: Any) -> Iterator[None]:
     """The engine as if it had not been asked for chunk selection."""
-    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    builders = [group.get_metadata_builder(0) for groups in runner.attn_groups for group in groups]
+    builders = [group.get_metadata_builder(0) for groups in model_runner(llm).attn_groups for group in groups]
     held = [builder.group for builder in builders]
     for builder in builders:
         builder.group = None

@@ -22,6 +22,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from decoding.models import DEFAULT_MODEL, resolve_model
 from decoding.vllm import engine_args
+from decoding.vllm.declaration import BLOCK_SIZE
 from decoding.vllm.v1 import take_in
 from experiments.runs import progress_of_cells
 from experiments.text_rows import figures, row
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or hub id")
     parser.add_argument("--adapters", default="default", help="folder or hub id")
     parser.add_argument("--retention", type=float, action="append", help="share to keep; 0.75, 0.5 and 0.25 by default")
-    parser.add_argument("--block-size", type=int, default=32, help="tokens of a block")
+    parser.add_argument("--block-size", type=int, default=BLOCK_SIZE, help="tokens of a block")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
     held = json.loads(chosen.texts.read_bytes())

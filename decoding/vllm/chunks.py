@@ -21,10 +21,9 @@ from chunkllm.paged import PagedSelection, Reading, Step, local_blocks
 from chunkllm.selection import layer_weights
 from decoding.errors import DecodingError
 from decoding.late import send
-from decoding.vllm.declaration import EMBEDDED, DeclaredChunks, checked_chunks
+from decoding.vllm.declaration import CHUNKS_KEY, EMBEDDED, DeclaredChunks, checked_chunks
 from decoding.vllm.v1 import budget_rows
 
-KEY = "chunkllm"
 _NO_WINDOW = (-1, (-1, -1))  # as vLLM's backends say it
 
 
@@ -35,7 +34,7 @@ def asked_for(vllm_config: VllmConfig | None) -> DeclaredChunks | None:
         DecodingError: unknown or impossible settings.
     """
     additional = None if vllm_config is None else vllm_config.additional_config
-    asked = additional.get(KEY) if isinstance(additional, dict) else None
+    asked = additional.get(CHUNKS_KEY) if isinstance(additional, dict) else None
     return None if asked is None else checked_chunks(asked)
 
 

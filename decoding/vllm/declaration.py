@@ -30,6 +30,7 @@ CHUNKS_VARIABLE = "DECODING_CHUNKS"
 STYLE_PROCESSOR = "decoding.vllm.processor:StyleLogitsProcessor"
 TEMPERATURE_PROCESSOR = "decoding.vllm.processor:TemperatureLogitsProcessor"
 CHUNK_PROCESSOR = "decoding.vllm.processor:ChunkLogitsProcessor"
+CHUNKS_KEY = "chunkllm"  # in an engine's additional_config
 EMBEDDED = "default"  # the name of what comes with the package
 BLOCK_SIZE = 32
 _COPIED_BY_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
@@ -99,7 +100,7 @@ def engine_args(
 
 
 def _engine_of(chunks: DeclaredChunks) -> dict[str, Any]:
-    engine = {"additional_config": {"chunkllm": chunks._asdict()}, "block_size": BLOCK_SIZE}
+    engine = {"additional_config": {CHUNKS_KEY: chunks._asdict()}, "block_size": BLOCK_SIZE}
     if not torch.cuda.is_available():
         return engine
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2 does not tell backends which row is whose

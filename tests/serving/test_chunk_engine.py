@@ -24,6 +24,17 @@ BLOCK, VOCAB = 32, 300
 BUDGET = 256
 ENGINE = {"dtype": "float32", "disable_log_stats": True, "enforce_eager": True}
 TINY = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "skip_tokenizer_init": True, "max_model_len": 1024}
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,20 +52,7 @@ def tiny(tmp_path_factory):
     """A folder with a model of two layers whose attention is not flat, and one with adapters for it."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=128,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            initializer_range=0.2,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=2))
     model.save_pretrained(folder / "model")
     adapters = ChunkAdapters(AdapterConfig(model_shape(model), width=4, sensitivity=(4e-3, 1e-3)))
     with torch.no_grad():
@@ -302,20 +300,7 @@ def test_the_option_alone_will_do_and_adapters_are_optional(engines, tiny, readi
 
 def test_layers_with_sliding_windows_are_left_alone(engines, readings, tmp_path):
     torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=1024,
-        sliding_window=64,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = Gemma3TextConfig(**SHAPE, num_hidden_layers=6, head_dim=32, sliding_window=64)
     model = Gemma3ForCausalLM(config)
     model.save_pretrained(tmp_path / "model")
     sensitive = AdapterConfig(model_shape(model), width=4, sensitivity=(1e-3,))
