@@ -47,7 +47,7 @@ bench: .venv/test.done
 	touch $@
 
 .venv/test.done: .venv/run.done
-	$(PIP) --editable .[defaults,tasks,dev]
+	$(PIP) --editable .[defaults,tasks,compare,dev]
 	$(PIP) kenlm==0.3.0 || echo "kenlm needs a C++ compiler and cmake: the tests against it will be skipped"
 	touch $@
 

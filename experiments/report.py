@@ -97,20 +97,27 @@ class Point:
         for measure in MEASURES:
             values = [[measure.value(text, self.style) for text in record["texts"]] for record in self.records]
             known = None if None in values[0] else np.mean(np.array(values, float), 0)
-            row |= _interval(measure.key, known, measure.is_log)
+            row |= interval(measure.key, known, measure.is_log)
         speeds = np.array([record["speed"] for record in self.records]) if self.kind == "steered" else None
-        return row | _interval(SPEED[0], speeds, False)
+        return row | interval(SPEED[0], speeds, False)
 
 
-def _interval(key: str, values: np.ndarray | None, is_log: bool) -> dict[str, float | None]:
+def interval(key: str, values: np.ndarray | None, is_log: bool) -> dict[str, float | None]:
+    """The mean as ``key`` and its 95 % bootstrap interval as ``key_low`` and ``key_high``.
+
+    Args:
+        key: what it is called.
+        values: float [N], one for each prompt; None if unknown.
+        is_log: give exponentials.
+    """
     names = (key, f"{key}_low", f"{key}_high")
     if values is None or np.isnan(values).any():
         return dict.fromkeys(names)
     mean = float(values.mean())
     low = high = mean
     if len(values) > 1 and np.ptp(values) > 0:
-        interval = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
-        low, high = float(interval.low), float(interval.high)
+        bounds = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
+        low, high = float(bounds.low), float(bounds.high)
     elif len(values) == 1:
         low = high = math.nan
     numbers = [math.exp(x) if is_log else x for x in (mean, low, high)]
@@ -143,7 +150,7 @@ def write_report(
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         _draw(axis, rows, key, title)
         axis.legend(frameon=False, fontsize=8)
-        write_atomically(folder / "plots" / f"{key}.png", _png(figure))
+        write_atomically(folder / "plots" / f"{key}.png", png(figure))
     write_atomically(folder / "report.html", _page(settings, rows, points, overview, decode).encode())
     return rows
 
@@ -177,7 +184,7 @@ def _overview(rows: Sequence[dict[str, Any]]) -> bytes:
         spare[0].legend(handles, labels, loc="center", frameon=False, fontsize=11)
     else:
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw(axis: Any, rows: Sequence[dict[str, Any]], key: str, title: str) -> None:
@@ -203,7 +210,8 @@ def _draw(axis: Any, rows: Sequence[dict[str, Any]], key: str, title: str) -> No
     axis.grid(alpha=0.25)
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure as the content of a PNG file. Closes it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
@@ -228,11 +236,12 @@ def _shown(row: dict[str, Any], key: str, interval: bool) -> str:
     if mean is None:
         return "–"
     if not interval or low is None or low == high:
-        return _number(mean)
-    return f"{_number(mean)} [{_number(low)}, {_number(high)}]"
+        return number(mean)
+    return f"{number(mean)} [{number(low)}, {number(high)}]"
 
 
-def _number(x: float) -> str:
+def number(x: float) -> str:
+    """Three figures or so."""
     places = next((places for places, least in enumerate((100, 10, 1)) if abs(x) >= least), 3)
     return f"{x:.{places}f}"
 

@@ -50,6 +50,25 @@ def tables_from_estimates(seen: NDArray[np.bool_], ngrams: Sequence[SortedNGrams
     )
 
 
+def unigram_tables(row: Tensor, seen: Tensor) -> Tables:
+    """Tables of order 1, which add the same row whatever the context.
+
+    Args:
+        row: log p_1, or anything else to be added, float32 [V].
+        seen: ids that occur, bool [V].
+    """
+    nothing = torch.zeros(1, dtype=torch.int64)
+    small = len(row) <= SMALL_VOCAB
+    return Tables(
+        unigram=row[None],
+        seen=seen[None],
+        **pack_nodes(nothing, nothing, [torch.zeros(1)]),
+        words=torch.zeros(0, dtype=torch.int16 if small else torch.int32),
+        deltas=torch.zeros(0),
+        lengths=(),
+    )
+
+
 def _joined(parts: list, dtype: type) -> np.ndarray:
     return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
 

@@ -175,6 +175,10 @@ class Tables:
         floor = unigram.masked_fill(unigram == NEVER, 0).amin(1, keepdim=True)
         return self._with(unigram=torch.cat((unigram, floor.expand(-1, width - self.vocab_size)), 1))
 
+    def with_unigram(self, row: Tensor) -> Tables:
+        """The same tables with another row, float32 [V], in place of log p_1, if they hold one prior."""
+        return self._with(unigram=row[None])
+
     def _with(self, **changes: Any) -> Tables:
         changed = replace(self, **changes)
         # The host needs these: read now, not in a step, where the device would have to be waited for.

@@ -134,7 +134,7 @@ def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> 
     from experiments import style_sweep
     from experiments.runs import check_unused
 
-    out = options["out"] or Path("sweeps") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = _out_folder(options["out"], "sweeps")
     if not options["resume"]:
         check_unused(out)
     tokenizer = load_tokenizer(options["model"])
@@ -145,15 +145,23 @@ def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> 
     )
 
 
+def _out_folder(given: Path | None, where: str) -> Path:
+    return given or Path(where) / datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def _until_interrupted(work: Callable[[], Any], folder: Path) -> Any:
+    try:
+        return work()
+    except KeyboardInterrupt:
+        click.echo(f"\ninterrupted; finished cells are kept: go on with --resume --out {folder}", err=True)
+        sys.exit(130)
+
+
 def _run_and_report(run: Any, work: Callable[[Any], Any]) -> None:
     from experiments import style_sweep
 
     folder = run.folder.path
-    try:
-        points = work(run)
-    except KeyboardInterrupt:
-        click.echo(f"\ninterrupted; finished cells are kept: go on with --resume --out {folder}", err=True)
-        sys.exit(130)
+    points = _until_interrupted(lambda: work(run), folder)
     _print_table(style_sweep.report(run, points))
     click.echo(f"\nlook at {folder / 'report.html'} and {folder / 'sweep.png'}; numbers: {folder / 'results.csv'}")
 
@@ -280,6 +288,52 @@ def evaluate(prior: str, text: str, model: str, field: str | None, order: int, s
         "perplexity_without_unknown": judge.perplexity(documents, oov="exclude"),
     }
     click.echo(json.dumps(result, indent=2))
+
+
+@style.command(name="compare")
+@click.option("--style", "styles", multiple=True, required=True, help=f"{shared.style_help} NAME=SPEC. May repeat.")
+@click.option("--other", "others", multiple=True, required=True, help="More authors, for the judges. May repeat.")
+@shared.prompts
+@click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1), help="Texts for each prompt.")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=4))
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--lora-steps", default=300, show_default=True, type=click.IntRange(min=1))
+@shared.model
+@shared.dtype
+@shared.out
+@shared.resume
+def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) -> None:
+    """Priors in all modes beside prompting and LoRA: style (by a judge of its own), fluency, diversity, copying.
+
+    Corpora are split: 70 % steers, prompts and trains, 20 % trains the judges, 10 % tests them. The first --other is
+    also the general background of one mode.
+    """
+    from decoding.models import load_model, load_tokenizer
+    from decoding.priors import require_distinct
+    from experiments import style_compare, style_compare_report
+    from experiments.runs import check_unused
+    from experiments.style_lora import LoraRecipe
+    from experiments.style_sweep import read_prompts
+
+    out = _out_folder(options["out"], "comparisons")
+    if not options["resume"]:
+        check_unused(out)
+    corpora, more = ([load_corpus(spec) for spec in specs] for specs in (styles, others))
+    require_distinct([corpus.name for corpus in (*corpora, *more)])
+    chosen = style_compare.CompareOptions(
+        prompts=read_prompts(options["prompts"] or style_compare.HELD_OUT_PROMPTS),
+        other=more[0].name,
+        samples=options["samples"],
+        max_new_tokens=options["max_new_tokens"],
+        batch_size=options["batch_size"],
+        lora=LoraRecipe(steps=options["lora_steps"]),
+    )
+    tokenizer = load_tokenizer(options["model"])
+    model = load_model(options["model"], options["dtype"])
+    run = style_compare.Comparison(model, tokenizer, options["model"], corpora, more, chosen, out, options["resume"])
+    _until_interrupted(run.run, out)
+    style_compare_report.write(run)
+    click.echo(f"\nlook at {out / 'pareto.png'} and {out / 'samples.md'}; numbers: {out / 'results.md'}")
 
 
 @cli.group()

@@ -14,11 +14,12 @@ from torch.nn.functional import pad
 
 from decoding.errors import DecodingError
 from decoding.priors import is_saved_prior, load_prior
+from decoding.steering import Guards, guards_of, steer
 from decoding.style import CONFIG_FILE, StylePrior, checked_lambda
 from decoding.vllm.declaration import checked_budget, declared_chunks, declared_selector, declared_styles
-from ngram import NGramError, NGramModel
+from ngram import NGramError
 from ngram.layout import join
-from ngram.tables import Tables, add_log_prior
+from ngram.tables import Tables
 
 MOST_STYLES_PER_REQUEST = 8
 AUTO = "auto"
@@ -150,16 +151,19 @@ class LoadedStyles:
         self._index = {name: i for i, name in enumerate(names)}
         self._lambdas: list[float] = []
         self._tables: Tables | None = None
+        self._guards: Guards | None = None
         self.context = 1
         if not names:
             return
-        shapes, mixtures = [], []
+        shapes, mixtures, guards = [], [], []
         for name in names:
             prior = opened(name)
-            self._lambdas.append(prior.lambda_)
-            shapes.append(_model_of(prior).tables.shape)
+            self._lambdas.append(float(prior.lambda_))
+            shapes.append(prior.tables.shape)
             mixtures.append(_mixture_of(prior))
-        self._tables = join(shapes, (_model_of(opened(name)).tables for name in names), width).to(device)
+            guards.append(prior.guards)
+        self._tables = join(shapes, (opened(name).tables for name in names), width).to(device)
+        self._guards = guards_of(guards, device)
         order = self._tables.order
         self._mixtures = torch.cat([pad(each, (0, order - each.shape[1]) * 2) for each in mixtures]).to(device)
         self.context = max(order - 1, 1)
@@ -173,6 +177,8 @@ class LoadedStyles:
     def add(self, logits: Tensor, history: Tensor, layers: Iterable[Layer]) -> Tensor:
         """Adds every layer's priors to ``logits`` in place, up to a number that is the same for a whole row.
 
+        The guards of a request's second style look at what its first one left.
+
         Args:
             logits: float32 [rows, W].
             history: int64 [rows, context], −1 where there is no token.
@@ -180,20 +186,25 @@ class LoadedStyles:
         """
         for prior, strength in layers:
             assert self._tables is not None  # nobody can have asked for a style otherwise
-            add_log_prior(self._tables, logits, history, strength, self._mixtures, prior=prior, shift=False, out=logits)
+            steer(
+                self._tables,
+                logits,
+                history,
+                strength,
+                self._mixtures,
+                self._guards,
+                prior=prior,
+                shift=False,
+                out=logits,
+            )
         return logits
-
-
-def _model_of(prior: StylePrior) -> NGramModel:
-    assert prior.model is not None  # a saved prior has one
-    return prior.model
 
 
 def _mixture_of(prior: StylePrior) -> Tensor:
     """How a prior weighs its orders, float32 [1, n, n]."""
     if prior.mixture is not None:
         return prior.mixture
-    order = _model_of(prior).order  # log p_n: the terms of all orders, whichever contexts match
+    order = prior.tables.order  # log p_n: the terms of all orders, whichever contexts match
     return pad(torch.ones(1, 1, order), (0, 0, 0, order - 1))
 
 
@@ -216,7 +227,7 @@ def load_styles(declared: Mapping[str, str], tokenizer: Any | None, width: int, 
             prior = _opened(declared[name], None if name in checked else tokenizer)
         except DecodingError as error:
             raise DecodingError(f"style {name!r}: {error}") from error
-        size = _model_of(prior).vocab_size
+        size = prior.tables.vocab_size
         if size > width:
             raise DecodingError(f"style {name!r} has {size} token ids, the model scores {width}: another model's")
         checked.add(name)

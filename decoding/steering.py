@@ -1,0 +1,140 @@
+"""How a prior is added to a step's scores: as it is, or held back by guards. Shared by transformers and vLLM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from decoding.errors import DecodingError
+from decoding.metrics import entropy, jensen_shannon
+from ngram.tables import Tables, add_log_prior
+
+HALVINGS = 12
+"""Of the interval in which the largest λ′ is searched for: it is found to 1/4096 of λ."""
+
+
+class GuardSettings(NamedTuple):
+    """What holds one prior back; None where nothing does."""
+
+    plausibility: float | None = None  # α in (0, 1]
+    max_js: float | None = None  # nats, in (0, ln 2]
+    entropy_gate: float | None = None  # nats, above 0
+
+    def checked(self) -> GuardSettings:
+        """Itself.
+
+        Raises:
+            DecodingError: a value outside its range.
+        """
+        for name, value, most in zip(self._fields, self, (1.0, math.log(2), math.inf), strict=True):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                within = "above 0" if most == math.inf else f"above 0 and at most {most:.4g}"
+                raise DecodingError(f"{name} must be a number {within}, not {value!r}")
+        return self
+
+
+@dataclass(frozen=True)
+class Guards:
+    """The guards of several priors, float32 [S] each; None where no prior has one."""
+
+    plausibility: Tensor | None  # 0 for priors without
+    max_js: Tensor | None  # infinite for priors without
+    entropy_gate: Tensor | None  # 0 for priors without
+
+    def of(self, prior: int | Tensor) -> Guards:
+        """Those of one prior, [1, 1], or of each row's, [B, 1]."""
+
+        def rows(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            return (values.index_select(0, prior) if isinstance(prior, Tensor) else values[prior : prior + 1])[:, None]
+
+        return Guards(rows(self.plausibility), rows(self.max_js), rows(self.entropy_gate))
+
+
+def guards_of(settings: Sequence[GuardSettings], device: torch.device | str) -> Guards | None:
+    """The guards of priors on a device, or None if no prior has any."""
+
+    def column(values: Sequence[float | None], absent: float) -> Tensor | None:
+        if all(value is None for value in values):
+            return None
+        return torch.tensor([absent if value is None else value for value in values], dtype=torch.float32).to(device)
+
+    columns = list(zip(*settings, strict=True))
+    guards = Guards(column(columns[0], 0.0), column(columns[1], math.inf), column(columns[2], 0.0))
+    return None if guards == Guards(None, None, None) else guards
+
+
+def steer(
+    tables: Tables,
+    scores: Tensor,
+    history: Tensor,
+    strength: Tensor,
+    mixture: Tensor | None = None,
+    guards: Guards | None = None,
+    *,
+    prior: int | Tensor = 0,
+    shift: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """scores + λ · d, with d the log prior of every row, as far as its guards let it.
+
+    With p = softmax(scores), the guards are, in this order:
+
+    - entropy gate h: λ becomes λ · min(1, H(p) / h). Where the model is sure, as within a name, it is left alone.
+    - plausibility α: only tokens with p(w) ≥ α · max p are moved (the set of contrastive decoding, arXiv 2210.15097).
+      Together they keep their probability: q(w) ∝ p(w) · exp(λ d(w)) among them, q(w) = p(w) for the others.
+    - divergence budget max_js: λ becomes the largest λ′ ≤ λ for which JS(p, q) ≤ max_js. JS grows with λ′, so λ′ is
+      found by halving, a fixed number of times; nothing waits for the device.
+
+    Args:
+        tables, scores, history, strength, mixture, prior, shift, out: as for `ngram.tables.add_log_prior`.
+        guards: of all priors in ``tables``; None adds the prior as it is.
+
+    Returns:
+        Float [B, W], in the dtype of ``scores``. Entries at −inf stay there.
+    """
+    if guards is None:
+        return add_log_prior(tables, scores, history, strength, mixture, prior=prior, shift=shift, out=out)
+    held = guards.of(prior)
+    log_p = scores.float().log_softmax(-1)
+    if held.entropy_gate is not None:
+        gate = held.entropy_gate[:, 0].clamp(min=torch.finfo(torch.float32).tiny)
+        share = torch.where(held.entropy_gate[:, 0] > 0, entropy(log_p) / gate, 1)
+        strength = strength * share.clamp(max=1)
+    change = add_log_prior(tables, torch.zeros_like(log_p), history, strength, mixture, prior=prior, shift=shift)
+    if held.plausibility is not None:
+        change = _among_plausible(log_p, change, held.plausibility)
+    if held.max_js is not None:
+        change = change * _share_within(log_p, change, held.max_js)
+    return torch.add(scores, change.to(scores.dtype), out=out)
+
+
+def _among_plausible(log_p: Tensor, change: Tensor, plausibility: Tensor) -> Tensor:
+    plausible = log_p >= log_p.amax(-1, keepdim=True) + plausibility.log()  # log 0: all of them
+    before = log_p.masked_fill(~plausible, -torch.inf)
+    gained = (before + change).logsumexp(-1, keepdim=True) - before.logsumexp(-1, keepdim=True)
+    return torch.where(plausible, change - gained, 0)
+
+
+def _share_within(log_p: Tensor, change: Tensor, max_js: Tensor) -> Tensor:
+    """The largest share of each row's change that stays within its budget, float32 [B, 1]."""
+
+    def stays_within(share: Tensor) -> Tensor:
+        return jensen_shannon(log_p, log_p + share * change)[:, None] <= max_js
+
+    low = torch.zeros(len(log_p), 1, device=log_p.device)
+    high = torch.ones_like(low)
+    whole = stays_within(high)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        within = stays_within(middle)
+        low, high = torch.where(within, middle, low), torch.where(within, high, middle)
+    return torch.where(whole, torch.ones_like(low), low)
