@@ -83,8 +83,9 @@ class StylePrior(LogitsProcessor):
 
     Args:
         style: a registered name, a text file, a folder, a saved prior, or an `NGramModel` (needs no tokenizer).
-        λ: strength, in [0, 1], 0.1 in mode "paper" and 0.6 in mode "ratio" by default; also as ``lambda_``. 0 leaves the scores untouched, bit for bit. "auto" has it chosen
-            for the bound model, by a held-out part of the style's text (`decoding.strength.choose_strength`).
+        λ: strength, in [0, 1], by default 0.1 in mode "paper" and 0.6 in mode "ratio"; also as ``lambda_``. 0 leaves
+            the scores untouched, bit for bit. "auto" has it chosen for the bound model, by a held-out part of the
+            style's text (`decoding.strength.choose_strength`).
         tokenizer: the generating model's. `decoding.generate` binds it; ``model.generate`` needs it here.
         model: the generating model, which λ="auto" and the background "model" measure, once.
             `decoding.generate` binds it.
@@ -100,7 +101,7 @@ class StylePrior(LogitsProcessor):
         max_js: budget of every step, in nats: λ is lowered until the Jensen-Shannon divergence is within.
         entropy_gate: in nats: λ is lowered in proportion where the model's entropy is below.
         tolerance: of λ="auto": by how much perplexity may rise, and variety fall.
-        order: order of the n-gram model, where ``style`` is text.
+        order, smoothing: of the n-gram model, where ``style`` is text.
         pad_token_id: leading tokens of this id are padding and no context; by default the tokenizer's.
         allow_any_lambda: accept λ outside [0, 1].
 
@@ -133,6 +134,7 @@ class StylePrior(LogitsProcessor):
         entropy_gate: float | None = None,
         tolerance: float = DEFAULT_TOLERANCE,
         order: int = DEFAULT_ORDER,
+        smoothing: str = DEFAULT_SMOOTHING,
         pad_token_id: int | None = None,
         allow_any_lambda: bool = False,
     ):
@@ -155,6 +157,7 @@ class StylePrior(LogitsProcessor):
         self.guards = GuardSettings(plausibility, max_js, entropy_gate).checked()
         self.tolerance = tolerance
         self.order = order
+        self.smoothing = smoothing
         self.pad_token_id = pad_token_id
         self.model: NGramModel | None = None
         self.mixture: Tensor | None = None
@@ -177,7 +180,8 @@ class StylePrior(LogitsProcessor):
             self.lambda_ = self._chosen_lambda(self._documents(tokenizer), tokenizer, model)
         if self.mode == "ratio" and self.log_ratio is None:
             self.log_ratio = ratio_to(self.background, self._documents(tokenizer), tokenizer, model)
-        self._use(resolve_style(self.style if self.model is None else self.model, tokenizer, order=self.order))
+        style = self.style if self.model is None else self.model
+        self._use(resolve_style(style, tokenizer, order=self.order, smoothing=self.smoothing))
         if self.pad_token_id is None:
             self.pad_token_id = tokenizer.pad_token_id
         return self
@@ -199,12 +203,12 @@ class StylePrior(LogitsProcessor):
         settings = self._settings()
         if self.mode == "ratio" and self.log_ratio is None:
             settings["log_ratio"] = ratio_to(self.background, kept, tokenizer, model)
-        trained = prior_of_tokens(kept, corpus, tokenizer, self.order, DEFAULT_SMOOTHING)
+        trained = prior_of_tokens(kept, corpus, tokenizer, self.order, self.smoothing)
 
         def steered(value: float) -> StylePrior:
             return StylePrior(trained, λ=value, tokenizer=tokenizer, **settings)
 
-        key = json.dumps([corpus.sha256, self.background, self.order, self._settings()])
+        key = json.dumps([corpus.sha256, self.background, self.order, self.smoothing, self._settings()])
         return chosen_strength(steered, held_out, model, tokenizer, self.tolerance, key)
 
     def _settings(self) -> dict[str, Any]:

@@ -51,15 +51,15 @@ def model_runner(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
-def prior_of(cell: Cell, styles: Mapping[str, Style], options: SweepOptions, pad_token_id: int | None) -> StylePrior:
-    """The processor of a steered cell."""
-    assert cell.style is not None
+def prior_of(style: Style, options: SweepOptions, **more: Any) -> StylePrior:
+    """The processor of a style, as a sweep's options have it."""
     return StylePrior(
-        styles[cell.style].prior,
-        λ=cell.lambda_,
+        style.prior,
+        mode=options.mode,  # type: ignore[arg-type]  # checked there
+        log_ratio=style.log_ratio,
         combine=options.combine,  # type: ignore[arg-type]  # checked there
-        pad_token_id=pad_token_id,
         allow_any_lambda=options.allow_any_lambda,
+        **more,
     )
 
 
@@ -78,7 +78,8 @@ class TransformersEngine:
         inputs.pop("token_type_ids", None)
         processors = []
         if cell.style is not None:
-            processors.append(TimedProcessor(prior_of(cell, self.styles, self.options, self.tokenizer.pad_token_id)))
+            bound = {"λ": cell.lambda_, "pad_token_id": self.tokenizer.pad_token_id}
+            processors.append(TimedProcessor(prior_of(self.styles[cell.style], self.options, **bound)))
         torch.manual_seed(seed_of(cell, start))
         began = time.perf_counter()
         output = self.model.generate(

@@ -110,7 +110,7 @@ def _set_beside_unsteered(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         as_diverse = float(np.interp(row["entropy"], entropies, nlls))
         for end in ("", "_low", "_high"):
-            ppl = row[f"base_ppl{end}"]
+            ppl = row.get(f"base_ppl{end}")
             row[f"fluency{end}"] = None if ppl is None else ppl / math.exp(as_diverse)
         row["ppl_ratio"] = row["base_ppl"] / plain["base_ppl"]
         row["distinct_ratio"] = row["distinct_2"] / plain["distinct_2"]

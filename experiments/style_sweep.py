@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from decoding.corpora import load_corpus, read_text, split_name, tokenize, token
 from decoding.errors import DecodingError
 from decoding.models import model_fingerprint
 from decoding.priors import is_saved_prior, load_prior, prior_of_tokens, require_distinct
+from decoding.ratio import MODEL, ratio_to
 from experiments.engines import Batch, Engine, TransformersEngine
 from experiments.report import Point, write_report
 from experiments.runs import RunFolder, progress_of_cells
@@ -44,6 +45,7 @@ class SweepOptions:
     max_new_tokens: int = 48
     batch_size: int = 24
     combine: str = "matching"
+    mode: str = "paper"
     allow_any_lambda: bool = False
 
 
@@ -54,6 +56,7 @@ class Style:
     name: str
     prior: NGramModel
     documents: list[np.ndarray] | None
+    log_ratio: Tensor | None = None  # for mode "ratio"
 
     @cached_property
     def index(self) -> metrics.CorpusIndex | None:
@@ -109,6 +112,17 @@ def load_styles(
         styles.append(Style(corpus.name, prior_of_tokens(documents, corpus, tokenizer, order, smoothing), documents))
     require_distinct([style.name for style in styles])
     return styles
+
+
+def with_ratio(style: Style, tokenizer: Any, model: Any) -> Style:
+    """A style with its ratio to what the model writes by itself.
+
+    Raises:
+        DecodingError: a saved prior, whose text is not known.
+    """
+    if style.documents is None:
+        raise DecodingError(f"mode ratio needs the text of style {style.name!r}, not a saved prior")
+    return replace(style, log_ratio=ratio_to(MODEL, style.documents, tokenizer, model))
 
 
 class Sweep:
@@ -173,6 +187,7 @@ class Sweep:
                 for name, style in self.styles.items()
             },
             "combine": options.combine,
+            "mode": options.mode,
             "prompts": list(options.prompts),
             "max_new_tokens": options.max_new_tokens,
             "batch_size": options.batch_size,

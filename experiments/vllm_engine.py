@@ -14,7 +14,6 @@ from torch import Tensor
 from vllm import LLM, SamplingParams
 
 from decoding.models import resolve_model
-from decoding.style import StylePrior
 from decoding.vllm import engine_args
 from decoding.vllm.processor import StyleLogitsProcessor
 from experiments.engines import Batch, prior_of, seed_of
@@ -54,7 +53,7 @@ class VllmEngine:
         self._priors = tempfile.TemporaryDirectory()
         folders = {name: Path(self._priors.name) / str(i) for i, name in enumerate(styles)}
         for name, style in styles.items():
-            StylePrior(style.prior, combine=options.combine).save_pretrained(folders[name])  # type: ignore[arg-type]
+            prior_of(style, options).save_pretrained(folders[name])
         on_gpu = model.device.type == "cuda"
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the timer is in this process
         longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in options.prompts)
@@ -107,7 +106,7 @@ class VllmEngine:
                 logits_to_keep=length + 1,
             ).logits
         ends = torch.tensor(self.model.generation_config.eos_token_id, device=logits.device).view(-1)
-        prior = None if cell.style is None else prior_of(cell, self.styles, self.options, None)
+        prior = None if cell.style is None else prior_of(self.styles[cell.style], self.options, λ=cell.lambda_)
         for step in range(length):
             raw = logits[:, step].float()
             processed = raw.index_fill(1, ends, -torch.inf)  # min_tokens

@@ -35,8 +35,9 @@ def cli() -> None:
 @shared.model
 @shared.dtype
 @click.option("--style", default=DEFAULT_STYLE, show_default=True, help=shared.style_help)
-@click.option("--lambda", "lambda_", default=0.1, show_default=True, help="Strength of the style.")
+@shared.lambda_or_auto
 @shared.any_lambda
+@shared.steering
 @shared.field
 @shared.order
 @shared.smoothing
@@ -49,27 +50,27 @@ def cli() -> None:
     help='"auto" has it chosen for the prompt; 0 takes the most probable token at every step.',
 )
 @click.option("--seed", default=0, show_default=True)
-def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: float | str, **options: Any) -> None:
+def generate(
+    prompt: str, style: str, lambda_: float | str | None, seed: int, temperature: float | str, **options: Any
+) -> None:
     """Continues PROMPT in a style."""
     import torch
 
-    from decoding import AutoTemperature, FixedTemperature, StylePrior
+    from decoding import AutoTemperature, FixedTemperature
     from decoding import generate as continue_text
     from decoding.models import load_model, load_tokenizer
-    from decoding.priors import resolve_style
 
     if not prompt.strip():
         raise DecodingError("the prompt is empty")
-    checked_lambda(lambda_, options["allow_any_lambda"])
+    prior = shared.style_prior(style, lambda_, options)
     tokenizer = load_tokenizer(options["model"])
-    prior = resolve_style(
-        style, tokenizer, field=options["field"], order=options["order"], smoothing=options["smoothing"]
-    )
-    processors: list[Any] = [StylePrior(prior, λ=lambda_, allow_any_lambda=options["allow_any_lambda"])]
+    if not shared.needs_model(lambda_, options):
+        prior.bind(tokenizer)
+    model = load_model(options["model"], options["dtype"])
+    processors: list[Any] = [prior]
     if temperature != 0:
         processors.append(AutoTemperature() if temperature == "auto" else FixedTemperature(float(temperature)))
     torch.manual_seed(seed)
-    model = load_model(options["model"], options["dtype"])
     text = continue_text(
         model,
         prompt,
@@ -96,6 +97,7 @@ def generate(prompt: str, style: str, lambda_: float, seed: int, temperature: fl
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(min=1))
 @shared.batch_size
 @click.option("--combine", type=click.Choice(["matching", "interpolated"]), default="matching", show_default=True)
+@shared.mode
 @click.option("--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True)
 @shared.any_lambda
 @shared.model
@@ -123,6 +125,7 @@ def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int,
         max_new_tokens=options["max_new_tokens"],
         batch_size=options["batch_size"],
         combine=options["combine"],
+        mode=options["mode"],
         allow_any_lambda=options["allow_any_lambda"],
     )
     run = _prepared_sweep(list(styles or style_sweep.DEFAULT_STYLES), chosen, options)
@@ -140,6 +143,8 @@ def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> 
     tokenizer = load_tokenizer(options["model"])
     loaded = style_sweep.load_styles(styles, tokenizer, options["field"], options["order"], options["smoothing"])
     model = load_model(options["model"], options["dtype"])
+    if chosen.mode == "ratio":
+        loaded = [style_sweep.with_ratio(style, tokenizer, model) for style in loaded]
     return style_sweep.Sweep(
         model, tokenizer, options["model"], loaded, chosen, out, options["resume"], options["engine"]
     )
@@ -227,22 +232,40 @@ def style() -> None:
 
 @style.command()
 @click.argument("corpus")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The .safetensors file to write.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A .safetensors file, or a folder.")
+@shared.lambda_or_auto
+@shared.steering
 @shared.model
+@shared.dtype
 @shared.field
 @shared.order
 @shared.smoothing
-def train(corpus: str, out: Path, model: str, field: str | None, order: int, smoothing: str) -> None:
-    """Trains a prior on CORPUS (a registered name, text file, folder or .jsonl file) for a model's tokenizer."""
-    from decoding.models import load_tokenizer
+@click.pass_context
+def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | None, **options: Any) -> None:
+    """Trains a prior on CORPUS (a registered name, text file, folder or .jsonl file) for a model's tokenizer.
+
+    A .safetensors file holds the n-gram model alone. A folder also holds how it steers: λ, mode and guards.
+    """
+    from decoding.models import load_model, load_tokenizer
     from decoding.priors import train_prior
 
-    if out.suffix != ".safetensors":
-        raise DecodingError(f"--out must end in .safetensors, not {out.name!r}")
+    default = click.core.ParameterSource.DEFAULT
+    asked = [name for name in ("lambda_", *shared.STEERING) if ctx.get_parameter_source(name) != default]
+    if out.suffix == ".safetensors" and asked:
+        raise DecodingError(f"--{asked[0].strip('_').replace('_', '-')} is kept in a folder: name one with --out")
+    if out.suffix != ".safetensors" and not asked:
+        raise DecodingError(f"--out must end in .safetensors, not {out.name!r}; a folder also keeps --mode or --lambda")
     require_writable(out)
-    prior = train_prior(load_corpus(corpus, field), load_tokenizer(model), order, smoothing)
-    prior.save(out)
-    click.echo(f"{out}: {len(prior):,} n-grams, {out.stat().st_size / len(prior):.1f} bytes each")
+    tokenizer = load_tokenizer(options["model"])
+    if out.suffix == ".safetensors":
+        prior = train_prior(load_corpus(corpus, options["field"]), tokenizer, options["order"], options["smoothing"])
+        prior.save(out)
+        click.echo(f"{out}: {len(prior):,} n-grams, {out.stat().st_size / len(prior):.1f} bytes each")
+        return
+    model = load_model(options["model"], options["dtype"]) if shared.needs_model(lambda_, options) else None
+    steered = shared.style_prior(corpus, lambda_, options, tokenizer=tokenizer, model=model)
+    steered.save_pretrained(out)
+    click.echo(f"{out}: mode {steered.mode}, λ={steered.lambda_:g}")
 
 
 @style.command()

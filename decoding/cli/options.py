@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -12,6 +13,7 @@ from chunkllm.errors import ChunkError
 from decoding.corpora import registered_styles
 from decoding.errors import DecodingError
 from decoding.models import DEFAULT_MODEL
+from decoding.style import Mode, StylePrior
 from ngram import NGramError
 
 
@@ -44,6 +46,16 @@ class Numbers(click.ParamType):
             return parse_numbers(value, self.name)
         except DecodingError as error:
             self.fail(str(error), param, ctx)
+
+
+class LambdaOrAuto(click.ParamType):
+    """A number, or ``auto``."""
+
+    name = "λ"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        """Parses the text."""
+        return value if value == "auto" else click.FLOAT.convert(value, param, ctx)
 
 
 class TemperatureOrAuto(click.ParamType):
@@ -101,3 +113,47 @@ batch_size = click.option("--batch-size", default=24, show_default=True, type=cl
 style_help = f"{', '.join(registered_styles())}, a text file, a folder, a .jsonl file, or a saved prior."
 out = click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; a new one by default.")
 resume = click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+lambda_or_auto = click.option(
+    "--lambda",
+    "lambda_",
+    type=LambdaOrAuto(),
+    help='Strength of the style, or "auto". By default 0.1 in mode paper, 0.6 in mode ratio.',
+)
+mode = click.option(
+    "--mode", type=click.Choice(get_args(Mode)), default="paper", show_default=True, help="ratio is the better one."
+)
+_STEERING = (
+    mode,
+    click.option("--background", default="model", show_default=True, help="Of mode ratio: model, corpus, or a style."),
+    click.option("--plausibility", type=float, help="Move only tokens this likely, as a share of the likeliest."),
+    click.option("--max-js", type=float, help="Most divergence a step, in nats."),
+    click.option("--entropy-gate", type=float, help="Steer less where the entropy is below, in nats."),
+)
+STEERING = ("mode", "background", "plausibility", "max_js", "entropy_gate")
+"""Names of the options of `steering`, which are parameters of `StylePrior`."""
+
+
+def steering(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that say how a prior steers."""
+    for option in reversed(_STEERING):
+        command = option(command)
+    return command
+
+
+def needs_model(lambda_: float | str | None, options: dict[str, Any]) -> bool:
+    """Whether the prior that a command's options ask for measures the model."""
+    return lambda_ == "auto" or (options["mode"], options["background"]) == ("ratio", "model")
+
+
+def style_prior(style: str, lambda_: float | str | None, options: dict[str, Any], **bound: Any) -> StylePrior:
+    """The prior that a command's options ask for; ``bound`` are its tokenizer and model."""
+    spec = style if options["field"] is None else f"{style}#{options['field']}"
+    return StylePrior(
+        spec,
+        lambda_=lambda_,  # type: ignore[arg-type]  # "auto", if it is a text
+        order=options["order"],
+        smoothing=options["smoothing"],
+        allow_any_lambda=options.get("allow_any_lambda", False),
+        **{name: options[name] for name in STEERING},
+        **bound,
+    )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from decoding import DecodingError, NGramModel, generate
+from decoding import DecodingError, NGramModel, StylePrior, generate
 from decoding.cli import cli
 from decoding.cli.options import parse_numbers
 from decoding.corpora import cache_dir
@@ -190,3 +190,43 @@ def test_importing_the_command_line_imports_no_experiment():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def few_openings(monkeypatch):
+    for place in ("ratio", "strength"):
+        monkeypatch.setattr(f"decoding.{place}.openings", lambda: ("the captain", "rain"))
+    monkeypatch.setattr("decoding.ratio._TOKENS_PER_OPENING", 8)
+
+
+def test_a_ratio_prior_is_trained_into_a_folder(run, model_folder, style_file, tmp_path, few_openings):
+    arguments = ["style", "train", style_file, "--model", model_folder, "--mode", "ratio", "--max-js", 0.1]
+    result = run(*arguments, "--out", tmp_path / "mine")
+    assert result.exit_code == 0, result.output
+    assert "mode ratio, λ=0.6" in result.output
+    prior = StylePrior.from_pretrained(tmp_path / "mine")
+    assert (prior.mode, prior.lambda_, prior.guards.max_js) == ("ratio", 0.6, 0.1)
+    result = run(*arguments, "--out", tmp_path / "mine.safetensors")
+    assert result.exit_code == 2 and "--mode is kept in a folder" in result.output
+    assert not (tmp_path / "mine.safetensors").exists()
+
+
+def test_generate_in_mode_ratio(run, model_folder, style_file, few_openings):
+    arguments = ["generate", "the captain", "--style", style_file, "--model", model_folder, "--max-new-tokens", 4]
+    result = run(*arguments, "--mode", "ratio", "--lambda", 1)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("the captain")
+    assert "max_js must be a number" in run(*arguments, "--max-js", 2).output
+    assert run(*arguments, "--lambda", "much").exit_code == 2
+
+
+def test_a_sweep_in_mode_ratio(run, model_folder, style_file, tmp_path, few_openings):
+    arguments = ["sweep", "--model", model_folder, "--lambda", "0,1", "--max-new-tokens", 4, "--mode", "ratio"]
+    result = run(*arguments, "--style", style_file, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+    assert settings["mode"] == "ratio"
+    saved = tmp_path / "p.safetensors"
+    assert run("style", "train", style_file, "--model", model_folder, "--out", saved).exit_code == 0
+    result = run(*arguments, "--style", saved, "--out", tmp_path / "other")
+    assert result.exit_code == 2 and "needs the text" in result.output

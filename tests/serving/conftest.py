@@ -31,6 +31,8 @@ def make_priors():
         "short": StylePrior(model(2), λ=0.4, orders=[2]),
         "one": StylePrior(model(1), λ=0.5),
         "mixed": StylePrior(model(3), λ=0.6, combine="interpolated"),
+        "ratio": StylePrior(model(3), λ=0.7, mode="ratio", log_ratio=torch.linspace(-2, 2, V)),
+        "guarded": StylePrior(model(2), λ=0.8, max_js=0.02, plausibility=0.05, entropy_gate=2.0),
     }
 
 
