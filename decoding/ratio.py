@@ -7,7 +7,7 @@ ratio to the model's own frequencies moves it where the style differs from it, a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,9 @@ def _measured_frequencies(model: Any, tokenizer: Any) -> Tensor:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         for start in range(0, len(openings()), _ROWS_AT_A_TIME):
-            sample(model, tokenizer, openings()[start : start + _ROWS_AT_A_TIME], _TOKENS_PER_OPENING, [mean])
+            sample(
+                model, tokenizer, openings()[start : start + _ROWS_AT_A_TIME], _TOKENS_PER_OPENING, [Watcher(mean.add)]
+            )
     return mean.frequencies(len(tokenizer))
 
 
@@ -156,17 +158,28 @@ def ends_of_sequence(model: Any, tokenizer: Any) -> list[int]:
     return sorted({tokenizer.eos_token_id, *stops})
 
 
-class MeanDistribution(LogitsProcessor):
-    """Leaves scores as they are, and adds up what they mean."""
+class Watcher(LogitsProcessor):
+    """Leaves scores as they are, and shows them, float [B, V], to somebody."""
+
+    def __init__(self, show: Callable[[Tensor], None]):
+        self._show = show
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Shows a step."""
+        self._show(scores)
+        return scores
+
+
+class MeanDistribution:
+    """Adds up next-token distributions."""
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def add(self, scores: Tensor) -> None:
         """Takes in a step: scores float [B, V]."""
         mass = scores.float().softmax(-1).double().sum(0)
         self._sum = mass if self._sum is None else self._sum + mass
-        return scores
 
     def frequencies(self, vocab_size: int) -> Tensor:
         """The mean of all rows so far, float64 [V], ids from ``vocab_size`` on left out."""

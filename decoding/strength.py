@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +17,9 @@ from transformers import LogitsProcessor
 
 from decoding.corpora import cache_dir, tokenizer_fingerprint
 from decoding.errors import DecodingError
-from decoding.metrics import distinct_n, jensen_shannon, token_log_probs
+from decoding.metrics import distinct_n, jensen_shannon
 from decoding.models import model_fingerprint
-from decoding.ratio import MeanDistribution, frequencies, openings, sample
+from decoding.ratio import MeanDistribution, Watcher, frequencies, openings, sample
 from ngram.storage import write_atomically
 
 DEFAULT_TOLERANCE = 0.1
@@ -60,21 +61,23 @@ def held_out_part(documents: Sequence[np.ndarray]) -> tuple[list[np.ndarray], li
 def choose_strength(trials: Sequence[Trial], tolerance: float) -> float:
     """The λ whose texts are nearest to the held-out part, among those that keep within the tolerance.
 
-    A trial keeps within it if perplexity is at most 1 + tolerance times the unsteered texts', and distinct-2 at least
-    1 − tolerance times theirs. λ = 0 always does.
+    A λ keeps within it if perplexity is at most 1 + tolerance times the unsteered texts', and distinct-2 at least
+    1 − tolerance times theirs. λ = 0 always does. Both are read off parabolas through all trials: texts differ more by
+    chance than by one step of λ.
 
     Args:
-        trials: by ascending λ, the first at 0.
+        trials: by ascending λ, the first at 0; three or more.
         tolerance: a share.
     """
-    unsteered = trials[0]
-    within = [
-        trial
-        for trial in trials
-        if trial.perplexity <= unsteered.perplexity * (1 + tolerance)
-        and trial.distinct_2 >= unsteered.distinct_2 * (1 - tolerance)
-    ]
-    return min(within, key=lambda trial: trial.divergence).lambda_
+    lambdas = [trial.lambda_ for trial in trials]
+    perplexity = np.exp(_smoothed(lambdas, [np.log(trial.perplexity) for trial in trials]))
+    distinct = _smoothed(lambdas, [trial.distinct_2 for trial in trials])
+    within = (perplexity <= perplexity[0] * (1 + tolerance)) & (distinct >= distinct[0] * (1 - tolerance))
+    return min(compress(trials, within), key=lambda trial: trial.divergence).lambda_
+
+
+def _smoothed(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
+    return np.polyval(np.polyfit(x, y, 2), x)
 
 
 def chosen_strength(
@@ -112,42 +115,40 @@ def chosen_strength(
 
 
 def _tried(lambda_: float, processor: LogitsProcessor, wanted: Tensor, model: Any, tokenizer: Any) -> Trial:
-    mean, before = MeanDistribution(), _Before()
+    mean, cost = MeanDistribution(), _Cost()
+    processors = [Watcher(cost.before), processor, Watcher(cost.after), Watcher(mean.add)]
     devices = [model.device] if model.device.type == "cuda" else []
     texts = []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         for start in range(0, len(openings()), _ROWS_AT_A_TIME):
             prompts = openings()[start : start + _ROWS_AT_A_TIME]
-            texts.append(sample(model, tokenizer, prompts, _TOKENS, [before, processor, mean]))
-            before.end(texts[-1])
-    tokens = torch.cat(texts)
+            texts += list(sample(model, tokenizer, prompts, _TOKENS, processors).cpu())
     return Trial(
         lambda_,
-        before.perplexity(),
-        float(np.mean([distinct_n(ids, 2) for ids in tokens.cpu()])),
+        cost.perplexity(),
+        float(np.mean([distinct_n(ids, 2) for ids in texts])),
         float(jensen_shannon(mean.frequencies(len(tokenizer)).log(), wanted.log())),
     )
 
 
-class _Before(LogitsProcessor):
-    """Leaves scores as they are, and finds the log-probabilities that they give to the tokens chosen after all."""
+class _Cost:
+    """What steered texts cost under the scores before the prior: Σ_w q(w) · −log p(w) of each step, p before, q after.
+
+    That is what the sampled tokens cost in the mean, with less noise.
+    """
 
     def __init__(self) -> None:
-        self._scores: Tensor | None = None
-        self._log_probs: list[Tensor] = []
+        self._log_p: Tensor | None = None
+        self._costs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._scores is not None:
-            self._log_probs.append(token_log_probs(self._scores, input_ids[:, -1]))
-        self._scores = scores
-        return scores
+    def before(self, scores: Tensor) -> None:
+        self._log_p = scores.float().log_softmax(-1)
 
-    def end(self, tokens: Tensor) -> None:
-        """Takes in the last tokens of a batch, of int64 [B, T]."""
-        assert self._scores is not None  # there was a step
-        self._log_probs.append(token_log_probs(self._scores, tokens[:, -1]))
-        self._scores = None
+    def after(self, scores: Tensor) -> None:
+        assert self._log_p is not None  # ``before`` comes before
+        q = scores.float().softmax(-1)
+        self._costs.append(-torch.where(q > 0, q * self._log_p, 0).sum(-1))
 
     def perplexity(self) -> float:
-        return float(torch.cat(self._log_probs).mean().neg().exp())
+        return float(torch.cat(self._costs).mean().exp())

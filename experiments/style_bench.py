@@ -118,6 +118,7 @@ def _stylings(prior: NGramModel, vocab: int) -> dict[str, StylePrior]:
     return {
         "paper": StylePrior(prior, λ=0.5),
         RECOMMENDED: StylePrior(prior, λ=0.5, **ratio),
+        "ratio, no contexts": StylePrior(prior, λ=0.5, orders=(1,), **ratio),
         "ratio, JS within 0.05": StylePrior(prior, λ=0.5, max_js=0.05, **ratio),
         "ratio, entropy gate": StylePrior(prior, λ=0.5, entropy_gate=4.0, **ratio),
         "ratio, plausible tokens": StylePrior(prior, λ=0.5, plausibility=0.1, **ratio),

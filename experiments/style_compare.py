@@ -24,7 +24,7 @@ from decoding import metrics
 from decoding.corpora import Corpus, tokenize, tokenizer_fingerprint
 from decoding.models import model_fingerprint
 from decoding.priors import prior_of_tokens
-from decoding.ratio import CORPUS, MODEL, MOST_LOG_RATIO, ends_of_sequence, ratio_to, sample
+from decoding.ratio import CORPUS, MODEL, MOST_LOG_RATIO, Watcher, ends_of_sequence, ratio_to, sample
 from decoding.style import StylePrior
 from decoding.temperature import FixedTemperature
 from experiments.runs import RunFolder, progress_of_cells
@@ -302,7 +302,7 @@ class _Steps:
     """Watches what is sampled from: entropy, and divergence from the scores before the prior."""
 
     def __init__(self) -> None:
-        self.before, self.after = _Seen(self._remember), _Seen(self._measure)
+        self.before, self.after = Watcher(self._remember), Watcher(self._measure)
         self._raw: Tensor | None = None
         self._entropy: list[Tensor] = []
         self._js: list[Tensor] = []
@@ -319,14 +319,3 @@ class _Steps:
         """Over steps, in nats: float32 [B] each."""
         named = {"entropy": self._entropy, "js": self._js}
         return {name: torch.stack(values, 1).mean(1).cpu() for name, values in named.items()}
-
-
-class _Seen(LogitsProcessor):
-    """Leaves scores as they are, and shows them to somebody."""
-
-    def __init__(self, show: Any):
-        self._show = show
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._show(scores)
-        return scores

@@ -137,17 +137,23 @@ def test_a_ratio_needs_text_or_its_row(tokenizer, model):
         StylePrior(prior, mode="likelihood")
 
 
+def trials(perplexities, distincts, divergences):
+    return [Trial(i / 10, *numbers) for i, numbers in enumerate(zip(perplexities, distincts, divergences, strict=True))]
+
+
 def test_the_strength_chosen_is_the_nearest_within_tolerance():
-    trials = [
-        Trial(0.0, 30.0, 0.95, 0.30),
-        Trial(0.1, 31.0, 0.95, 0.25),
-        Trial(0.2, 32.0, 0.90, 0.20),
-        Trial(0.3, 36.0, 0.90, 0.15),  # too perplexing at 10 %
-        Trial(0.4, 20.0, 0.60, 0.10),  # too uniform
-    ]
-    assert choose_strength(trials, 0.1) == 0.2
-    assert choose_strength(trials, 0.3) == 0.3
-    assert choose_strength(trials[:1], 0.1) == 0
+    rising = [30 * 1.05**i for i in range(6)]
+    nearer = [0.3 - 0.02 * i for i in range(6)]
+    found = trials(rising, [0.95] * 6, nearer)
+    assert choose_strength(found, 0.12) == 0.2
+    assert choose_strength(found, 0.17) == 0.3
+    assert choose_strength(trials([30.0] * 6, [0.95 - 0.04 * i for i in range(6)], nearer), 0.1) == 0.2
+    assert choose_strength(trials([30.0] * 6, [0.95] * 6, [0.3, 0.2, 0.1, 0.2, 0.3, 0.4]), 0.1) == 0.2
+
+
+def test_one_lucky_text_does_not_choose_the_strength():
+    nearer = [0.3 - 0.02 * i for i in range(11)]
+    assert choose_strength(trials([27.0] + [30.0] * 10, [0.95] * 11, nearer), 0.1) > 0.5
 
 
 def test_a_tenth_is_held_out():
