@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from decoding.models import model_fingerprint
 from decoding.ratio import MeanDistribution, Watcher, frequencies, openings, sample
 from ngram.storage import write_atomically
 
-DEFAULT_TOLERANCE = 0.1
+DEFAULT_TOLERANCE = 0.25
+LEAST_DISTINCT = 0.9
 CANDIDATES = tuple(i / 10 for i in range(11))
 HELD_OUT = 0.1
 _TOKENS = 48
@@ -36,6 +38,17 @@ class Trial(NamedTuple):
     perplexity: float  # of the unsteered model
     distinct_2: float  # mean of the texts
     divergence: float  # Jensen-Shannon, in nats, of their token frequencies from the held-out part's
+
+
+def checked_tolerance(value: float) -> float:
+    """A tolerance of `choose_strength`.
+
+    Raises:
+        DecodingError: no finite number above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise DecodingError(f"tolerance must be a number above 0, such as 0.25, not {value!r}")
+    return value
 
 
 def held_out_part(documents: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -61,18 +74,18 @@ def held_out_part(documents: Sequence[np.ndarray]) -> tuple[list[np.ndarray], li
 def choose_strength(trials: Sequence[Trial], tolerance: float) -> float:
     """The λ whose texts are nearest to the held-out part, among those that keep within the tolerance.
 
-    A λ keeps within it if perplexity is at most 1 + tolerance times the unsteered texts', and distinct-2 at least
-    1 − tolerance times theirs. λ = 0 always does. Both are read off parabolas through all trials: texts differ more by
-    chance than by one step of λ.
+    A λ keeps within it if perplexity is at most 1 + tolerance times the unsteered texts', and distinct-2 at least 0.9
+    times theirs. λ = 0 always does. Both are read off parabolas through all trials: texts differ more by chance than by
+    one step of λ.
 
     Args:
         trials: by ascending λ, the first at 0; three or more.
-        tolerance: a share.
+        tolerance: the share by which perplexity may rise.
     """
     lambdas = [trial.lambda_ for trial in trials]
     perplexity = np.exp(_smoothed(lambdas, [np.log(trial.perplexity) for trial in trials]))
     distinct = _smoothed(lambdas, [trial.distinct_2 for trial in trials])
-    within = (perplexity <= perplexity[0] * (1 + tolerance)) & (distinct >= distinct[0] * (1 - tolerance))
+    within = (perplexity <= perplexity[0] * (1 + tolerance)) & (distinct >= distinct[0] * LEAST_DISTINCT)
     return min(compress(trials, within), key=lambda trial: trial.divergence).lambda_
 
 
@@ -96,12 +109,7 @@ def chosen_strength(
         model, tokenizer: the generating model's.
         tolerance: as for `choose_strength`.
         key: names the style and how it is added, for the cache.
-
-    Raises:
-        DecodingError: a tolerance that is no share.
     """
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < 1:
-        raise DecodingError(f"tolerance must be a share between 0 and 1, not {tolerance!r}")
     parts = (key, model_fingerprint(model), tokenizer_fingerprint(tokenizer)[1])
     path = cache_dir() / "strengths" / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.json"
     if path.is_file():

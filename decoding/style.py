@@ -31,7 +31,7 @@ from decoding.priors import (
 )
 from decoding.ratio import MODEL, ratio_to
 from decoding.steering import Guards, GuardSettings, guards_of, steer
-from decoding.strength import DEFAULT_TOLERANCE, chosen_strength, held_out_part
+from decoding.strength import DEFAULT_TOLERANCE, checked_tolerance, chosen_strength, held_out_part
 from ngram import NGramModel
 from ngram.layout import unigram_tables
 from ngram.storage import write_atomically
@@ -100,7 +100,7 @@ class StylePrior(LogitsProcessor):
         plausibility: α in (0, 1]: only tokens with at least α times the probability of the likeliest are moved.
         max_js: budget of every step, in nats: λ is lowered until the Jensen-Shannon divergence is within.
         entropy_gate: in nats: λ is lowered in proportion where the model's entropy is below.
-        tolerance: of λ="auto": by how much perplexity may rise, and variety fall.
+        tolerance: of λ="auto": the share by which base perplexity may rise. Distinct-2 may fall by a tenth.
         order, smoothing: of the n-gram model, where ``style`` is text.
         pad_token_id: leading tokens of this id are padding and no context; by default the tokenizer's.
         allow_any_lambda: accept λ outside [0, 1].
@@ -155,7 +155,7 @@ class StylePrior(LogitsProcessor):
         self.weights = weights
         self.combine = combine
         self.guards = GuardSettings(plausibility, max_js, entropy_gate).checked()
-        self.tolerance = tolerance
+        self.tolerance = checked_tolerance(tolerance)
         self.order = order
         self.smoothing = smoothing
         self.pad_token_id = pad_token_id
@@ -190,8 +190,8 @@ class StylePrior(LogitsProcessor):
         if isinstance(self.style, NGramModel) or is_saved_prior(self.style):
             wanted = 'λ="auto"' if self.lambda_ == AUTO else 'mode="ratio"'
             raise DecodingError(
-                f"{wanted} needs the style's text, not a trained n-gram model: give the text, or a folder that "
-                "StylePrior.save_pretrained wrote to StylePrior.from_pretrained"
+                f"{wanted} needs the style's text, not a trained n-gram model: give the text, or open a folder that "
+                "StylePrior.save_pretrained wrote with StylePrior.from_pretrained"
             )
         return tokenize(load_corpus(str(self.style)), tokenizer)
 
@@ -226,6 +226,8 @@ class StylePrior(LogitsProcessor):
         mixture = _mixture(model.order, self.orders, self.weights, self.combine, first)
         if self._highest_order(model) == 1:
             mixture = None if mixture is None else mixture[:, :1, :1]
+        if self.log_ratio is not None and self.log_ratio.shape != (model.vocab_size,):
+            raise DecodingError(f"log_ratio must have the prior's {model.vocab_size} ids, not {len(self.log_ratio)}")
         self.model, self.mixture, self._tables = model, mixture, None
 
     def _highest_order(self, model: NGramModel) -> int:

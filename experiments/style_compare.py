@@ -187,12 +187,12 @@ class Comparison:
             "tokenizer_sha256": tokenizer_fingerprint(self.tokenizer)[1],
             "styles": {name: style.split.steering.sha256 for name, style in self.styles.items()},
             "others": {name: style.split.steering.sha256 for name, style in self.others.items()},
-            **{name: options[name] for name in ("other", "samples", "max_new_tokens", "lora")},
+            **{name: options[name] for name in ("other", "samples", "max_new_tokens", "batch_size", "lora")},
             "prompts": list(self.options.prompts),
         }
 
     def cells(self) -> list[Cell]:
-        """The unsteered model over temperatures, then every style's methods, those with a LoRA last."""
+        """The unsteered model over temperatures, then every style's methods."""
         unsteered = [Cell(None, UNSTEERED, temperature=t) for t in TEMPERATURES]
         return unsteered + [
             Cell(style, method.name, value) for style in self.styles for method in METHODS for value in method.lambdas
@@ -221,14 +221,14 @@ class Comparison:
                 for start, prompts in self._batches()
             ]
         for start, prompts, tokens, steps in batches:
-            nll = self._nll(prompts, tokens)
+            nll, means = self._nll(prompts, tokens), steps.means()
             for row, ids in enumerate(tokens.cpu()):
                 texts.append(
                     {
                         "prompt": (start + row) % len(self.options.prompts),
                         "text": self.tokenizer.decode(ids),
                         "base_nll": float(nll[row]),
-                        **{name: float(values[row]) for name, values in steps.means().items()},
+                        **{name: float(values[row]) for name, values in means.items()},
                         **{f"distinct_{n}": metrics.distinct_n(ids, n) for n in (1, 2, 3)},
                         "copied_run": self._copied_runs(cell, ids),
                     }

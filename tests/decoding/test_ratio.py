@@ -133,6 +133,8 @@ def test_a_ratio_needs_text_or_its_row(tokenizer, model):
         StylePrior(prior, mode="ratio", tokenizer=tokenizer, model=model)
     with pytest.raises(DecodingError, match="log_ratio"):
         StylePrior(prior, mode="ratio")(torch.tensor([[3]]), torch.randn(1, len(tokenizer)))
+    with pytest.raises(DecodingError, match="log_ratio must have"):
+        StylePrior(prior, mode="ratio", log_ratio=torch.zeros(3))
     with pytest.raises(DecodingError, match="unknown mode"):
         StylePrior(prior, mode="likelihood")
 
@@ -180,7 +182,7 @@ def test_lambda_auto_says_what_it_needs(tokenizer, model, style_file, long_style
     with pytest.raises(DecodingError, match="needs the model"):
         StylePrior(long_style, λ="auto", tokenizer=tokenizer)
     with pytest.raises(DecodingError, match="tolerance"):
-        StylePrior(long_style, λ="auto", tokenizer=tokenizer, model=model, tolerance=2)
+        StylePrior(long_style, λ="auto", tokenizer=tokenizer, model=model, tolerance=0)
     with pytest.raises(DecodingError, match="not chosen yet"):
         StylePrior(long_style, λ="auto")(torch.tensor([[3]]), torch.randn(1, len(tokenizer)))
     with pytest.raises(DecodingError, match="finite number"):
