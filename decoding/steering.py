@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from decoding.errors import DecodingError
-from decoding.metrics import entropy, jensen_shannon
+from decoding.metrics import LN2, entropy
 from ngram.tables import Tables, add_log_prior
 
 HALVINGS = 12
@@ -126,15 +126,24 @@ def _among_plausible(log_p: Tensor, change: Tensor, plausibility: Tensor) -> Ten
 
 def _share_within(log_p: Tensor, change: Tensor, max_js: Tensor) -> Tensor:
     """The largest share of each row's change that stays within its budget, float32 [B, 1]."""
-
-    def stays_within(share: Tensor) -> Tensor:
-        return jensen_shannon(log_p, log_p + share * change)[:, None] <= max_js
-
-    low = torch.zeros(len(log_p), 1, device=log_p.device)
+    p = log_p.exp()
+    low = torch.zeros(len(p), 1, device=p.device)
     high = torch.ones_like(low)
-    whole = stays_within(high)
+    whole = _divergence(p, change) <= max_js
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        within = stays_within(middle)
+        within = _divergence(p, middle * change) <= max_js
         low, high = torch.where(within, middle, low), torch.where(within, high, middle)
-    return torch.where(whole, torch.ones_like(low), low)
+    return torch.where(whole, 1, low)
+
+
+def _divergence(p: Tensor, change: Tensor) -> Tensor:
+    """JS(p, q) with q ∝ p · exp(change), in nats, float32 [B, 1]: ½ Σ p · (r log r − (1 + r) log((1 + r) / 2)).
+
+    Cheaper than `decoding.metrics.jensen_shannon`: p is at hand, and r = q / p takes few operations.
+    """
+    log_r = change - change.amax(-1, keepdim=True)
+    log_r = log_r - (p * log_r.exp()).sum(-1, keepdim=True).log()
+    r = log_r.exp()
+    each = r * log_r - (1 + r) * (torch.log1p(r) - LN2)
+    return (p * each).sum(-1, keepdim=True).clamp_(min=0) / 2

@@ -239,13 +239,18 @@ def pareto(rows: Sequence[dict[str, Any]]) -> bytes:
     return png(figure)
 
 
+def _reach(row: Mapping[str, Any], key: str, end: str) -> float:
+    bound = row[f"{key}_{end}"]
+    return 0.0 if bound is None else abs(bound - row[key])
+
+
 def _panel(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     for methods, marker in ((CLASSES, "o"), (ON_TOP, "^")):
         for method, color in methods.items():
             line = [row for row in rows if row["method"] == method]
             x, y = [row["fluency"] for row in line], [row["judge"] for row in line]
             errors = {
-                name: np.abs([[row[f"{key}_{end}"] - row[key] for row in line] for end in ("low", "high")])
+                name: [[_reach(row, key, end) for row in line] for end in ("low", "high")]
                 for name, key in (("xerr", "fluency"), ("yerr", "judge"))
             }
             shape = "-" if len(line) > 1 else ""

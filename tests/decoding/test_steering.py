@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from decoding import DecodingError, NGramModel, StylePrior
+from decoding import DecodingError, NGramModel, StylePrior, steering
 from decoding.metrics import entropy, jensen_shannon
-from decoding.steering import HALVINGS, GuardSettings, guards_of, steer
+from decoding.steering import GuardSettings, guards_of, steer
 from ngram.layout import join
 from tests.conftest import TEXT
 
@@ -38,10 +38,29 @@ def test_the_budget_is_kept_and_used(prior, history, scores, budget):
     plain = steered(prior, history, scores, strong)
     free = jensen_shannon(scores, plain) <= budget
     torch.testing.assert_close(got[free], plain[free])
-    # Of a longer step in the same direction, the one that is longer by two of the search's steps is over the budget.
     share = (got - scores).norm(dim=1) / (plain - scores).norm(dim=1)
-    over = jensen_shannon(scores, scores + (share + 2 / 2**HALVINGS)[:, None] * (plain - scores))
+    over = jensen_shannon(scores, scores + (share + 2 / 2**steering.HALVINGS)[:, None] * (plain - scores))
     assert (over[~free] > budget).all() and (~free).any()
+
+
+@pytest.mark.parametrize("budget", [1e-5, 1e-3, 0.05, 0.3, 0.6])
+def test_the_search_finds_the_largest_share_whatever_the_change(budget):
+    generator = torch.Generator().manual_seed(1)
+    log_p = (torch.randn(200, 1000, generator=generator) * torch.rand(200, 1, generator=generator) * 8).log_softmax(-1)
+    change = torch.randn(200, 1000, generator=generator) * 10 ** (3 * torch.rand(200, 1, generator=generator) - 1)
+    share = steering._share_within(log_p, change, torch.full((1, 1), budget))
+    spent = jensen_shannon(log_p.double(), log_p.double() + share.double() * change.double())
+    more = jensen_shannon(
+        log_p.double(), log_p.double() + (share + 2 / 2**steering.HALVINGS).double() * change.double()
+    )
+    assert (spent <= budget * 1.01 + 1e-6).all()
+    assert (more > budget)[share[:, 0] < 1].all()
+
+
+def test_the_divergence_is_that_of_the_metrics(prior, history, scores):
+    change = steered(prior, history, scores) - scores
+    got = steering._divergence(scores.softmax(-1), change)[:, 0]
+    torch.testing.assert_close(got, jensen_shannon(scores, scores + change), atol=1e-6, rtol=1e-4)
 
 
 def test_the_plausible_share_their_probability_and_others_keep_theirs(prior, history, scores):
