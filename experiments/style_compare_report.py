@@ -40,6 +40,7 @@ COLUMNS = {
     "distinct_2": "distinct-2",
     "distinct_ratio": "distinct-2 × unsteered",
     "copied": f"copied > {LONGEST_RUN}",
+    "longest_run": "longest run",
     "delta": "Delta",
     "sentence_words": "words a sentence",
 }
