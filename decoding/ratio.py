@@ -31,7 +31,6 @@ MOST_LOG_RATIO = 2.0
 """c: no token's odds change by more than a factor of e^(2λ). Unbounded, a few words of the style get into loops."""
 MODEL, CORPUS = "model", "corpus"
 _TOKENS_PER_OPENING = 128
-_ROWS_AT_A_TIME = 64
 
 
 def log_ratio(style: Tensor, background: Tensor, most: float = MOST_LOG_RATIO) -> Tensor:
@@ -120,14 +119,15 @@ def model_frequencies(model: Any, tokenizer: Any) -> Tensor:
 
 def _measured_frequencies(model: Any, tokenizer: Any) -> Tensor:
     mean = MeanDistribution()
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        for start in range(0, len(openings()), _ROWS_AT_A_TIME):
-            sample(
-                model, tokenizer, openings()[start : start + _ROWS_AT_A_TIME], _TOKENS_PER_OPENING, [Watcher(mean.add)]
-            )
+    sample_openings(model, tokenizer, _TOKENS_PER_OPENING, [Watcher(mean.add)])
     return mean.frequencies(len(tokenizer))
+
+
+def sample_openings(model: Any, tokenizer: Any, tokens: int, processors: Sequence[LogitsProcessor]) -> Tensor:
+    """`sample` from all `openings`, with the same random numbers every time; the caller's are left alone."""
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return sample(model, tokenizer, openings(), tokens, processors)
 
 
 def sample(

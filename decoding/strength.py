@@ -20,7 +20,7 @@ from decoding.corpora import cache_dir, tokenizer_fingerprint
 from decoding.errors import DecodingError
 from decoding.metrics import distinct_n, jensen_shannon
 from decoding.models import model_fingerprint
-from decoding.ratio import MeanDistribution, Watcher, frequencies, openings, sample
+from decoding.ratio import MeanDistribution, Watcher, frequencies, sample_openings
 from ngram.storage import write_atomically
 
 DEFAULT_TOLERANCE = 0.25
@@ -28,7 +28,6 @@ LEAST_DISTINCT = 0.9
 CANDIDATES = tuple(i / 10 for i in range(11))
 HELD_OUT = 0.1
 _TOKENS = 48
-_ROWS_AT_A_TIME = 64
 
 
 class Trial(NamedTuple):
@@ -125,13 +124,7 @@ def chosen_strength(
 def _tried(lambda_: float, processor: LogitsProcessor, wanted: Tensor, model: Any, tokenizer: Any) -> Trial:
     mean, cost = MeanDistribution(), _Cost()
     processors = [Watcher(cost.before), processor, Watcher(cost.after), Watcher(mean.add)]
-    devices = [model.device] if model.device.type == "cuda" else []
-    texts = []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        for start in range(0, len(openings()), _ROWS_AT_A_TIME):
-            prompts = openings()[start : start + _ROWS_AT_A_TIME]
-            texts += list(sample(model, tokenizer, prompts, _TOKENS, processors).cpu())
+    texts = sample_openings(model, tokenizer, _TOKENS, processors).cpu()
     return Trial(
         lambda_,
         cost.perplexity(),

@@ -334,10 +334,13 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
     from decoding.models import load_model, load_tokenizer
     from decoding.priors import require_distinct
     from experiments import style_compare, style_compare_report
+    from experiments.libraries import required
     from experiments.runs import check_unused
     from experiments.style_lora import LoraRecipe
     from experiments.style_sweep import read_prompts
 
+    for module in ("sklearn", "peft"):
+        required(module, "compare")
     out = _out_folder(options["out"], "comparisons")
     if not options["resume"]:
         check_unused(out)

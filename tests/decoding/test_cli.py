@@ -194,8 +194,7 @@ def test_importing_the_command_line_imports_no_experiment():
 
 @pytest.fixture
 def few_openings(monkeypatch):
-    for place in ("ratio", "strength"):
-        monkeypatch.setattr(f"decoding.{place}.openings", lambda: ("the captain", "rain"))
+    monkeypatch.setattr("decoding.ratio.openings", lambda: ("the captain", "rain"))
     monkeypatch.setattr("decoding.ratio._TOKENS_PER_OPENING", 8)
 
 

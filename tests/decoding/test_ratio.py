@@ -27,7 +27,6 @@ def short_openings():
     """Two beginnings, and few tokens: a tiny model needs no more."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("decoding.ratio.openings", lambda: ("the captain", "rain"))
-        patch.setattr("decoding.strength.openings", lambda: ("the captain", "rain"))
         patch.setattr("decoding.ratio._TOKENS_PER_OPENING", 16)
         yield
 

@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -67,6 +68,12 @@ def test_a_comparison_from_the_command_line(model_folder, corpora, few_cells, tm
     cells[0].unlink()
     assert run("--resume").exit_code == 0
     assert [path.stat().st_mtime_ns for path in cells[1:]] == times[1:] and cells[0].exists()
+
+
+def test_what_is_missing_is_said_first(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = CliRunner().invoke(cli, ["style", "compare", "--style", "nowhere.txt", "--other", "nowhere.txt"])
+    assert result.exit_code == 2 and "decoding-middleware[compare]" in result.output
 
 
 def test_who_dominates_whom():
