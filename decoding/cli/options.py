@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -157,3 +159,17 @@ def style_prior(style: str, lambda_: float | str | None, options: dict[str, Any]
         **{name: options[name] for name in STEERING},
         **bound,
     )
+
+
+def out_folder(given: Path | None, where: str) -> Path:
+    """The folder asked for, or a new one that is named by the time."""
+    return given or Path(where) / datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def until_interrupted(work: Callable[[], Any], folder: Path) -> Any:
+    """Does some work in a run folder; an interruption ends the command and says how to go on."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        click.echo(f"\ninterrupted; finished cells are kept: go on with --resume --out {folder}", err=True)
+        sys.exit(130)
