@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from decoding.corpora import DEFAULT_STYLE, load_corpus, tokenize
+from decoding.corpora import DEFAULT_STYLE, Corpus, load_corpus, tokenize
 from decoding.errors import DecodingError
 from decoding.hub import find_file, upload
 from decoding.late import LateAnswer
@@ -176,29 +176,34 @@ class StylePrior(LogitsProcessor):
             DecodingError: the style cannot be read, or λ="auto" or a ratio wants a model, or the style's text, and has
                 none.
         """
-        if self.lambda_ == AUTO:
-            self.lambda_ = self._chosen_lambda(self._documents(tokenizer), tokenizer, model)
-        if self.mode == "ratio" and self.log_ratio is None:
-            self.log_ratio = ratio_to(self.background, self._documents(tokenizer), tokenizer, model)
+        needs_ratio = self.mode == "ratio" and self.log_ratio is None
+        if self.lambda_ == AUTO or needs_ratio:
+            corpus = self._corpus()
+            documents = tokenize(corpus, tokenizer)
+            if self.lambda_ == AUTO:
+                self.lambda_ = self._chosen_lambda(corpus, documents, tokenizer, model)
+            if needs_ratio:
+                self.log_ratio = ratio_to(self.background, documents, tokenizer, model)
         style = self.style if self.model is None else self.model
         self._use(resolve_style(style, tokenizer, order=self.order, smoothing=self.smoothing))
         if self.pad_token_id is None:
             self.pad_token_id = tokenizer.pad_token_id
         return self
 
-    def _documents(self, tokenizer: Any) -> list[np.ndarray]:
+    def _corpus(self) -> Corpus:
         if isinstance(self.style, NGramModel) or is_saved_prior(self.style):
             wanted = 'λ="auto"' if self.lambda_ == AUTO else 'mode="ratio"'
             raise DecodingError(
                 f"{wanted} needs the style's text, not a trained n-gram model: give the text, or open a folder that "
                 "StylePrior.save_pretrained wrote with StylePrior.from_pretrained"
             )
-        return tokenize(load_corpus(str(self.style)), tokenizer)
+        return load_corpus(str(self.style))
 
-    def _chosen_lambda(self, documents: Sequence[np.ndarray], tokenizer: Any, model: Any | None) -> float:
+    def _chosen_lambda(
+        self, corpus: Corpus, documents: Sequence[np.ndarray], tokenizer: Any, model: Any | None
+    ) -> float:
         if model is None:
             raise DecodingError('λ="auto" needs the model: StylePrior(λ="auto", tokenizer=tokenizer, model=model)')
-        corpus = load_corpus(str(self.style))
         kept, held_out = held_out_part(documents)
         settings = self._settings()
         if self.mode == "ratio" and self.log_ratio is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,35 @@ def progress_of_cells() -> Progress:
     """A bar that counts cells, with the time spent and left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TextColumn("left"), TimeRemainingColumn())
+
+
+def finish(
+    folder: RunFolder,
+    cells: Sequence[Any],
+    records: dict[Any, dict[str, Any]],
+    measured: Callable[[Any], dict[str, Any]],
+    summary: Callable[[Any, dict[str, Any]], str] | None = None,
+) -> None:
+    """Measures the cells that are not on disk yet, with progress, and keeps each.
+
+    Args:
+        folder: of the run.
+        cells: each has a ``key``, the name of its record.
+        records: by cell; afterwards it holds all of ``cells``.
+        measured: makes a cell's record.
+        summary: a line to print of each.
+    """
+    records |= {cell: record for cell in cells if (record := folder.read(cell.key)) is not None}
+    todo = [cell for cell in cells if cell not in records]
+    with progress_of_cells() as progress:
+        task = progress.add_task("cells", total=len(todo))
+        for cell in todo:
+            record = measured(cell)
+            folder.write(cell.key, record)
+            records[cell] = record
+            progress.advance(task)
+            if summary is not None:
+                progress.console.print(summary(cell, record), highlight=False, soft_wrap=True)
 
 
 def _shown(value: Any) -> str:

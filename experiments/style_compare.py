@@ -27,7 +27,7 @@ from decoding.priors import prior_of_tokens
 from decoding.ratio import CORPUS, MODEL, MOST_LOG_RATIO, Watcher, ends_of_sequence, ratio_to, sample
 from decoding.style import StylePrior
 from decoding.temperature import FixedTemperature
-from experiments.runs import RunFolder, progress_of_cells
+from experiments.runs import RunFolder, finish
 from experiments.style_judge import Split, passages, split_corpus
 from experiments.style_lora import LoraRecipe, train_lora, with_lora
 
@@ -200,16 +200,7 @@ class Comparison:
 
     def run(self) -> None:
         """Finishes the cells that are not on disk yet, with progress. ``self.records`` then holds all of them."""
-        cells = self.cells()
-        self.records = {cell: record for cell in cells if (record := self.folder.read(cell.key)) is not None}
-        todo = [cell for cell in cells if cell not in self.records]
-        with progress_of_cells() as progress:
-            task = progress.add_task("cells", total=len(todo))
-            for cell in todo:
-                record = self._measured(cell)
-                self.folder.write(cell.key, record)
-                self.records[cell] = record
-                progress.advance(task)
+        finish(self.folder, self.cells(), self.records, self._measured)
 
     def _measured(self, cell: Cell) -> dict[str, Any]:
         method = self.methods.get(cell.method, Method(UNSTEERED))

@@ -21,7 +21,6 @@ from ngram.storage import write_atomically
 
 LONGEST_RUN = 12
 """Tokens in a row that a text may have from the corpus before it counts as copied."""
-MOST_PERPLEXITY, LEAST_DISTINCT = 1.25, 0.9
 MEASURES: Mapping[str, tuple[Callable[[dict[str, Any]], float], bool]] = {
     "base_ppl": (lambda text: text["base_nll"], True),
     "entropy": (lambda text: text["entropy"], False),

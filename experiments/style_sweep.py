@@ -28,7 +28,7 @@ from decoding.priors import is_saved_prior, load_prior, prior_of_tokens, require
 from decoding.ratio import MODEL, ratio_to
 from experiments.engines import Batch, Engine, TransformersEngine
 from experiments.report import Point, write_report
-from experiments.runs import RunFolder, progress_of_cells
+from experiments.runs import RunFolder, finish
 from ngram import NGramModel
 
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -207,17 +207,7 @@ class Sweep:
 
     def run(self, cells: Sequence[Cell]) -> None:
         """Finishes the cells that are not on disk yet, with progress. ``self.records`` then holds all of them."""
-        with progress_of_cells() as progress:
-            held = {cell: record for cell in cells if (record := self.folder.read(cell.key)) is not None}
-            self.records |= held
-            todo = [cell for cell in cells if cell not in held]
-            task = progress.add_task("cells", total=len(todo))
-            for cell in todo:
-                record = self._measured(cell)
-                self.folder.write(cell.key, record)
-                self.records[cell] = record
-                progress.advance(task)
-                progress.console.print(_summary(cell, record), highlight=False, soft_wrap=True)
+        finish(self.folder, cells, self.records, self._measured, _summary)
 
     def _measured(self, cell: Cell) -> dict[str, Any]:
         texts: list[dict[str, Any]] = []
