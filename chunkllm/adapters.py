@@ -44,7 +44,7 @@ class AdapterConfig:
         queries: how many of the last tokens' queries are averaged over.
         threshold: the boundary probability from which a token ends a chunk.
         sensitivity: of each layer with full attention, in nats: how far the next token's distribution moves (KL) when
-            this layer alone selects, as `chunkllm.calibration` measures it. None if that was not measured.
+            this layer alone selects, as `chunkllm.training.calibration` measures it. None if that was not measured.
         about: how they were trained: the command, the data, the figures.
     """
 

@@ -3,9 +3,14 @@
 from chunkllm import ChunkAdapters, ChunkError, ChunkSelection
 from decoding.errors import DecodingError
 from decoding.generation import generate
-from decoding.selector import TemperatureSelector
-from decoding.style import StylePrior
-from decoding.temperature import AutoTemperature, DynamicTemperature, EntropyDependentTemperature, FixedTemperature
+from decoding.style.prior import StylePrior
+from decoding.temperature.processors import (
+    AutoTemperature,
+    DynamicTemperature,
+    EntropyDependentTemperature,
+    FixedTemperature,
+)
+from decoding.temperature.selector import TemperatureSelector
 from ngram import NGramError, NGramModel
 
 __version__ = "0.1.0"

@@ -10,8 +10,8 @@ from typing import Any, overload
 from chunkllm import ChunkSelection
 from decoding.errors import DecodingError
 from decoding.models import load_model, load_tokenizer
-from decoding.style import StylePrior
-from decoding.temperature import AutoTemperature, Temperature
+from decoding.style.prior import StylePrior
+from decoding.temperature.processors import AutoTemperature, Temperature
 
 
 @overload
@@ -35,7 +35,7 @@ def generate(
         tokenizer: of a loaded model.
         logits_processor: transformers' processors. A `StylePrior` and an `AutoTemperature` are bound to tokenizer
             and model. A `ChunkSelection` is attached to the model for the call.
-            With one of `decoding.temperature` the texts are sampled, from all tokens unless
+            With one of `decoding.temperature.processors` the texts are sampled, from all tokens unless
             ``options`` has ``top_k``, ``top_p`` or the like.
         max_new_tokens: how many tokens to write at most.
         options: anything that ``model.generate`` takes (``do_sample``, ``temperature``, ``num_beams``, …).

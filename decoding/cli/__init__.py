@@ -12,10 +12,10 @@ from decoding.cli import options as shared
 from decoding.cli.chunk import chunk
 from decoding.cli.style import style
 from decoding.cli.temperature import temperature
-from decoding.corpora import DEFAULT_STYLE
 from decoding.errors import DecodingError
 from decoding.files import require_writable
-from decoding.style import checked_lambda
+from decoding.style.prior import checked_lambda
+from decoding.style.source import DEFAULT_STYLE
 
 
 @click.group(cls=shared.Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -107,8 +107,8 @@ def generate(
 @shared.resume
 def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int, ...], **options: Any) -> None:
     """Generates over λ and measures style, fluency and divergence; writes a table, pictures and a page."""
-    from experiments import style_sweep
-    from experiments.engines import require_engine
+    from experiments.style import sweep as style_sweep
+    from experiments.style.engines import require_engine
 
     for value in lambdas:
         checked_lambda(value, options["allow_any_lambda"])
@@ -132,8 +132,8 @@ def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int,
 
 def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> Any:
     from decoding.models import load_model, load_tokenizer
-    from experiments import style_sweep
-    from experiments.runs import check_unused
+    from experiments.lab.runs import check_unused
+    from experiments.style import sweep as style_sweep
 
     out = shared.out_folder(options["out"], "sweeps")
     if not options["resume"]:
@@ -149,7 +149,7 @@ def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> 
 
 
 def _run_and_report(run: Any, work: Callable[[Any], Any]) -> None:
-    from experiments import style_sweep
+    from experiments.style import sweep as style_sweep
 
     folder = run.folder.path
     points = shared.until_interrupted(lambda: work(run), folder)
@@ -161,7 +161,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from experiments.report import table
+    from experiments.style.report import table
 
     keys = ("style_ppl", "base_ppl", "js", "entropy", "distinct_2", "copied_run", "speed")
     headings, *body = table(rows, keys, intervals=False)
@@ -190,7 +190,7 @@ def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **
     {"temperature": "auto"}, and reads another number of tokens with {"kv_budget": 4096}, or all with "full".
     """
     from decoding.models import load_tokenizer, resolve_model
-    from decoding.priors import name_and_file, require_distinct
+    from decoding.style.priors import name_and_file, require_distinct
     from decoding.vllm import engine_args
     from decoding.vllm.server import serve as run_server
 
@@ -224,7 +224,7 @@ def bench() -> None:
 @click.option("--lmplz", type=click.Path(exists=True, path_type=Path), help="KenLM's trainer, to compare with.")
 def bench_style(spec: str, model: str, field: str | None, out: Path | None, lmplz: Path | None) -> None:
     """Measures the style prior. Let the machine be idle."""
-    from experiments import style_bench
+    from experiments.style import bench as style_bench
 
     if out is not None:
         require_writable(out)
@@ -238,7 +238,7 @@ def bench_style(spec: str, model: str, field: str | None, out: Path | None, lmpl
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the figures here.")
 def bench_vllm(model: str, max_new_tokens: int, rounds: int, out: Path | None) -> None:
     """Measures what styles cost in vLLM. Let the machine be idle."""
-    from experiments import vllm_bench
+    from experiments.style import vllm_bench
 
     if out is not None:
         require_writable(out)
@@ -251,7 +251,7 @@ def bench_vllm(model: str, max_new_tokens: int, rounds: int, out: Path | None) -
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Also write the figures here.")
 def bench_temperature(model: str, rounds: int, out: Path | None) -> None:
     """Measures what choosing a temperature costs. Let the machine be idle."""
-    from experiments import temperature_bench
+    from experiments.temperature import bench as temperature_bench
 
     if out is not None:
         require_writable(out)
@@ -270,7 +270,7 @@ def bench_long_context(
     contexts: tuple[float, ...], dtype: str, rounds: int, out: Path | None, picture: Path | None
 ) -> None:
     """Measures chunk selection behind long contexts, by random weights. Let the machine be idle."""
-    from experiments import chunk_bench
+    from experiments.long_context import bench as chunk_bench
 
     lengths = tuple(map(int, contexts))
     if min(lengths) <= chunk_bench.BUDGET:
@@ -301,7 +301,7 @@ def bench_vllm_long_context(
     picture: Path | None,
 ) -> None:
     """Measures chunk selection behind long contexts in vLLM. Let the machine be idle."""
-    from experiments import vllm_chunk_bench
+    from experiments.long_context import vllm_bench as vllm_chunk_bench
 
     lengths, counts = tuple(map(int, contexts)), tuple(map(int, batches))
     if min(lengths) <= vllm_chunk_bench.BUDGET or min(counts) < 1:
@@ -332,7 +332,8 @@ def reproduce() -> None:
 @shared.resume
 def reproduce_style(data: Path, **options: Any) -> None:
     """Three corpora × eight λ × three seeds, beside unsteered texts of the same entropy (arXiv 2601.16224)."""
-    from experiments import style_paper, style_sweep
+    from experiments.style import paper as style_paper
+    from experiments.style import sweep as style_sweep
 
     chosen = style_sweep.SweepOptions(
         prompts=style_sweep.read_prompts(options["prompts"] or style_sweep.DEFAULT_PROMPTS),

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from chunkllm.lessons import ReadingOptions
-from chunkllm.training import TrainingOptions
+from chunkllm.training.lessons import ReadingOptions
+from chunkllm.training.loop import TrainingOptions
 from decoding.cli import options as shared
 
 _number = partial(click.option, show_default=True, type=click.IntRange(min=1))
@@ -68,7 +68,7 @@ def train(
     The model reads the texts once; its readings are kept in OUT/checkpoint, some 30 MB each for the default model.
     """
     from decoding.models import load_model, load_tokenizer
-    from experiments import chunk_train
+    from experiments.long_context import train as chunk_train
 
     options = _options(chosen)
     chunk_train.require_folder(out, resume)
@@ -126,8 +126,9 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
     """Perplexity, agreement, attention held and passkeys found on held-out TEXTS, for chunk selection and others."""
     from chunkllm import ChunkAdapters
     from decoding.models import load_model, load_tokenizer, model_fingerprint
-    from experiments import chunk_eval, chunk_eval_report
-    from experiments.runs import check_unused
+    from experiments.lab.runs import check_unused
+    from experiments.long_context import evaluate as chunk_eval
+    from experiments.long_context import report as chunk_eval_report
 
     if not chosen["resume"]:
         check_unused(out)

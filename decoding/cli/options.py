@@ -12,10 +12,10 @@ from typing import Any, get_args
 import click
 
 from chunkllm.errors import ChunkError
-from decoding.corpora import registered_styles
 from decoding.errors import DecodingError
 from decoding.models import DEFAULT_MODEL
-from decoding.style import Mode, StylePrior
+from decoding.style.prior import Mode, StylePrior
+from decoding.style.source import registered_styles
 from ngram import NGramError
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from decoding.cli import options as shared
-from decoding.corpora import load_corpus
 from decoding.errors import DecodingError
 from decoding.files import require_writable
+from decoding.style.source import load_corpus
 
 
 @click.group()
@@ -36,7 +36,7 @@ def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | Non
     A .safetensors file holds the n-gram model alone. A folder also holds how it steers: λ, mode and guards.
     """
     from decoding.models import load_model, load_tokenizer
-    from decoding.priors import train_prior
+    from decoding.style.priors import train_prior
 
     default = click.core.ParameterSource.DEFAULT
     asked = [name for name in ("lambda_", *shared.STEERING) if ctx.get_parameter_source(name) != default]
@@ -61,7 +61,7 @@ def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | Non
 @click.argument("prior", type=click.Path(path_type=Path))
 def info(prior: Path) -> None:
     """Prints what a saved PRIOR is, as JSON."""
-    from decoding.priors import load_prior
+    from decoding.style.priors import load_prior
 
     model = load_prior(prior)
     counts = [int(model.seen.sum()), *model.tables.shape.ngrams[1:]]
@@ -84,9 +84,9 @@ def info(prior: Path) -> None:
 @shared.smoothing
 def evaluate(prior: str, text: str, model: str, field: str | None, order: int, smoothing: str) -> None:
     """Perplexity of TEXT under PRIOR (saved, or trained now from a style), as JSON."""
-    from decoding.corpora import tokenize
     from decoding.models import load_tokenizer
-    from decoding.priors import resolve_style
+    from decoding.style.priors import resolve_style
+    from decoding.style.source import tokenize
 
     tokenizer = load_tokenizer(model)
     documents = [ids for ids in tokenize(load_corpus(text, field), tokenizer) if len(ids)]
@@ -121,12 +121,13 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
     also the general background of one mode.
     """
     from decoding.models import load_model, load_tokenizer
-    from decoding.priors import require_distinct
-    from experiments import style_compare, style_compare_report
-    from experiments.libraries import required
-    from experiments.runs import check_unused
-    from experiments.style_lora import LoraRecipe
-    from experiments.style_sweep import read_prompts
+    from decoding.style.priors import require_distinct
+    from experiments.lab.libraries import required
+    from experiments.lab.runs import check_unused
+    from experiments.style import compare as style_compare
+    from experiments.style import compare_report as style_compare_report
+    from experiments.style.lora import LoraRecipe
+    from experiments.style.sweep import read_prompts
 
     for module in ("sklearn", "peft"):
         required(module, "compare")

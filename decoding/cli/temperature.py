@@ -46,10 +46,10 @@ def temperature() -> None:
 def collect(tasks: tuple[str, ...], suite: str, data: Path, limit: int, out: Path, resume: bool, **chosen: Any) -> None:
     """Scores a model on tasks at every temperature; goes on with --resume after an interruption."""
     from decoding.models import load_model, load_tokenizer, model_fingerprint
-    from decoding.temperature import checked_temperature
-    from experiments.runs import check_unused
-    from experiments.tasks import load_tasks
-    from experiments.temperature_collect import Collection, CollectOptions
+    from decoding.temperature.processors import checked_temperature
+    from experiments.lab.runs import check_unused
+    from experiments.temperature.collect import Collection, CollectOptions
+    from experiments.temperature.tasks import load_tasks
 
     for value in chosen["temperatures"]:
         checked_temperature(value)
@@ -104,9 +104,10 @@ def train(
     data: Path, tasks: tuple[str, ...], collection: Path | None, encoder: str, window: int, fine_tune: int, out: Path
 ) -> None:
     """Trains a selector: the classifier of abilities and, from a collection, one model's scores by temperature."""
-    from decoding.encoder import load_encoder
-    from experiments import temperature_data, temperature_train
-    from experiments.runs import check_unused
+    from decoding.temperature.encoder import load_encoder
+    from experiments.lab.runs import check_unused
+    from experiments.temperature import data as temperature_data
+    from experiments.temperature import train as temperature_train
 
     check_unused(out)
     collected = None if collection is None else temperature_data.read_collection(collection)
@@ -142,10 +143,12 @@ def evaluate(
     out: Path,
 ) -> None:
     """Judges a selector on prompts that it was not trained on, against fixed and entropy-based temperatures."""
-    from decoding.abilities import best_temperatures
-    from decoding.selector import TemperatureSelector
-    from experiments import temperature_data, temperature_eval, temperature_report
-    from experiments.runs import check_unused
+    from decoding.temperature.abilities import best_temperatures
+    from decoding.temperature.selector import TemperatureSelector
+    from experiments.lab.runs import check_unused
+    from experiments.temperature import data as temperature_data
+    from experiments.temperature import evaluate as temperature_eval
+    from experiments.temperature import report as temperature_report
 
     check_unused(out)
     judged = TemperatureSelector.from_pretrained(selector)
@@ -169,14 +172,14 @@ def predict(prompt: str, selector: str | None, model_size: str, policy: str | No
     """Prints what a selector makes of PROMPT, as JSON."""
     import json
 
-    from decoding.selector import TemperatureSelector
+    from decoding.temperature.selector import TemperatureSelector
 
     opened = TemperatureSelector.from_pretrained(selector)
     click.echo(json.dumps(_prediction(opened, prompt, model_size, policy), indent=2))
 
 
 def _prediction(selector: Any, prompt: str, model_size: str, policy: str | None) -> dict[str, Any]:
-    from decoding.abilities import ABILITIES
+    from decoding.temperature.abilities import ABILITIES
 
     shares = selector.abilities([prompt])[0].tolist()
     found: dict[str, Any] = {"abilities": {name: round(x, 4) for name, x in zip(ABILITIES, shares, strict=True)}}

@@ -16,8 +16,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from chunkllm import ChunkAdapters, ChunkError, PooledScorer, Scorer
-from chunkllm.attach import DEFAULT_LOCAL, DEFAULT_SINKS
-from chunkllm.paged import PagedSelection, Reading, Step, local_blocks
+from chunkllm.contiguous.attach import DEFAULT_LOCAL, DEFAULT_SINKS
+from chunkllm.paged.selection import PagedSelection, Reading, Step, local_blocks
 from chunkllm.selection import layer_weights
 from decoding.errors import DecodingError
 from decoding.late import send

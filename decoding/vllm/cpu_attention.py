@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from chunkllm.paged import Reading
+from chunkllm.paged.selection import Reading
 from decoding.vllm.chunks import SelectingBuilder, SelectingImpl, is_selecting
 
 

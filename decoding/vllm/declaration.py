@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from chunkllm.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from chunkllm.attach import DEFAULT_BUDGET
-from decoding.abilities import SIZES
+from chunkllm.contiguous.attach import DEFAULT_BUDGET
 from decoding.errors import DecodingError
-from decoding.priors import is_saved_prior, may_be_hub_id
-from decoding.selector import CONFIG_FILE, Policy
+from decoding.style.priors import is_saved_prior, may_be_hub_id
+from decoding.temperature.abilities import SIZES
+from decoding.temperature.selector import CONFIG_FILE, Policy
 
 STYLES_VARIABLE = "DECODING_STYLES"
 TEMPERATURE_VARIABLE = "DECODING_TEMPERATURE"

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from decoding.errors import DecodingError
-from decoding.priors import is_saved_prior, load_prior
-from decoding.steering import Guards, guards_of, steer
-from decoding.style import CONFIG_FILE, StylePrior, checked_lambda
+from decoding.style.prior import CONFIG_FILE, StylePrior, checked_lambda
+from decoding.style.priors import is_saved_prior, load_prior
+from decoding.style.steering import Guards, guards_of, steer
 from decoding.vllm.declaration import checked_budget, declared_chunks, declared_selector, declared_styles
 from ngram import NGramError
 from ngram.layout import join

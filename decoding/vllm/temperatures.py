@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from decoding.abilities import size_class
 from decoding.errors import DecodingError
-from decoding.prompts import PromptFrame
-from decoding.selector import Policy, TemperatureSelector
+from decoding.temperature.abilities import size_class
+from decoding.temperature.prompts import PromptFrame
+from decoding.temperature.selector import Policy, TemperatureSelector
 from decoding.vllm.declaration import DeclaredSelector
 
 logger = logging.getLogger(__name__)

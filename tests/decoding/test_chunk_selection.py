@@ -4,7 +4,7 @@ from transformers import LogitsProcessor
 
 from chunkllm import ChunkError
 from decoding import AutoTemperature, ChunkSelection, StylePrior, generate
-from tests.decoding.test_temperature import FixedSelector
+from tests.decoding.temperature.test_processors import FixedSelector
 
 PROMPTS = ["the captain said that his ship " * 8, "the sea was black with rain " * 3]
 SMALL = {"budget": 16, "sinks": 2, "local": 4, "max_chunk": 6}

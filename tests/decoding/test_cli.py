@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from decoding import DecodingError, NGramModel, StylePrior, generate
 from decoding.cli import cli
 from decoding.cli.options import parse_numbers
-from decoding.corpora import cache_dir
+from decoding.style.source import cache_dir
 from tests.conftest import TEXT, make_tokenizer
 
 
@@ -51,7 +51,7 @@ def test_a_sweep_from_the_command_line(run, model_folder, style_file, tmp_path):
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(run, model_folder, style_file, tmp_path, monkeypatch):
-    from experiments.style_sweep import Sweep
+    from experiments.style.sweep import Sweep
 
     monkeypatch.setattr(Sweep, "_measured", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     result = run("sweep", "--model", model_folder, "--style", style_file, "--lambda", "0", "--out", tmp_path / "out")
@@ -194,8 +194,8 @@ def test_importing_the_command_line_imports_no_experiment():
 
 @pytest.fixture
 def few_openings(monkeypatch):
-    monkeypatch.setattr("decoding.ratio.openings", lambda: ("the captain", "rain"))
-    monkeypatch.setattr("decoding.ratio._TOKENS_PER_OPENING", 8)
+    monkeypatch.setattr("decoding.style.ratio.openings", lambda: ("the captain", "rain"))
+    monkeypatch.setattr("decoding.style.ratio._TOKENS_PER_OPENING", 8)
 
 
 def test_a_ratio_prior_is_trained_into_a_folder(run, model_folder, style_file, tmp_path, few_openings):

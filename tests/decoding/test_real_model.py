@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from decoding import StylePrior, generate
-from decoding.corpora import load_corpus
 from decoding.errors import DecodingError
+from decoding.style.source import load_corpus
 
 pytestmark = pytest.mark.real
 

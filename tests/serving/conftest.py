@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from decoding import StylePrior, TemperatureSelector
-from decoding.abilities import ABILITIES
-from decoding.corpora import load_corpus
-from decoding.encoder import load_encoder
-from decoding.heads import AbilityHead
-from decoding.priors import train_prior
+from decoding.style.priors import train_prior
+from decoding.style.source import load_corpus
+from decoding.temperature.abilities import ABILITIES
+from decoding.temperature.encoder import load_encoder
+from decoding.temperature.heads import AbilityHead
 from decoding.vllm.requests import LoadedStyles
 from decoding.vllm.temperatures import PromptTemperatures
 from ngram import NGramModel

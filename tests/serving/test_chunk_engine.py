@@ -9,11 +9,11 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from chunkllm import AdapterConfig, ChunkAdapters
-from chunkllm.attention import intercept
+from chunkllm.contiguous.attention import intercept
 from chunkllm.models import model_shape
 from decoding import DecodingError
-from decoding.corpora import load_corpus
 from decoding.models import DEFAULT_MODEL, resolve_model
+from decoding.style.source import load_corpus
 from decoding.vllm import engine_args
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")
@@ -201,7 +201,9 @@ def test_all_blocks_in_another_order_give_the_same_texts(llm, readings, monkeypa
     """Everything kept, by way of tables in which the best blocks come first."""
     ids = [random_ids(random.Random(seed), 600) for seed in (10, 11, 12)]
     full = texts(llm, ids, params("full"))
-    monkeypatch.setattr("chunkllm.paged.divide", lambda tokens, weights, most: most[:, None].repeat(1, len(weights)))
+    monkeypatch.setattr(
+        "chunkllm.paged.selection.divide", lambda tokens, weights, most: most[:, None].repeat(1, len(weights))
+    )
     readings.clear()
     assert texts(llm, ids, params()) == full
     selected = [each for each in readings if each[2] is not None]

@@ -14,10 +14,10 @@ import torch
 
 from decoding import StylePrior
 from decoding.models import DEFAULT_MODEL, load_tokenizer, resolve_model
-from decoding.priors import load_prior, name_and_file
+from decoding.style.priors import load_prior, name_and_file
 from decoding.vllm import engine_args
 from decoding.vllm.declaration import STYLE_PROCESSOR, TEMPERATURE_PROCESSOR
-from experiments.style_sweep import DEFAULT_PROMPTS, read_prompts
+from experiments.style.sweep import DEFAULT_PROMPTS, read_prompts
 from tests.serving import test_v2_slots as stand_in
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")

@@ -14,8 +14,8 @@ import pytest
 
 from decoding import TemperatureSelector
 from decoding.models import DEFAULT_MODEL, load_tokenizer
-from decoding.priors import name_and_file
-from experiments.chunk_eval import passkey_prompt
+from decoding.style.priors import name_and_file
+from experiments.long_context.evaluate import passkey_prompt
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")
 openai = pytest.importorskip("openai")

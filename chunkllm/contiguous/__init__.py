@@ -1,0 +1,1 @@
+"""Chunk selection in transformers, over a cache whose rows are contiguous."""

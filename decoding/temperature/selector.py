@@ -1,0 +1,221 @@
+"""`TemperatureSelector`: the sampling temperature that suits a prompt, and a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from decoding.errors import DecodingError
+from decoding.hub import find_file, upload
+from decoding.late import send
+from decoding.models import model_fingerprint
+from decoding.temperature.abilities import ABILITIES, DEFAULT_TOLERANCE, best_temperatures, lowest_within
+from decoding.temperature.encoder import Encoder, load_encoder
+from decoding.temperature.heads import AbilityHead, CurveHead, Prediction
+from ngram.storage import write_atomically
+
+Policy = Literal["ability", "curve"]
+CONFIG_FILE = "temperature_selector.json"
+HEADS_FILE = "temperature_selector.safetensors"
+ENCODER_FOLDER = "encoder"
+EMBEDDED = Path(__file__).with_name("embedded")
+_FORMAT = 1
+
+
+@dataclass(repr=False)
+class TemperatureSelector:
+    """Chooses the sampling temperature of prompts, by what they ask for (arXiv 2506.07295).
+
+    Policy "ability" is the paper's: a BERT-family classifier of six abilities, then the most probable ability's best
+    temperature for the model's size class, from the paper's published scores. Where temperatures score alike the lowest
+    within ``tolerance`` of the best is taken, since the paper's table is noisy: arg-max would set 1.3 for 0.8 points.
+
+    Policy "curve" is ours, for one given model: a regression of its scores at each temperature on the prompt's
+    encoding. It takes the lowest temperature within ``tolerance`` of the highest expected score, and keeps to the best
+    fixed temperature unless the expected gain over it exceeds ``caution`` standard errors.
+
+    A prompt of which the encoder knows no more than half the tokens gets what is best for all abilities.
+
+    Examples:
+        >>> selector = TemperatureSelector.from_pretrained()
+        >>> selector.select(["Translate into German: Good morning.", "Write a poem about rain."], model_size="small")
+        [0.4, 0.7]
+
+    Args:
+        encoder: reads the prompts.
+        ability: classifier of its vectors.
+        curve: regression for the model with fingerprint ``about["model_fingerprint"]``, if there is one.
+        tolerance: a share of the best score.
+        caution: in standard errors.
+        about: what made the heads: model, data, command, scores.
+    """
+
+    encoder: Encoder
+    ability: AbilityHead
+    curve: CurveHead | None = None
+    tolerance: float = DEFAULT_TOLERANCE
+    caution: float = 1.0
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def abilities(self, prompts: Sequence[str]) -> Tensor:
+        """Probabilities of the six abilities: float32 [N, 6] on the encoder's device, in the order of `ABILITIES`.
+
+        Raises:
+            DecodingError: no prompt, or an empty one.
+        """
+        return self.ability(self._encoded(prompts))
+
+    def curves(self, prompts: Sequence[str]) -> Prediction:
+        """What the model's scores are expected to be at each temperature, as shares of the best mean score of a task.
+
+        Raises:
+            DecodingError: no prompt, an empty one, or a selector without a curve.
+        """
+        return self._curve(self._encoded(prompts))
+
+    def select(self, prompts: Sequence[str], model_size: str = "small", policy: Policy | None = None) -> list[float]:
+        """A temperature for each prompt, which are read in one batch.
+
+        Args:
+            prompts: texts, as a user writes them (without a chat template's frame).
+            model_size: "small" (below 5e9 parameters), "medium" or "large" (from 25e9), for policy "ability".
+            policy: "ability" by default.
+
+        Raises:
+            DecodingError: no prompt, an empty one, an unknown size or policy, or a selector without a curve.
+        """
+        return [round(value, 4) for value in self.temperatures(prompts, model_size, policy).tolist()]
+
+    def temperatures(self, prompts: Sequence[str], model_size: str = "small", policy: Policy | None = None) -> Tensor:
+        """As `select`, float32 [N] on the encoder's device, without waiting for it."""
+        return self.temperatures_of(self._encoded(prompts), model_size, policy)
+
+    def temperatures_of(self, vectors: Tensor, model_size: str = "small", policy: Policy | None = None) -> Tensor:
+        """As `temperatures`, for prompts that are encoded: float32 [N, width] -> float32 [N]."""
+        if policy not in (None, *get_args(Policy)):
+            raise DecodingError(f"unknown policy {policy!r}: choose from {', '.join(get_args(Policy))}")
+        known = vectors.any(-1)
+        if policy == "curve":
+            return self._by_curve(vectors, known)
+        table = send(torch.tensor(best_temperatures(model_size, self.tolerance)), vectors.device)
+        return table[self.ability(vectors).argmax(-1).where(known, len(ABILITIES))]
+
+    def _by_curve(self, vectors: Tensor, known: Tensor) -> Tensor:
+        mean, gain, error = self._curve(vectors)
+        assert self.curve is not None
+        chosen = lowest_within(mean, self.tolerance)
+        is_worth_it = (gain > self.caution * error).gather(-1, chosen[:, None])[:, 0] & known
+        return self.curve.temperatures[chosen.where(is_worth_it, self.curve.fixed)]
+
+    def _curve(self, vectors: Tensor) -> Prediction:
+        if self.curve is None:
+            raise DecodingError("this selector has no curve: train one with `decoding temperature train --collection`")
+        return self.curve(vectors, self.ability(vectors))
+
+    def _encoded(self, prompts: Sequence[str]) -> Tensor:
+        if isinstance(prompts, str):
+            raise DecodingError("prompts must be a list of texts: write [prompt]")
+        empty = [i for i, prompt in enumerate(prompts) if not (isinstance(prompt, str) and prompt.strip())]
+        if empty or not len(prompts):
+            raise DecodingError(f"prompt {empty[0]} is empty or no text" if empty else "there is no prompt")
+        return self.encoder(prompts)
+
+    def is_for(self, model: Any) -> bool:
+        """Whether the curve is of this very model. Not known, and no, of one whose weights are not in memory."""
+        if self.curve is None or any(parameter.is_meta for parameter in model.parameters()):
+            return False
+        return self.about.get("model_fingerprint") == model_fingerprint(model)
+
+    def save_pretrained(self, save_directory: str | PathLike) -> None:
+        """Writes heads and settings to a folder, and the encoder too if it was fine-tuned."""
+        folder = Path(save_directory)
+        tensors = {f"ability.{name}": value for name, value in self.ability._asdict().items()}
+        if self.curve is not None:
+            tensors |= {f"curve.{name}": value for name, value in self.curve._asdict().items()}
+        config = {
+            "format": _FORMAT,
+            "encoder": self.encoder.name,
+            "encoder_fingerprint": model_fingerprint(self.encoder.model),
+            "window": self.encoder.window,
+            "abilities": list(ABILITIES),
+            "tolerance": self.tolerance,
+            "caution": self.caution,
+            "about": self.about,
+        }
+        if self.encoder.name == ENCODER_FOLDER:
+            self.encoder.model.save_pretrained(folder / ENCODER_FOLDER)
+            self.encoder.tokenizer.save_pretrained(folder / ENCODER_FOLDER)
+        write_atomically(folder / HEADS_FILE, save({name: value.contiguous() for name, value in tensors.items()}))
+        write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=1, ensure_ascii=False).encode())
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Uploads what `save_pretrained` writes to a repository on the hub, made if needed, and returns its address."""
+        return upload(self.save_pretrained, "temperature selector", repo_id, private, token)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | PathLike | None = None, *, device: str = "cpu", **hub: Any
+    ) -> TemperatureSelector:
+        """Opens what `save_pretrained` or ``push_to_hub`` wrote; by default the one that the package brings along.
+
+        Args:
+            name_or_path: a folder, or a repository on the Hugging Face hub.
+            device: where the encoder computes.
+            hub: ``revision`` and ``token``.
+
+        Raises:
+            DecodingError: nothing there, damaged, or made for another encoder.
+        """
+        where = EMBEDDED if name_or_path is None else name_or_path
+        config_path, heads_path = (
+            find_file(where, file, "temperature selector", hub) for file in (CONFIG_FILE, HEADS_FILE)
+        )
+        try:
+            config = json.loads(config_path.read_bytes())
+            if config["format"] != _FORMAT or config["abilities"] != list(ABILITIES):
+                raise DecodingError(f"{config_path} is of another version of this package")
+            tensors = load_file(heads_path, device=device)
+            name, window, fingerprint = config["encoder"], config["window"], config["encoder_fingerprint"]
+            settings = {key: config[key] for key in ("tolerance", "caution", "about")}
+            ability, curve = _heads(tensors)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise DecodingError(f"the temperature selector at {where} is damaged: {error!r}") from error
+        if name == ENCODER_FOLDER:
+            find_file(where, f"{ENCODER_FOLDER}/model.safetensors", "fine-tuned encoder", hub)
+            path = str(find_file(where, f"{ENCODER_FOLDER}/config.json", "fine-tuned encoder", hub).parent)
+            encoder = load_encoder(path, window, device).named(ENCODER_FOLDER)
+        else:
+            encoder = load_encoder(name, window, device)
+        if fingerprint != model_fingerprint(encoder.model) or ability.weight.shape[1] != encoder.width:
+            raise DecodingError(f"the selector at {where} was trained for another encoder than this {name}")
+        return cls(encoder, ability, curve, **settings)
+
+
+def _heads(tensors: dict[str, Tensor]) -> tuple[AbilityHead, CurveHead | None]:
+    def part(name: str, kind: type) -> Any:
+        return kind(**{key.split(".")[1]: value for key, value in tensors.items() if key.startswith(f"{name}.")})
+
+    ability: AbilityHead = part("ability", AbilityHead)
+    if ability.weight.shape[0] != len(ABILITIES) or ability.bias.shape != (len(ABILITIES),):
+        raise ValueError("the classifier has another number of abilities")
+    if not all(bool(value.isfinite().all()) for value in tensors.values()):
+        raise ValueError("a number is not finite")
+    if not any(key.startswith("curve.") for key in tensors):
+        return ability, None
+    curve: CurveHead = part("curve", CurveHead)
+    count, width = len(curve.temperatures), ability.weight.shape[1]
+    features = len(ABILITIES) + len(curve.components) + 1
+    expected = [(count,), (1,), (width,), (len(curve.components), width), (features, count)]
+    expected.append((count, features, features))
+    if [tuple(value.shape) for value in curve] != expected or not 0 <= int(curve.fixed) < count:
+        raise ValueError("the curve's tensors do not fit each other")
+    return ability, curve

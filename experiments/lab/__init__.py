@@ -1,0 +1,1 @@
+"""What all experiments share: run folders, statistics, tables, timing, prompts."""

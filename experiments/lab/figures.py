@@ -1,0 +1,68 @@
+"""Figures of a benchmark: measured in turns in one run, printed as a table, written as data."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments.lab.runs import environment
+from ngram.storage import write_atomically
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table. ``met`` is None where there is no target or nothing was measured."""
+
+    what: str
+    value: float | None
+    shown: str
+    target: str = ""
+    met: bool | None = None
+
+
+def not_measured(what: str, target: str, why: str) -> Figure:
+    """A line without a figure."""
+    return Figure(what, None, f"not measured: {why}", target)
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """How long some work takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def interleaved(works: Sequence[Callable[[int], Any]], rounds: int) -> np.ndarray:
+    """Seconds [works, rounds]; the works take turns, so that drifts of the machine hit all of them."""
+    for work in works:
+        work(0)
+    return np.array([[seconds_of(partial(work, i)) for work in works] for i in range(rounds)]).T
+
+
+def ratio_of(times: np.ndarray, baseline: np.ndarray) -> tuple[float, str]:
+    """Of the medians, and as text with the ratio of the quartiles."""
+    median = float(np.median(times) / np.median(baseline))
+    low, high = (float(np.quantile(times, q) / np.quantile(baseline, q)) for q in (0.25, 0.75))
+    return median, f"{median:.2f}× [{low:.2f}, {high:.2f}]"
+
+
+def report(figures: Sequence[Figure], title: str, about: dict[str, Any], out: Path | None) -> None:
+    """Prints the table; with ``out``, writes the figures, what they are about and what they ran on as JSON."""
+    table = Table("measured", "figure", "target", "met", title=title)
+    console = Console()
+    for figure in figures:
+        met = {None: "", True: "yes", False: "NO"}[figure.met]
+        table.add_row(figure.what, figure.shown, figure.target, met)
+    Console(width=None if console.is_terminal else 150).print(table)
+    if out is not None:
+        content = {**about, **environment(), "figures": [asdict(figure) for figure in figures]}
+        write_atomically(out, json.dumps(content, indent=1, ensure_ascii=False).encode())

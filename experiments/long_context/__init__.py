@@ -1,0 +1,1 @@
+"""Chunk selection: adapters trained, methods compared, speed behind long contexts."""

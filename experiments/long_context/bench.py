@@ -1,0 +1,360 @@
+"""``decoding bench long-context``: how fast tokens are written behind long contexts, with selection and without.
+
+Weights and contexts are random: speed does not depend on them. The context's keys and values are put in the cache
+directly, so that no prompt need be read. Three paths write the same number of tokens behind it:
+
+- *default*: what users have, `DynamicCache` and the model's own attention;
+- *best dense*: a cache that grows in place, and attention that reads each key once for all query heads of its group;
+- *selected*: `ChunkSelection` with adapters (untrained ones cost as much): boundary detection at every token, selection
+  at every 20th.
+
+Absolute times are given for a GPU alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig
+
+from chunkllm import ChunkAdapters, ChunkSelection
+from chunkllm.contiguous.attention import intercept
+from chunkllm.contiguous.layer import ChunkLayer, grouped_attention
+from chunkllm.models import cache_argument
+from experiments.lab.figures import Figure, interleaved, not_measured, ratio_of, report
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BUDGET = 2048
+CHUNK = 20
+_BOUND = "a step against (weights + selected keys and values) / bandwidth"
+PATHS = ("default", "best dense", "selected")
+_CONTEXT_TARGETS = {8192: (1.5, 1.2), 32768: (4.0, 2.0), 120_000: (25.0, 5.0)}
+
+SHAPES: dict[str, dict[str, int]] = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    "llama-3.1-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
+}
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured.
+
+    Attributes:
+        shape: a name of `SHAPES`.
+        dtype: of weights and cache.
+        contexts: tokens in the cache.
+        batches: rows.
+        rounds: blocks of steps; times are medians over blocks.
+        block: steps of a block, a multiple of the chunks' 20.
+    """
+
+    shape: str
+    dtype: torch.dtype
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...] = (1,)
+    rounds: int = 5
+    block: int = CHUNK
+
+
+def random_model(options: BenchOptions, device: torch.device) -> Any:
+    """A Llama of that shape with random weights, whose positions reach beyond the contexts."""
+    shape: dict[str, Any] = SHAPES[options.shape]
+    config = LlamaConfig(**shape, max_position_embeddings=2 * max(options.contexts), tie_word_embeddings=True)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=options.dtype).eval()
+
+
+def _contents(model: Any, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random keys and values of every layer, one at a time."""
+    config = model.config
+    shape = (batch, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
+    for _ in range(config.num_hidden_layers):
+        yield tuple(torch.randn(shape, dtype=model.dtype, device=model.device) for _ in "kv")  # type: ignore[misc]
+
+
+def selection(model: Any, **options: Any) -> ChunkSelection:
+    """The selection that is measured: its detector runs and never fires, and a chunk ends after 20 tokens.
+
+    The budget is divided among layers as the embedded adapters tell, if the model has as many layers as theirs.
+    """
+    adapters = ChunkAdapters.for_model(model)
+    known = ChunkAdapters.from_pretrained().config.sensitivity
+    fits = known is not None and len(known) == len(adapters.config.shape.full_layers)
+    adapters.config = replace(adapters.config, threshold=2.0, sensitivity=known if fits else None)
+    return ChunkSelection(adapters, budget=BUDGET, max_chunk=CHUNK, **options)
+
+
+@contextmanager
+def path(model: Any, name: str, batch: int, length: int) -> Iterator[Cache]:
+    """One of the three ways, with a filled cache."""
+    if name == "selected":
+        with selection(model).attach(model) as chunks:
+            made = chunks.new_cache()
+            made.load(_contents(model, batch, length), torch.zeros(batch, length, dtype=torch.bool))
+            yield made
+    elif name == "default":
+        yield _filled(DynamicCache(config=model.config), model, batch, length)
+    else:
+        layers: list[Any] = [ChunkLayer(i, offload=False) for i in range(model.config.num_hidden_layers)]
+        undo = intercept(model, _dense)
+        try:
+            yield _filled(Cache(layers=layers), model, batch, length)
+        finally:
+            undo()
+
+
+def _filled(cache: Cache, model: Any, batch: int, length: int) -> Cache:
+    for i, (keys, values) in enumerate(_contents(model, batch, length)):
+        cache.update(keys, values, i)
+    return cache
+
+
+def _dense(attention: Any, module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
+    if query.shape[2] > 1:
+        return attention(module, query, keys, values, mask, **options)
+    return grouped_attention(query, keys, values, mask, options["scaling"]), None
+
+
+class Writer:
+    """Writes tokens greedily."""
+
+    def __init__(self, model: Any, cache: Cache, batch: int):
+        self._model = model
+        self._options = {cache_argument(model): cache, "use_cache": True, "logits_to_keep": 1}
+        self._next = torch.full((batch, 4), 7, device=model.device)
+        self.steps(1)  # reads four tokens with full attention, as the end of a prompt
+        self.steps(CHUNK)
+
+    def steps(self, count: int) -> None:
+        """So many forward passes."""
+        for _ in range(count):
+            self._next = self._model(input_ids=self._next, **self._options).logits[:, -1:].argmax(-1)
+        if self._next.is_cuda:
+            torch.cuda.synchronize()
+
+
+def step_seconds(model: Any, options: BenchOptions, name: str, batch: int, length: int) -> np.ndarray:
+    """Seconds per step, one figure for each block: a block has as many boundaries as tokens / 20."""
+    with path(model, name, batch, length) as cache:
+        writer = Writer(model, cache, batch)
+        seconds = []
+        for _ in range(options.rounds):
+            began = time.perf_counter()
+            writer.steps(options.block)
+            seconds.append((time.perf_counter() - began) / options.block)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return np.array(seconds)
+
+
+Times = dict[tuple[str, int, int], np.ndarray]
+
+
+def measure(options: BenchOptions, device: torch.device, show: Callable[[str], None]) -> Times:
+    """Seconds per step by path, batch and context. What does not fit into memory is left out."""
+    model = random_model(options, device)
+    times: Times = {}
+    with torch.inference_mode():
+        for batch in options.batches:
+            for length in options.contexts:
+                for name in PATHS:
+                    show(f"{options.shape}, {length:,} tokens × {batch}, {name}")
+                    try:
+                        times[name, batch, length] = step_seconds(model, options, name, batch, length)
+                    except torch.OutOfMemoryError:
+                        torch.cuda.empty_cache()
+    return times
+
+
+def main(contexts: tuple[int, ...], dtype: str, rounds: int, out: Path | None, picture: Path | None) -> None:
+    """Measures, prints the table, and writes it as JSON and as a picture if asked."""
+    from rich.console import Console
+
+    host = BenchOptions("smollm2-135m", getattr(torch, dtype), contexts, rounds=rounds)
+    console = Console(stderr=True)
+    with console.status("measuring") as status:
+        times = measure(host, torch.device("cpu"), status.update)
+        figures = [
+            *_speed_figures(host, times),
+            *_growth_figure(host, times),
+            _prefill_figure(host, status.update),
+            _offload_figure(host, max(contexts), status.update),
+            *_gpu_figures(rounds, status.update),
+        ]
+    speeds = {f"{name}, batch {batch}, {length}": seconds.tolist() for (name, batch, length), seconds in times.items()}
+    about = {"shape": host.shape, "dtype": dtype, "budget": BUDGET, "chunk": CHUNK, "seconds_per_step": speeds}
+    report(figures, f"long contexts, {host.shape} in {dtype}, {BUDGET} tokens kept", about, out)
+    if picture is not None:
+        draw(host, times, picture)
+
+
+def _speed_figures(options: BenchOptions, times: Times) -> Iterator[Figure]:
+    for length in options.contexts:
+        selected = times["selected", 1, length]
+        for name, target in zip(PATHS, _CONTEXT_TARGETS.get(length, (None, None)), strict=False):
+            ratio, shown = ratio_of(times[name, 1, length], selected)
+            met = None if target is None else ratio >= target
+            yield Figure(
+                f"{length:,} tokens: steps per second with selection, against {name}",
+                ratio,
+                shown,
+                "" if target is None else f"≥ {target:g}×",
+                met,
+            )
+
+
+def _growth_figure(options: BenchOptions, times: Times) -> Iterator[Figure]:
+    shortest, longest = min(options.contexts), max(options.contexts)
+    if shortest == longest:
+        return
+    ratio, shown = ratio_of(times["selected", 1, longest], times["selected", 1, shortest])
+    what = f"a step with selection at {longest:,} tokens, against {shortest:,}"
+    yield Figure(what, ratio, shown, "≤ 1.15×", ratio <= 1.15)
+
+
+def _prefill_figure(options: BenchOptions, show: Callable[[str], None], length: int = 4096) -> Figure:
+    """One more step belongs to it: that is when the prompt's chunks are summarised and first chosen from."""
+    show("reading prompts")
+    model = random_model(options, torch.device("cpu"))
+    ids = torch.randint(0, model.config.vocab_size, (1, length))
+
+    def read(_: int) -> Any:
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        name = cache_argument(model)
+        return model(input_ids=ids[:, :1], use_cache=True, **{name: output[name]})
+
+    def read_selecting(i: int) -> Any:
+        with selection(model).attach(model):
+            return read(i)
+
+    with torch.inference_mode():
+        read(0)
+        plain, selecting = interleaved([read, read_selecting], options.rounds)
+    ratio, shown = ratio_of(selecting, plain)
+    what = f"reading a prompt of {length:,} tokens and one step more, attached against not"
+    return Figure(what, ratio, shown, "≤ 1.03×", ratio <= 1.03)
+
+
+def _offload_figure(options: BenchOptions, length: int, show: Callable[[str], None]) -> Figure:
+    """Counted from the tensors: on a CPU, device and host are the same memory."""
+    show("offloading")
+    model = random_model(options, torch.device("cpu"))
+    with torch.inference_mode(), selection(model, offload=True).attach(model) as chunks:
+        cache = chunks.new_cache()
+        cache.load(_contents(model, 1, length), torch.zeros(1, length, dtype=torch.bool))
+        Writer(model, cache, 1)
+        parts = [layer.memory for layer in cache.full_layers]
+    on_device = sum(part["selected"] + part["features"] for part in parts)
+    shape = model.config
+    width = 2 * shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads  # of a key and a value
+    full = length * width * shape.num_hidden_layers * model.dtype.itemsize
+    share = 100 * on_device / full
+    what = f"offload at {length:,} tokens: selected keys and values and chunk features on the device, of all"
+    return Figure(what, share, f"{share:.1f} %", "≤ 30 %", share <= 30)
+
+
+def _gpu_figures(rounds: int, show: Callable[[str], None]) -> Iterator[Figure]:
+    """Llama-3.1-8B's shape in bfloat16 with 120,000 tokens, batch 1 and more."""
+    if not torch.cuda.is_available():
+        rows = (
+            ("batch 1 and 6: against default", "≥ 4.48×"),
+            ("batch 1 and 6: against best dense", "≥ 1.3×, ≥ 3×"),
+            (f"batch 1 and 6: {_BOUND}", "≤ 1.3×"),
+        )
+        for what, target in rows:
+            yield not_measured(f"a GPU, llama-3.1-8b, bfloat16, 120,000 tokens, {what}", target, "no GPU here")
+        return
+    device = torch.device("cuda")
+    options = BenchOptions("llama-3.1-8b", torch.bfloat16, (120_000,), (1, 2, 4, 6), rounds)
+    times = measure(options, device, show)
+    bandwidth = _bandwidth(device)
+    card = torch.cuda.get_device_name()
+    for batch in options.batches:
+        if ("selected", batch, 120_000) not in times:
+            continue
+        selected = times["selected", batch, 120_000]
+        what = f"{card}, llama-3.1-8b, bfloat16, 120,000 tokens, batch {batch}"
+        for name in PATHS[:2]:
+            if (name, batch, 120_000) not in times:
+                yield not_measured(f"{what}: against {name}", "", "does not fit")
+                continue
+            ratio, shown = ratio_of(times[name, batch, 120_000], selected)
+            least = 4.48 if name == "default" else {1: 1.3, 6: 3.0}.get(batch)
+            met = None if least is None else ratio >= least
+            yield Figure(f"{what}: against {name}", ratio, shown, f"≥ {least:g}×" if least else "", met)
+        bound = _bytes_per_step(batch) / bandwidth
+        ratio = float(np.median(selected)) / bound
+        shown = f"{ratio:.2f}× ({1e3 * float(np.median(selected)):.2f} ms)"
+        yield Figure(f"{what}: {_BOUND}", ratio, shown, "≤ 1.3×", ratio <= 1.3)
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(20):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return 2 * source.nbytes / float(np.median(times))
+
+
+def _bytes_per_step(batch: int) -> int:
+    shape = SHAPES["llama-3.1-8b"]
+    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    cached = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    weights = layers * (2 * hidden * hidden + 2 * hidden * cached + 3 * hidden * inner) + shape["vocab_size"] * hidden
+    return 2 * (weights + batch * BUDGET * 2 * cached * layers)
+
+
+def draw(options: BenchOptions, times: Times, picture: Path) -> None:
+    """Tokens per second over the context, relative to the default at the shortest: absolute ones are the machine's."""
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    unit = float(np.median(times["default", 1, min(options.contexts)]))
+    for name, style in zip(PATHS, ("s--", "o--", "D-"), strict=True):
+        lines = [(length, times[name, 1, length]) for length in options.contexts if (name, 1, length) in times]
+        axis.plot([x for x, _ in lines], [unit / float(np.median(y)) for _, y in lines], style, label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(options.contexts, [f"{length // 1000}K" for length in options.contexts])
+    axis.set_xlabel("tokens in the cache")
+    axis.set_ylabel(f"tokens per second (default at {min(options.contexts):,} = 1)")
+    axis.set_title(f"{options.shape}, {str(options.dtype).removeprefix('torch.')}, {BUDGET} tokens kept", fontsize=10)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)

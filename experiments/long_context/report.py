@@ -1,0 +1,210 @@
+"""Tables and pictures of ``decoding chunk eval``, drawn from its finished cells alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from experiments.long_context.baselines import FULL
+from experiments.long_context.evaluate import SHORT_KEY, EvalOptions, passkey_key, text_key
+from experiments.style.report import markdown
+from ngram.storage import write_atomically
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+_COLORS = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+Cells = Mapping[str, Mapping[str, Any]]
+
+
+def write(cells: Cells, options: EvalOptions, settings: Mapping[str, Any], out: Path) -> str:
+    """Writes results.json, results.md, quality.png, recall.png and passkey.png; returns the tables as text."""
+    rows = text_rows(cells, options)
+    found = passkey_rows(cells, options)
+    parts = ["### Held-out text\n\n" + markdown(_text_table(rows))]
+    if found:
+        parts.append("### Passkeys found, %\n\n" + markdown(_passkey_table(found, options)))
+    parts.append(_short_line(cells[SHORT_KEY]))
+    text = "\n".join(parts)
+    content = {"settings": settings, "text": rows, "short": cells[SHORT_KEY], "passkey": found}
+    write_atomically(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
+    write_atomically(out / "results.md", text.encode())
+    _draw_quality(rows, options, out / "quality.png")
+    _draw_recall(rows, options, out / "recall.png")
+    if found:
+        _draw_passkeys(found, options, out / "passkey.png")
+    return text
+
+
+def _short_line(cell: Mapping[str, Any]) -> str:
+    same = "the same bits" if cell["identical"] else "not the same bits"
+    return (
+        f"Texts of {cell['tokens']} tokens, within the default budget: perplexity {cell['perplexity']:.3f} without "
+        f"selection, {cell['with_selection']:.3f} with ({same}).\n"
+    )
+
+
+def text_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
+    """A row for every method and retention: perplexity, its ratio to full attention's, agreement, recall."""
+    base = np.array(cells[text_key(FULL, 1.0)]["nll"])
+    rows = []
+    for method, retention in options.cells:
+        cell = cells[text_key(method, retention)]
+        losses = np.array(cell["nll"])
+        more = (losses - base).mean(1)  # by text
+        rows.append(
+            {
+                "method": method,
+                "retention": retention,
+                "kv_retention": cell["kv_retention"],
+                "perplexity": float(np.exp(losses.mean())),
+                "ratio": float(np.exp(more.mean())),
+                "ratio_error": None if method == FULL else _error(more),
+                "divergence": 0.0 if method == FULL else float(np.mean(cell["divergence"])),
+                "divergence_error": None if method == FULL else _error(np.mean(cell["divergence"], 1)),
+                "agreement": 1.0 if method == FULL else float(np.mean(cell["agree"])),
+                "recall": None if cell["recall"] is None else float(np.mean(cell["recall"])),
+                "recall_by_layer": cell["recall"],
+            }
+        )
+    return rows
+
+
+def _error(values: np.ndarray) -> float | None:
+    """Standard error of a mean over texts."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+
+
+def passkey_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
+    """Shares of keys found, a matrix of lengths by depths for every method and retention."""
+    if not options.passkey_lengths:
+        return []
+    rows = []
+    for method, retention in options.cells:
+        shares = [
+            [
+                float(np.mean(cells[passkey_key(length, i)]["hits"][f"{method} {retention:g}"]))
+                for i in range(options.passkey_depths)
+            ]
+            for length in options.passkey_lengths
+        ]
+        rows.append({"method": method, "retention": retention, "found": shares})
+    return rows
+
+
+def _text_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    columns = ["perplexity", "against full attention", "KL, 10⁻³ nats", "same next token, %", "attention held, %"]
+    lines = [["kept, %", "method", *columns]]
+    for row in rows:
+        ratio = f"{row['ratio']:.4f}{_plus_minus(row['ratio_error'], 4)}"
+        moved = f"{1e3 * row['divergence']:.2f}{_plus_minus(row['divergence_error'], 2, 1e3)}"
+        lines.append(
+            [
+                f"{100 * row['retention']:g}",
+                row["method"],
+                f"{row['perplexity']:.3f}",
+                ratio,
+                moved,
+                f"{100 * row['agreement']:.1f}",
+                "100" if row["recall"] is None else f"{100 * row['recall']:.1f}",
+            ]
+        )
+    return lines
+
+
+def _plus_minus(error: float | None, digits: int, scale: float = 1.0) -> str:
+    return "" if error is None else f" ± {scale * error:.{digits}f}"
+
+
+def _passkey_table(rows: Sequence[Mapping[str, Any]], options: EvalOptions) -> list[list[str]]:
+    lines = [["kept, %", "method", *(f"{length:,} tokens" for length in options.passkey_lengths), "all"]]
+    for row in rows:
+        by_length = [float(np.mean(shares)) for shares in row["found"]]
+        figures = [f"{100 * share:.0f}" for share in (*by_length, float(np.mean(by_length)))]
+        lines.append([f"{100 * row['retention']:g}", row["method"], *figures])
+    return lines
+
+
+def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    measures = (
+        ("perplexity above full attention, %", lambda row: 100 * (row["ratio"] - 1)),
+        ("divergence from full attention (KL), nats", lambda row: row["divergence"]),
+        ("same next token as full attention, %", lambda row: 100 * row["agreement"]),
+        ("attention held by what is kept, %", lambda row: 100 * (1 if row["recall"] is None else row["recall"])),
+    )
+    full = next(row for row in rows if row["method"] == FULL)
+    for axis, (title, value) in zip(axes.flat, measures, strict=True):
+        is_logarithmic = title.startswith("divergence")
+        ends = [] if is_logarithmic else [full]
+        for i, method in enumerate(options.methods):
+            line = sorted([row for row in rows if row["method"] == method] + ends, key=lambda row: row["retention"])
+            style = "-" if method.startswith("adapter") else "--" if method.startswith("pooled") else ":"
+            x = [100 * row["retention"] for row in line]
+            axis.plot(x, [value(row) for row in line], f"o{style}", color=_COLORS[i], label=method, ms=4)
+        if is_logarithmic:
+            axis.set_yscale("log")
+        else:
+            shown = [value(row) for row in rows if not row["method"].startswith("random")]  # it would hide the others
+            margin = 0.05 * (max(shown) - min(shown))
+            axis.set_ylim(min(shown) - margin, max(shown) + margin)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("keys and values kept, %")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def _draw_recall(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
+    shares = sorted({row["retention"] for row in rows if row["recall_by_layer"]})
+    size = (5 * len(shares) + 1, 4)
+    figure, axes = plt.subplots(1, max(len(shares), 1), figsize=size, layout="constrained", squeeze=False)
+    for axis, share in zip(axes[0], shares, strict=False):
+        for i, method in enumerate(options.methods):
+            row = next(row for row in rows if (row["method"], row["retention"]) == (method, share))
+            axis.plot([100 * held for held in row["recall_by_layer"]], color=_COLORS[i], label=method, lw=1.2)
+        axis.set_title(f"attention held, %, {100 * share:g} % kept", fontsize=10)
+        axis.set_xlabel("layer")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def _draw_passkeys(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
+    shares = sorted({row["retention"] for row in rows if row["method"] != FULL})
+    names = [FULL, *options.methods]
+    grid: dict[str, Any] = {
+        "figsize": (2.1 * len(names), 2 * len(shares) + 0.6),
+        "layout": "constrained",
+        "squeeze": False,
+    }
+    figure, axes = plt.subplots(len(shares), len(names), sharex=True, sharey=True, **grid)
+    image = None
+    for line, share in zip(axes, shares, strict=True):
+        for axis, name in zip(line, names, strict=True):
+            wanted = (name, 1.0 if name == FULL else share)
+            found = next(row["found"] for row in rows if (row["method"], row["retention"]) == wanted)
+            image = axis.imshow(np.array(found), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axis.set_yticks(
+                range(len(options.passkey_lengths)), [f"{n:,}" for n in options.passkey_lengths], fontsize=8
+            )
+            last = options.passkey_depths - 1
+            axis.set_xticks((0, last), ("first", "last"), fontsize=8)
+        line[0].set_ylabel(f"{100 * share:g} % kept", fontsize=9)
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name.replace(" (", "\n("), fontsize=8)
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="keys found", shrink=0.7)
+    figure.supxlabel("place of the key", fontsize=9)
+    figure.supylabel("tokens of the prompt", fontsize=9)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""Style priors: sweeps, the paper's experiment, a comparison with prompting and LoRA, speed."""

