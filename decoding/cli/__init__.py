@@ -14,8 +14,8 @@ from decoding.cli.style import style
 from decoding.cli.temperature import temperature
 from decoding.errors import DecodingError
 from decoding.files import require_writable
-from decoding.style.prior import checked_lambda
-from decoding.style.source import DEFAULT_STYLE
+from decoding.style.registered import DEFAULT_STYLE
+from decoding.style.strength import checked_lambda
 
 
 @click.group(cls=shared.Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -62,7 +62,7 @@ def generate(
         raise DecodingError("the prompt is empty")
     prior = shared.style_prior(style, lambda_, options)
     tokenizer = load_tokenizer(options["model"])
-    if not shared.needs_model(lambda_, options):
+    if not prior.needs_model:
         prior.bind(tokenizer)
     model = load_model(options["model"], options["dtype"])
     processors: list[Any] = [prior]
@@ -190,7 +190,8 @@ def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **
     {"temperature": "auto"}, and reads another number of tokens with {"kv_budget": 4096}, or all with "full".
     """
     from decoding.models import load_tokenizer, resolve_model
-    from decoding.style.priors import name_and_file, require_distinct
+    from decoding.style.source import require_distinct
+    from decoding.style.training import name_and_file
     from decoding.vllm import engine_args
     from decoding.vllm.server import serve as run_server
 

@@ -15,7 +15,7 @@ from chunkllm.errors import ChunkError
 from decoding.errors import DecodingError
 from decoding.models import DEFAULT_MODEL
 from decoding.style.prior import Mode, StylePrior
-from decoding.style.source import registered_styles
+from decoding.style.registered import registered_styles
 from ngram import NGramError
 
 
@@ -142,13 +142,8 @@ def steering(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def needs_model(lambda_: float | str | None, options: dict[str, Any]) -> bool:
-    """Whether the prior that a command's options ask for measures the model."""
-    return lambda_ == "auto" or (options["mode"], options["background"]) == ("ratio", "model")
-
-
-def style_prior(style: str, lambda_: float | str | None, options: dict[str, Any], **bound: Any) -> StylePrior:
-    """The prior that a command's options ask for; ``bound`` are its tokenizer and model."""
+def style_prior(style: str, lambda_: float | str | None, options: dict[str, Any]) -> StylePrior:
+    """The prior that a command's options ask for."""
     spec = style if options["field"] is None else f"{style}#{options['field']}"
     return StylePrior(
         spec,
@@ -157,7 +152,6 @@ def style_prior(style: str, lambda_: float | str | None, options: dict[str, Any]
         smoothing=options["smoothing"],
         allow_any_lambda=options.get("allow_any_lambda", False),
         **{name: options[name] for name in STEERING},
-        **bound,
     )
 
 

@@ -36,7 +36,7 @@ def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | Non
     A .safetensors file holds the n-gram model alone. A folder also holds how it steers: λ, mode and guards.
     """
     from decoding.models import load_model, load_tokenizer
-    from decoding.style.priors import train_prior
+    from decoding.style.training import train_prior
 
     default = click.core.ParameterSource.DEFAULT
     asked = [name for name in ("lambda_", *shared.STEERING) if ctx.get_parameter_source(name) != default]
@@ -51,9 +51,9 @@ def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | Non
         prior.save(out)
         click.echo(f"{out}: {len(prior):,} n-grams, {out.stat().st_size / len(prior):.1f} bytes each")
         return
-    model = load_model(options["model"], options["dtype"]) if shared.needs_model(lambda_, options) else None
-    steered = shared.style_prior(corpus, lambda_, options, tokenizer=tokenizer, model=model)
-    steered.save_pretrained(out)
+    steered = shared.style_prior(corpus, lambda_, options)
+    model = load_model(options["model"], options["dtype"]) if steered.needs_model else None
+    steered.bind(tokenizer, model).save_pretrained(out)
     click.echo(f"{out}: mode {steered.mode}, λ={steered.lambda_:g}")
 
 
@@ -61,7 +61,7 @@ def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | Non
 @click.argument("prior", type=click.Path(path_type=Path))
 def info(prior: Path) -> None:
     """Prints what a saved PRIOR is, as JSON."""
-    from decoding.style.priors import load_prior
+    from decoding.style.files import load_prior
 
     model = load_prior(prior)
     counts = [int(model.seen.sum()), *model.tables.shape.ngrams[1:]]
@@ -85,11 +85,11 @@ def info(prior: Path) -> None:
 def evaluate(prior: str, text: str, model: str, field: str | None, order: int, smoothing: str) -> None:
     """Perplexity of TEXT under PRIOR (saved, or trained now from a style), as JSON."""
     from decoding.models import load_tokenizer
-    from decoding.style.priors import resolve_style
-    from decoding.style.source import tokenize
+    from decoding.style.training import resolve_style
+    from decoding.tokens import tokenize
 
     tokenizer = load_tokenizer(model)
-    documents = [ids for ids in tokenize(load_corpus(text, field), tokenizer) if len(ids)]
+    documents = [ids for ids in tokenize(load_corpus(text, field).documents, tokenizer) if len(ids)]
     judge = resolve_style(prior, tokenizer, field=field, order=order, smoothing=smoothing)
     seen = judge.seen.numpy()
     unknown = sum(int((~seen[ids]).sum()) for ids in documents)
@@ -121,7 +121,7 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
     also the general background of one mode.
     """
     from decoding.models import load_model, load_tokenizer
-    from decoding.style.priors import require_distinct
+    from decoding.style.source import require_distinct
     from experiments.lab.libraries import required
     from experiments.lab.runs import check_unused
     from experiments.style import compare as style_compare

@@ -3,50 +3,41 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from decoding.errors import DecodingError
-from decoding.hub import find_file, upload
+from decoding.hub import upload
 from decoding.late import LateAnswer
-from decoding.style.priors import (
-    DEFAULT_ORDER,
-    DEFAULT_SMOOTHING,
-    PRIOR_FILE,
-    is_saved_prior,
-    load_prior,
-    prior_of_tokens,
-    resolve_style,
-)
+from decoding.style.files import SavedStyle, is_saved_prior, read_folder, write_folder
 from decoding.style.ratio import MODEL, ratio_to
-from decoding.style.source import DEFAULT_STYLE, Corpus, load_corpus, tokenize
-from decoding.style.steering import Guards, GuardSettings, guards_of, steer
-from decoding.style.strength import DEFAULT_TOLERANCE, checked_tolerance, chosen_strength, held_out_part
+from decoding.style.registered import DEFAULT_STYLE
+from decoding.style.source import Corpus, load_corpus
+from decoding.style.steering import Combine, Guards, GuardSettings, guards_of, mixture_of, steer
+from decoding.style.strength import (
+    DEFAULT_TOLERANCE,
+    checked_lambda,
+    checked_tolerance,
+    chosen_strength,
+    held_out_part,
+)
+from decoding.style.training import DEFAULT_ORDER, DEFAULT_SMOOTHING, prior_of_tokens, resolve_style
+from decoding.tokens import tokenize
 from ngram import NGramModel
 from ngram.layout import unigram_tables
-from ngram.storage import write_atomically
-from ngram.tables import Tables, mixture_of_orders
+from ngram.tables import Tables
 
-Combine = Literal["matching", "interpolated"]
 Mode = Literal["paper", "ratio"]
-CONFIG_FILE = "style_prior.json"
-RATIO_FILE = "ratio.safetensors"
 DEFAULT_LAMBDAS = {"paper": 0.1, "ratio": 0.6}
 FIRST_SHARE = 0.6
 """Of the first order, in mode "ratio"."""
 AUTO: Literal["auto"] = "auto"
-_SAVED = ("orders", "weights", "combine", "mode", *GuardSettings._fields)
-ANY_LAMBDA_HINT = "; allow_any_lambda=True (--allow-any-lambda) lifts that"
 
 
 class StylePrior(LogitsProcessor):
@@ -170,6 +161,12 @@ class StylePrior(LogitsProcessor):
         elif isinstance(style, NGramModel):
             self._use(style)
 
+    @property
+    def needs_model(self) -> bool:
+        """Whether `bind` will want the model, to measure it."""
+        needs_ratio = self.mode == "ratio" and self.log_ratio is None
+        return self.lambda_ == AUTO or (needs_ratio and self.background == MODEL)
+
     def bind(self, tokenizer: Any, model: Any | None = None) -> StylePrior:
         """Makes the prior for a tokenizer, and for a model where one is needed, or checks that it fits. Returns itself.
 
@@ -180,7 +177,7 @@ class StylePrior(LogitsProcessor):
         needs_ratio = self.mode == "ratio" and self.log_ratio is None
         if self.lambda_ == AUTO or needs_ratio:
             corpus = self._corpus()
-            documents = tokenize(corpus, tokenizer)
+            documents = tokenize(corpus.documents, tokenizer)
             if self.lambda_ == AUTO:
                 self.lambda_ = self._chosen_lambda(corpus, documents, tokenizer, model)
             if needs_ratio:
@@ -229,7 +226,7 @@ class StylePrior(LogitsProcessor):
 
     def _use(self, model: NGramModel) -> None:
         first = FIRST_SHARE if self.mode == "ratio" else None
-        mixture = _mixture(model.order, self.orders, self.weights, self.combine, first)
+        mixture = mixture_of(model.order, self.orders, self.weights, self.combine, first)
         if self._highest_order(model) == 1:
             mixture = None if mixture is None else mixture[:, :1, :1]
         if self.log_ratio is not None and self.log_ratio.shape != (model.vocab_size,):
@@ -306,11 +303,7 @@ class StylePrior(LogitsProcessor):
         """Writes the bound prior and its settings to a folder."""
         if self.model is None or self.lambda_ == AUTO:
             raise DecodingError("only a bound StylePrior can be saved: give it a tokenizer")
-        config = {"lambda": self.lambda_, **self._settings()}
-        self.model.save(Path(save_directory) / PRIOR_FILE)
-        if self.log_ratio is not None:
-            write_atomically(Path(save_directory) / RATIO_FILE, save({"log_ratio": self.log_ratio}))
-        write_atomically(Path(save_directory) / CONFIG_FILE, json.dumps(config, indent=2).encode())
+        write_folder(SavedStyle(self.model, self.lambda_, self._settings(), self.log_ratio), save_directory)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Uploads what `save_pretrained` writes to a repository on the hub, made if needed, and returns its address."""
@@ -331,72 +324,9 @@ class StylePrior(LogitsProcessor):
             DecodingError: nothing there, damaged, or of another tokenizer.
         """
         hub: dict[str, Any] = {key: changes.pop(key) for key in ("revision", "token") if key in changes}
-        model = load_prior(find_file(name_or_path, PRIOR_FILE, "style prior", hub), tokenizer)
-        config_path = find_file(name_or_path, CONFIG_FILE, "style prior", hub)
-        try:
-            config = json.loads(config_path.read_bytes())
-            parameters = {"lambda_": config["lambda"]} | {key: config[key] for key in _SAVED if key in config}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DecodingError(f"{config_path} is damaged: {error!r}") from error
-        if parameters.get("mode") == "ratio":
-            parameters["log_ratio"] = _log_ratio(find_file(name_or_path, RATIO_FILE, "style prior", hub), model)
+        saved = read_folder(name_or_path, tokenizer, hub)
+        parameters = {"lambda_": saved.lambda_, "log_ratio": saved.log_ratio, **saved.settings}
         if "λ" in changes:
             changes["lambda_"] = changes.pop("λ")
-        in_range = isinstance(parameters["lambda_"], int | float) and 0 <= parameters["lambda_"] <= 1
-        return cls(model, tokenizer=tokenizer, **({"allow_any_lambda": not in_range} | parameters | changes))
-
-
-def _log_ratio(path: Path, model: NGramModel) -> Tensor:
-    try:
-        row = load_file(path)["log_ratio"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise DecodingError(f"{path} is damaged: {error}") from error
-    if row.dtype != torch.float32 or row.shape != (model.vocab_size,) or not torch.isfinite(row).all():
-        raise DecodingError(f"{path} is damaged: it must hold one finite float32 number for each of the prior's ids")
-    return row
-
-
-def checked_lambda(value: float, allow_any: bool = False, *, hint: str = ANY_LAMBDA_HINT) -> float:
-    """λ as a float. ``hint`` says what to do about a value outside [0, 1].
-
-    Raises:
-        DecodingError: not a finite number, or outside [0, 1] and not allowed.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DecodingError(f"λ must be a finite number, not {value!r}")
-    if not (allow_any or 0 <= value <= 1):
-        raise DecodingError(f"λ must lie in [0, 1], not {value:g}{hint}")
-    return float(value)
-
-
-def _mixture(
-    model_order: int,
-    orders: Sequence[int] | None,
-    weights: Sequence[float] | None,
-    combine: Combine,
-    first: float | None,
-) -> Tensor | None:
-    """The ``mixture`` of `add_log_prior`, float32 [1, n, n], or None for the plain interpolated prior.
-
-    ``first`` is the first order's share where no weights are given; None for equal ones.
-    """
-    used = list(range(1, model_order + 1) if orders is None else orders)
-    if not used or len(set(used)) < len(used) or not all(k in range(1, model_order + 1) for k in used):
-        raise DecodingError(f"orders must be some of 1 to {model_order}, each once, not {orders}")
-    if combine == "interpolated":
-        if max(used) == model_order:
-            return None
-        mixture = torch.zeros(1, model_order, model_order)
-        mixture[:, 0, : max(used)] = 1
-        return mixture
-    share = _shares(len(used), first) if weights is None else [float(w) for w in weights]
-    if len(share) != len(used) or not all(math.isfinite(w) and w >= 0 for w in share) or not any(share):
-        raise DecodingError(f"weights must be {len(used)} finite numbers, none negative and not all 0, not {weights}")
-    by_order = dict(zip(used, share, strict=True))
-    return mixture_of_orders([by_order.get(k, 0.0) for k in range(1, model_order + 1)])
-
-
-def _shares(count: int, first: float | None) -> list[float]:
-    if first is None or count == 1:
-        return [1 / count] * count
-    return [first, *[(1 - first) / (count - 1)] * (count - 1)]
+        in_range = isinstance(saved.lambda_, int | float) and 0 <= saved.lambda_ <= 1
+        return cls(saved.model, tokenizer=tokenizer, **({"allow_any_lambda": not in_range} | parameters | changes))

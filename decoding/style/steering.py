@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from decoding.errors import DecodingError
 from decoding.metrics import LN2, entropy
-from ngram.tables import Tables, add_log_prior
+from ngram.tables import Tables, add_log_prior, mixture_of_orders
 
+Combine = Literal["matching", "interpolated"]
 HALVINGS = 12
 """Of the interval in which the largest λ′ is searched for: it is found to 1/4096 of λ."""
 
@@ -70,6 +71,51 @@ def guards_of(settings: Sequence[GuardSettings], device: torch.device | str) -> 
     columns = list(zip(*settings, strict=True))
     guards = Guards(column(columns[0], 0.0), column(columns[1], math.inf), column(columns[2], 0.0))
     return None if guards == Guards(None, None, None) else guards
+
+
+def mixture_of(
+    model_order: int,
+    orders: Sequence[int] | None,
+    weights: Sequence[float] | None,
+    combine: Combine,
+    first: float | None,
+) -> Tensor | None:
+    """How a prior weighs its orders, as `ngram.tables.add_log_prior` takes it.
+
+    Args:
+        model_order: n.
+        orders: those to use; None for all.
+        weights: of each of them; None for shares that sum to 1.
+        combine: "matching", Σ_k w_k log p_k over the orders whose context matches, or "interpolated", log p_n of the
+            highest.
+        first: the first order's share where no weights are given; None for equal ones.
+
+    Returns:
+        float32 [1, n, n], or None for the plain interpolated prior.
+
+    Raises:
+        DecodingError: orders that the model lacks, or weights that do not fit them.
+    """
+    used = list(range(1, model_order + 1) if orders is None else orders)
+    if not used or len(set(used)) < len(used) or not all(k in range(1, model_order + 1) for k in used):
+        raise DecodingError(f"orders must be some of 1 to {model_order}, each once, not {orders}")
+    if combine == "interpolated":
+        if max(used) == model_order:
+            return None
+        mixture = torch.zeros(1, model_order, model_order)
+        mixture[:, 0, : max(used)] = 1
+        return mixture
+    share = _shares(len(used), first) if weights is None else [float(w) for w in weights]
+    if len(share) != len(used) or not all(math.isfinite(w) and w >= 0 for w in share) or not any(share):
+        raise DecodingError(f"weights must be {len(used)} finite numbers, none negative and not all 0, not {weights}")
+    by_order = dict(zip(used, share, strict=True))
+    return mixture_of_orders([by_order.get(k, 0.0) for k in range(1, model_order + 1)])
+
+
+def _shares(count: int, first: float | None) -> list[float]:
+    if first is None or count == 1:
+        return [1 / count] * count
+    return [first, *[(1 - first) / (count - 1)] * (count - 1)]
 
 
 def steer(

@@ -1,8 +1,10 @@
-"""λ="auto": the strength at which a model's texts come nearest to a style and are still fluent and varied."""
+"""λ: which values it may have, and λ="auto".
+
+"auto" is the strength at which a model's texts come nearest to a style and are still fluent and varied.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -16,13 +18,16 @@ from rich.progress import track
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from decoding.cache import cache_file
 from decoding.errors import DecodingError
 from decoding.metrics import distinct_n, jensen_shannon
 from decoding.models import model_fingerprint
-from decoding.style.ratio import MeanDistribution, Watcher, frequencies, sample_openings
-from decoding.style.source import cache_dir, tokenizer_fingerprint
+from decoding.style.background import MeanDistribution, Watcher, sample_openings
+from decoding.style.ratio import frequencies
+from decoding.tokens import tokenizer_fingerprint
 from ngram.storage import write_atomically
 
+ANY_LAMBDA_HINT = "; allow_any_lambda=True (--allow-any-lambda) lifts that"
 DEFAULT_TOLERANCE = 0.25
 LEAST_DISTINCT = 0.9
 CANDIDATES = tuple(i / 10 for i in range(11))
@@ -37,6 +42,19 @@ class Trial(NamedTuple):
     perplexity: float  # of the unsteered model
     distinct_2: float  # mean of the texts
     divergence: float  # Jensen-Shannon, in nats, of their token frequencies from the held-out part's
+
+
+def checked_lambda(value: float, allow_any: bool = False, *, hint: str = ANY_LAMBDA_HINT) -> float:
+    """λ as a float. ``hint`` says what to do about a value outside [0, 1].
+
+    Raises:
+        DecodingError: not a finite number, or outside [0, 1] and not allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DecodingError(f"λ must be a finite number, not {value!r}")
+    if not (allow_any or 0 <= value <= 1):
+        raise DecodingError(f"λ must lie in [0, 1], not {value:g}{hint}")
+    return float(value)
 
 
 def checked_tolerance(value: float) -> float:
@@ -110,7 +128,7 @@ def chosen_strength(
         key: names the style and how it is added, for the cache.
     """
     parts = (key, model_fingerprint(model), tokenizer_fingerprint(tokenizer)[1])
-    path = cache_dir() / "strengths" / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.json"
+    path = cache_file("strengths", " ".join(parts), ".json")
     if path.is_file():
         trials = [Trial(*numbers) for numbers in json.loads(path.read_bytes())]
     else:

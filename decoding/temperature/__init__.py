@@ -1,1 +1,19 @@
 """Temperatures: fixed, by entropy, or chosen for each prompt."""
+
+from decoding.temperature.processors import (
+    AutoTemperature,
+    DynamicTemperature,
+    EntropyDependentTemperature,
+    FixedTemperature,
+    Temperature,
+)
+from decoding.temperature.selector import TemperatureSelector
+
+__all__ = [
+    "AutoTemperature",
+    "DynamicTemperature",
+    "EntropyDependentTemperature",
+    "FixedTemperature",
+    "Temperature",
+    "TemperatureSelector",
+]

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from decoding.errors import DecodingError
 from decoding.late import send
-from decoding.style.source import require_package
+from decoding.packages import require_package
 
 DEFAULT_ENCODER = "minilm-l6"
 DEFAULT_WINDOW = 256

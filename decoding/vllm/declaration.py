@@ -20,7 +20,8 @@ import torch
 from chunkllm.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from chunkllm.contiguous.attach import DEFAULT_BUDGET
 from decoding.errors import DecodingError
-from decoding.style.priors import is_saved_prior, may_be_hub_id
+from decoding.hub import may_be_hub_id
+from decoding.style.files import is_saved_prior
 from decoding.temperature.abilities import SIZES
 from decoding.temperature.selector import CONFIG_FILE, Policy
 

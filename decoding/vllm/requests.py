@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from decoding.errors import DecodingError
-from decoding.style.prior import CONFIG_FILE, StylePrior, checked_lambda
-from decoding.style.priors import is_saved_prior, load_prior
+from decoding.style.files import CONFIG_FILE, is_saved_prior, load_prior
+from decoding.style.prior import StylePrior
 from decoding.style.steering import Guards, guards_of, steer
+from decoding.style.strength import checked_lambda
 from decoding.vllm.declaration import checked_budget, declared_chunks, declared_selector, declared_styles
 from ngram import NGramError
 from ngram.layout import join

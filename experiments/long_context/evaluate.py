@@ -25,7 +25,8 @@ from chunkllm.models import cache_argument
 from chunkllm.training.calibration import divergence
 from decoding.errors import DecodingError
 from decoding.metrics import token_log_probs
-from decoding.style.source import load_corpus, tokenize
+from decoding.style.source import load_corpus
+from decoding.tokens import tokenize
 from experiments.lab.runs import RunFolder, progress_of_cells
 from experiments.long_context.baselines import BY_LAYER, FULL, METHODS, Setting
 from ngram.storage import write_atomically
@@ -364,7 +365,7 @@ def prepare(
     if options.context <= options.scored + 2 * _LAST:
         raise DecodingError("--context must be longer than --scored")
     corpora = [load_corpus(spec, field) for spec in specs]
-    tokens = [np.concatenate(tokenize(corpus, tokenizer)) for corpus in corpora]
+    tokens = [np.concatenate(tokenize(corpus.documents, tokenizer)) for corpus in corpora]
     shares = [count // len(specs) + (i < count % len(specs)) for i in range(len(specs))]
     texts = [
         piece for ids, share in zip(tokens, shares, strict=True) for piece in slices([ids], options.context, share)

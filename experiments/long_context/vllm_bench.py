@@ -20,7 +20,8 @@ import torch
 
 from decoding.errors import DecodingError
 from decoding.models import load_tokenizer, resolve_model
-from decoding.style.source import load_corpus, tokenize
+from decoding.style.source import load_corpus
+from decoding.tokens import tokenize
 from decoding.vllm.declaration import BLOCK_SIZE, engine_args
 from experiments.lab.figures import Figure, interleaved, report, seconds_of
 from experiments.style.engines import model_runner, require_engine
@@ -82,7 +83,7 @@ def main(
 
 
 def _texts(model: str, length: int, count: int) -> list[list[int]]:
-    ids = np.concatenate(tokenize(load_corpus(TEXT), load_tokenizer(model)))
+    ids = np.concatenate(tokenize(load_corpus(TEXT).documents, load_tokenizer(model)))
     if len(ids) < length * count:
         raise DecodingError(f"{TEXT} has {len(ids):,} tokens: choose shorter contexts or smaller batches")
     return [ids[i * length : (i + 1) * length].tolist() for i in range(count)]

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from decoding.models import load_model, load_tokenizer
 from decoding.style.prior import StylePrior
-from decoding.style.priors import prior_of_tokens
-from decoding.style.source import load_corpus, tokenize
+from decoding.style.source import load_corpus
+from decoding.style.training import prior_of_tokens
+from decoding.tokens import tokenize
 from experiments.lab.figures import Figure, interleaved, not_measured, ratio_of, report, seconds_of
 from experiments.lab.timing import TimedProcessor
 from ngram import NGramModel
@@ -45,7 +46,7 @@ def main(spec: str, model_name: str, field: str | None, out: Path | None, lmplz:
     """
     tokenizer = load_tokenizer(model_name)
     corpus = load_corpus(spec, field)
-    documents = tokenize(corpus, tokenizer)
+    documents = tokenize(corpus.documents, tokenizer)
     ids = np.concatenate(documents)
     priors = {k: prior_of_tokens(documents, corpus, tokenizer, k, "kneser-ney") for k in (3, 5)}
     threads = torch.get_num_threads()

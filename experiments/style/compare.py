@@ -22,11 +22,13 @@ from transformers import LogitsProcessor
 
 from decoding import metrics
 from decoding.models import model_fingerprint
+from decoding.style.background import Watcher, sample
 from decoding.style.prior import StylePrior
-from decoding.style.priors import prior_of_tokens
-from decoding.style.ratio import CORPUS, MODEL, MOST_LOG_RATIO, Watcher, ends_of_sequence, ratio_to, sample
-from decoding.style.source import Corpus, tokenize, tokenizer_fingerprint
+from decoding.style.ratio import CORPUS, MODEL, MOST_LOG_RATIO, ratio_to
+from decoding.style.source import Corpus
+from decoding.style.training import prior_of_tokens
 from decoding.temperature.processors import FixedTemperature
+from decoding.tokens import ends_of_sequence, tokenize, tokenizer_fingerprint
 from experiments.lab.runs import RunFolder, finish
 from experiments.style.judge import Split, passages, split_corpus
 from experiments.style.lora import LoraRecipe, train_lora, with_lora
@@ -109,7 +111,7 @@ class Style:
     @cached_property
     def documents(self) -> list[np.ndarray]:
         """The steering part's token ids."""
-        return tokenize(self.split.steering, self.tokenizer)
+        return tokenize(self.split.steering.documents, self.tokenizer)
 
     @cached_property
     def prior(self) -> Any:

@@ -23,9 +23,12 @@ from torch import Tensor
 from decoding import metrics
 from decoding.errors import DecodingError
 from decoding.models import model_fingerprint
-from decoding.style.priors import is_saved_prior, load_prior, prior_of_tokens, require_distinct
+from decoding.style.files import is_saved_prior, load_prior
 from decoding.style.ratio import MODEL, ratio_to
-from decoding.style.source import load_corpus, read_text, split_name, tokenize, tokenizer_fingerprint
+from decoding.style.source import load_corpus, require_distinct, split_name
+from decoding.style.text import read_text
+from decoding.style.training import prior_of_tokens
+from decoding.tokens import tokenize, tokenizer_fingerprint
 from experiments.lab.runs import RunFolder, finish
 from experiments.style.engines import Batch, Engine, TransformersEngine
 from experiments.style.report import Point, write_report
@@ -108,7 +111,7 @@ def load_styles(
             styles.append(Style(name or prior.metadata.get("style", Path(source).stem), prior, None))
             continue
         corpus = load_corpus(spec, field)
-        documents = tokenize(corpus, tokenizer)
+        documents = tokenize(corpus.documents, tokenizer)
         styles.append(Style(corpus.name, prior_of_tokens(documents, corpus, tokenizer, order, smoothing), documents))
     require_distinct([style.name for style in styles])
     return styles

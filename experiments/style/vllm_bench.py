@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from decoding.models import load_tokenizer, resolve_model
-from decoding.style.priors import name_and_file
+from decoding.style.training import name_and_file
 from decoding.vllm.declaration import engine_args
 from decoding.vllm.requests import load_styles
 from experiments.lab.figures import Figure, interleaved, not_measured, report

@@ -8,9 +8,9 @@ import torch
 from click.testing import CliRunner
 
 from decoding import DecodingError, NGramModel, StylePrior, generate
+from decoding.cache import cache_dir
 from decoding.cli import cli
 from decoding.cli.options import parse_numbers
-from decoding.style.source import cache_dir
 from tests.conftest import TEXT, make_tokenizer
 
 
@@ -194,8 +194,8 @@ def test_importing_the_command_line_imports_no_experiment():
 
 @pytest.fixture
 def few_openings(monkeypatch):
-    monkeypatch.setattr("decoding.style.ratio.openings", lambda: ("the captain", "rain"))
-    monkeypatch.setattr("decoding.style.ratio._TOKENS_PER_OPENING", 8)
+    monkeypatch.setattr("decoding.style.background.openings", lambda: ("the captain", "rain"))
+    monkeypatch.setattr("decoding.style.background._TOKENS_PER_OPENING", 8)
 
 
 def test_a_ratio_prior_is_trained_into_a_folder(run, model_folder, style_file, tmp_path, few_openings):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from decoding import StylePrior, TemperatureSelector
-from decoding.style.priors import train_prior
 from decoding.style.source import load_corpus
+from decoding.style.training import train_prior
 from decoding.temperature.abilities import ABILITIES
 from decoding.temperature.encoder import load_encoder
 from decoding.temperature.heads import AbilityHead

@@ -14,7 +14,8 @@ import torch
 
 from decoding import StylePrior
 from decoding.models import DEFAULT_MODEL, load_tokenizer, resolve_model
-from decoding.style.priors import load_prior, name_and_file
+from decoding.style.files import load_prior
+from decoding.style.training import name_and_file
 from decoding.vllm import engine_args
 from decoding.vllm.declaration import STYLE_PROCESSOR, TEMPERATURE_PROCESSOR
 from experiments.style.sweep import DEFAULT_PROMPTS, read_prompts

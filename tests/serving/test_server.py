@@ -14,7 +14,7 @@ import pytest
 
 from decoding import TemperatureSelector
 from decoding.models import DEFAULT_MODEL, load_tokenizer
-from decoding.style.priors import name_and_file
+from decoding.style.training import name_and_file
 from experiments.long_context.evaluate import passkey_prompt
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")

@@ -11,7 +11,7 @@ import torch
 
 from decoding import TemperatureSelector
 from decoding.models import DEFAULT_MODEL, load_tokenizer, resolve_model
-from decoding.style.priors import name_and_file
+from decoding.style.training import name_and_file
 from decoding.vllm import engine_args
 from decoding.vllm.temperatures import model_size_of
 from tests.serving import test_v2_slots as stand_in

@@ -6,8 +6,8 @@ import torch
 from transformers import LogitsProcessorList
 
 from decoding import DecodingError, NGramModel, StylePrior
-from decoding.style.priors import train_prior
 from decoding.style.source import Corpus
+from decoding.style.training import train_prior
 from tests.conftest import TEXT, make_model, make_tokenizer
 
 PAD = 0

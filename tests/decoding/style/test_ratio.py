@@ -6,7 +6,8 @@ import torch
 
 from decoding import DecodingError, NGramModel, StylePrior, generate
 from decoding.style import strength
-from decoding.style.ratio import MOST_LOG_RATIO, RARE, frequencies, log_ratio, model_frequencies, ratio_to
+from decoding.style.background import model_frequencies
+from decoding.style.ratio import MOST_LOG_RATIO, RARE, frequencies, log_ratio, ratio_to
 from decoding.style.strength import Trial, choose_strength, held_out_part
 from tests.conftest import TEXT, WORDS
 
@@ -27,8 +28,8 @@ def long_style(tmp_path):
 def short_openings():
     """Two beginnings, and few tokens: a tiny model needs no more."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("decoding.style.ratio.openings", lambda: ("the captain", "rain"))
-        patch.setattr("decoding.style.ratio._TOKENS_PER_OPENING", 16)
+        patch.setattr("decoding.style.background.openings", lambda: ("the captain", "rain"))
+        patch.setattr("decoding.style.background._TOKENS_PER_OPENING", 16)
         yield
 
 

@@ -6,16 +6,10 @@ import numpy as np
 import pytest
 
 from decoding import DecodingError
-from decoding.style.source import (
-    REMOTE_STYLES,
-    Corpus,
-    Remote,
-    is_hard_wrapped,
-    load_corpus,
-    registered_styles,
-    tokenize,
-    unwrap,
-)
+from decoding.style.registered import REMOTE_STYLES, Remote, registered_styles
+from decoding.style.source import Corpus, load_corpus
+from decoding.style.text import is_hard_wrapped, unwrap
+from decoding.tokens import tokenize
 
 
 def test_a_text_file(style_file):
@@ -123,14 +117,14 @@ def test_registered_texts_have_checksums():
 
 def test_tokens_are_cached(tokenizer):
     corpus = Corpus("x", ("the captain said", "night"))
-    first = tokenize(corpus, tokenizer)
+    first = tokenize(corpus.documents, tokenizer)
     assert [ids.tolist() for ids in first] == [tokenizer(d)["input_ids"] for d in corpus.documents]
 
     class Unused:
         name_or_path = ""
         get_vocab = tokenizer.get_vocab
 
-    again = tokenize(corpus, Unused())
+    again = tokenize(corpus.documents, Unused())
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 

@@ -36,8 +36,8 @@ def few_cells(monkeypatch):
     methods = tuple(m._replace(lambdas=m.lambdas[-1:]) for m in compare.METHODS if m.name in kept)
     monkeypatch.setattr(compare, "METHODS", methods)
     monkeypatch.setattr(compare, "TEMPERATURES", (0.5, 1.0))
-    monkeypatch.setattr("decoding.style.ratio.openings", lambda: ("the captain", "rain"))
-    monkeypatch.setattr("decoding.style.ratio._TOKENS_PER_OPENING", 8)
+    monkeypatch.setattr("decoding.style.background.openings", lambda: ("the captain", "rain"))
+    monkeypatch.setattr("decoding.style.background._TOKENS_PER_OPENING", 8)
 
 
 def test_a_comparison_from_the_command_line(model_folder, corpora, few_cells, tmp_path):

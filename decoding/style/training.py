@@ -1,8 +1,7 @@
-"""Priors: n-gram models bound to a tokenizer by its fingerprint, made from any style."""
+"""What users call a style, as an n-gram model for a tokenizer: trained on a text, or opened."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -10,22 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from decoding.cache import cache_file
 from decoding.errors import DecodingError
-from decoding.style.source import (
-    DEFAULT_STYLE,
-    Corpus,
-    cache_dir,
-    load_corpus,
-    split_name,
-    tokenize,
-    tokenizer_fingerprint,
-)
+from decoding.hub import may_be_hub_id
+from decoding.style.files import check_tokenizer, is_saved_prior, load_prior
+from decoding.style.registered import DEFAULT_STYLE
+from decoding.style.source import Corpus, load_corpus, split_name
+from decoding.tokens import tokenize, tokenizer_fingerprint
 from ngram import NGramError, NGramModel
 from ngram.storage import FORMAT
 
 DEFAULT_ORDER = 3
 DEFAULT_SMOOTHING = "kneser-ney"
-PRIOR_FILE = "prior.safetensors"
 
 
 def train_prior(
@@ -40,7 +35,7 @@ def train_prior(
     Raises:
         DecodingError: the corpus is too short, or the parameters are off.
     """
-    return prior_of_tokens(tokenize(corpus, tokenizer), corpus, tokenizer, order, smoothing)
+    return prior_of_tokens(tokenize(corpus.documents, tokenizer), corpus, tokenizer, order, smoothing)
 
 
 def prior_of_tokens(
@@ -69,59 +64,6 @@ def prior_of_tokens(
         raise DecodingError(f"cannot train a prior of style {corpus.name!r}: {error}") from error
 
 
-def is_saved_prior(style: str | PathLike) -> bool:
-    """Whether a path names a saved prior: a .safetensors file, or a folder with one named as we name it."""
-    path = Path(style)
-    return path.suffix == ".safetensors" or (path / PRIOR_FILE).is_file()
-
-
-def may_be_hub_id(source: str) -> bool:
-    """Whether a text that names nothing here has the form of a repository on the hub, OWNER/NAME."""
-    return source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
-
-
-def require_distinct(names: Sequence[str]) -> None:
-    """Refuses styles of one name.
-
-    Raises:
-        DecodingError: as said.
-    """
-    if len(set(names)) < len(names):
-        raise DecodingError(f"two styles have one name ({', '.join(names)}): name them with NAME=SPEC")
-
-
-def load_prior(path: str | PathLike, tokenizer: Any | None = None) -> NGramModel:
-    """Opens a saved prior, and checks it against a tokenizer if one is given.
-
-    Raises:
-        DecodingError: no such prior, a damaged one, or one of another tokenizer.
-    """
-    path = Path(path)
-    try:
-        model = NGramModel.load(path / PRIOR_FILE if path.is_dir() else path)
-    except NGramError as error:
-        raise DecodingError(str(error)) from error
-    if tokenizer is not None:
-        check_tokenizer(model, tokenizer)
-    return model
-
-
-def check_tokenizer(model: NGramModel, tokenizer: Any) -> None:
-    """Refuses a prior whose token ids mean something else. A model without a fingerprint is taken at its word.
-
-    Raises:
-        DecodingError: another tokenizer's prior, or one with more ids than the tokenizer.
-    """
-    name, sha256 = tokenizer_fingerprint(tokenizer)
-    if model.metadata.get("tokenizer_sha256", sha256) != sha256:
-        raise DecodingError(
-            f"the prior was trained with tokenizer {model.metadata.get('tokenizer')!r}, and this one is {name!r}: "
-            "train it again with `decoding style train`"
-        )
-    if model.vocab_size > len(tokenizer):
-        raise DecodingError(f"the prior has {model.vocab_size} token ids, tokenizer {name!r} has {len(tokenizer)}")
-
-
 def name_and_file(
     spec: str, tokenizer: Any, *, field: str | None = None, order: int, smoothing: str
 ) -> tuple[str, str]:
@@ -146,7 +88,7 @@ def name_and_file(
         return name or source.split("/")[1], source
     corpus = load_corpus(spec, field)
     parts = (FORMAT, corpus.sha256, tokenizer_fingerprint(tokenizer)[1], str(order), smoothing)
-    path = cache_dir() / "priors" / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:32]}.safetensors"
+    path = cache_file("priors", " ".join(parts), ".safetensors")
     if not path.is_file():
         train_prior(corpus, tokenizer, order, smoothing).save(path)
     return corpus.name, str(path)

@@ -1,0 +1,117 @@
+"""Saved priors: an n-gram model alone, or a folder that also says how it steers. Read with checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from decoding.errors import DecodingError
+from decoding.hub import find_file
+from decoding.style.steering import GuardSettings
+from decoding.tokens import tokenizer_fingerprint
+from ngram import NGramError, NGramModel
+from ngram.storage import write_atomically
+
+PRIOR_FILE = "prior.safetensors"
+CONFIG_FILE = "style_prior.json"
+RATIO_FILE = "ratio.safetensors"
+SETTINGS = ("orders", "weights", "combine", "mode", *GuardSettings._fields)
+"""Parameters of `StylePrior` that CONFIG_FILE keeps beside "lambda"; what an older file lacks has its default."""
+_WHAT = "style prior"
+
+
+class SavedStyle(NamedTuple):
+    """What a folder holds: the n-gram model, λ, the values of `SETTINGS`, and the row r of mode "ratio"."""
+
+    model: NGramModel
+    lambda_: float
+    settings: Mapping[str, Any]
+    log_ratio: Tensor | None
+
+
+def write_folder(style: SavedStyle, folder: str | PathLike) -> None:
+    """Writes a folder."""
+    style.model.save(Path(folder) / PRIOR_FILE)
+    if style.log_ratio is not None:
+        write_atomically(Path(folder) / RATIO_FILE, save({"log_ratio": style.log_ratio}))
+    config = {"lambda": style.lambda_, **style.settings}
+    write_atomically(Path(folder) / CONFIG_FILE, json.dumps(config, indent=2).encode())
+
+
+def read_folder(name_or_path: str | PathLike, tokenizer: Any | None, hub: dict[str, Any]) -> SavedStyle:
+    """Opens a folder, or a repository on the hub.
+
+    Args:
+        name_or_path: which.
+        tokenizer: checked against the prior's fingerprint, if given.
+        hub: options of ``hf_hub_download``.
+
+    Raises:
+        DecodingError: nothing there, damaged, or of another tokenizer.
+    """
+    model = load_prior(find_file(name_or_path, PRIOR_FILE, _WHAT, hub), tokenizer)
+    path = find_file(name_or_path, CONFIG_FILE, _WHAT, hub)
+    try:
+        config = json.loads(path.read_bytes())
+        lambda_, settings = config["lambda"], {key: config[key] for key in SETTINGS if key in config}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DecodingError(f"{path} is damaged: {error!r}") from error
+    has_ratio = settings.get("mode") == "ratio"
+    log_ratio = _log_ratio(find_file(name_or_path, RATIO_FILE, _WHAT, hub), model) if has_ratio else None
+    return SavedStyle(model, lambda_, settings, log_ratio)
+
+
+def _log_ratio(path: Path, model: NGramModel) -> Tensor:
+    try:
+        row = load_file(path)["log_ratio"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DecodingError(f"{path} is damaged: {error}") from error
+    if row.dtype != torch.float32 or row.shape != (model.vocab_size,) or not torch.isfinite(row).all():
+        raise DecodingError(f"{path} is damaged: it must hold one finite float32 number for each of the prior's ids")
+    return row
+
+
+def is_saved_prior(style: str | PathLike) -> bool:
+    """Whether a path names a saved prior: a .safetensors file, or a folder with one named as we name it."""
+    path = Path(style)
+    return path.suffix == ".safetensors" or (path / PRIOR_FILE).is_file()
+
+
+def load_prior(path: str | PathLike, tokenizer: Any | None = None) -> NGramModel:
+    """Opens a saved prior, and checks it against a tokenizer if one is given.
+
+    Raises:
+        DecodingError: no such prior, a damaged one, or one of another tokenizer.
+    """
+    path = Path(path)
+    try:
+        model = NGramModel.load(path / PRIOR_FILE if path.is_dir() else path)
+    except NGramError as error:
+        raise DecodingError(str(error)) from error
+    if tokenizer is not None:
+        check_tokenizer(model, tokenizer)
+    return model
+
+
+def check_tokenizer(model: NGramModel, tokenizer: Any) -> None:
+    """Refuses a prior whose token ids mean something else. A model without a fingerprint is taken at its word.
+
+    Raises:
+        DecodingError: another tokenizer's prior, or one with more ids than the tokenizer.
+    """
+    name, sha256 = tokenizer_fingerprint(tokenizer)
+    if model.metadata.get("tokenizer_sha256", sha256) != sha256:
+        raise DecodingError(
+            f"the prior was trained with tokenizer {model.metadata.get('tokenizer')!r}, and this one is {name!r}: "
+            "train it again with `decoding style train`"
+        )
+    if model.vocab_size > len(tokenizer):
+        raise DecodingError(f"the prior has {model.vocab_size} token ids, tokenizer {name!r} has {len(tokenizer)}")
