@@ -1,8 +1,7 @@
 """ChunkLLM: key-value selection by chunks of the context, with trained adapters or without (arXiv 2510.02361)."""
 
 from chunkllm.adapters import AdapterConfig, AdapterScorer, BoundaryDetector, ChunkAdapters
-from chunkllm.contiguous.attach import Attachment, ChunkSelection
-from chunkllm.contiguous.cache import ChunkCache
+from chunkllm.contiguous import Attachment, ChunkCache, ChunkSelection
 from chunkllm.errors import ChunkError
 from chunkllm.scorers import PooledScorer, Scorer
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DEFAULT_BUDGET = 2048
+DEFAULT_LOCAL, DEFAULT_SINKS = 64, 4
 _LEAST_WEIGHT = 0.5
 
 

@@ -1,4 +1,4 @@
-"""Answers from a device, and copies to it, without waiting for it."""
+"""Answers from a device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,3 @@ class LateAnswer:
             self._event = torch.cuda.Event()
             self._event.record()
         return known
-
-
-def send(values: Tensor, device: torch.device | str) -> Tensor:
-    """Copies a tensor of the host to a device. On CUDA by way of pinned memory: from elsewhere the copy would wait."""
-    if torch.device(device).type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)

@@ -20,7 +20,6 @@ as to carry out.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -31,6 +30,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from ngram.walk import Walk
 
 NEVER = -1e30
 """Log-probability of what cannot occur. Finite, so that a weight of 0 leaves scores as they are (0 · −inf is NaN)."""
@@ -201,7 +202,9 @@ class Tables:
             prior: whose contexts: one for all rows, or int64 [B].
         """
         if len(history) <= MOST_ROWS_WALKED and counts_on_host(history.device):
-            return self._walk(history, prior)
+            priors = prior.tolist() if isinstance(prior, Tensor) else repeat(prior)
+            found = self._walk.find(history[:, 1 - self.order :].tolist(), priors)
+            return Contexts(*torch.tensor(found, dtype=torch.int32).view(-1, 3).unbind(1))
         longest = self.order - 1
         window = history[:, -longest:].clamp(max=self.vocab_size)
         if window.shape[1] < longest:
@@ -211,11 +214,11 @@ class Tables:
             starting = torch.add(window, prior[:, None], alpha=self.stride)
         elif prior:
             starting = window + prior * self.stride
-        found = [starting[:, -1]]
+        last = [starting[:, -1]]
         for length in range(2, self.order):
             starting = self._children(length, starting[:, :-1], window[:, length - 1 :])
-            found.append(starting[:, -1])
-        nodes = torch.stack(found, 1).add_(self._first_node_row).view(-1)
+            last.append(starting[:, -1])
+        nodes = torch.stack(last, 1).add_(self._first_node_row).view(-1)
         starts, ends, codes = self._records(nodes)
         if isinstance(prior, Tensor):
             codes = codes + self.book_starts.index_select(0, prior).repeat_interleave(longest)
@@ -223,38 +226,21 @@ class Tables:
             codes = codes + self.book_starts[prior : prior + 1]  # 1-D, or the sum would stay in int16
         return Contexts(starts, ends, codes)
 
-    def _walk(self, history: Tensor, prior: int | Tensor) -> Contexts:
-        """`find` for a few rows on the host: in plain Python, whose step costs a tenth of a tensor operation's."""
-        nodes, runs, words = self._buffers
-
-        def span(node: int) -> tuple[int, int]:
-            after = node + 1
-            return runs[node >> RUN_BITS] + nodes[2 * node], runs[after >> RUN_BITS] + nodes[2 * after]
-
-        found: list[tuple[int, int, int]] = []
-        priors = prior.tolist() if isinstance(prior, Tensor) else repeat(prior)
-        for tokens, owner in zip(history[:, 1 - self.order :].tolist(), priors, strict=False):
-            for length in range(1, self.order):
-                context = tokens[-length:]
-                known = len(context) == length and 0 <= context[0] < self.vocab_size
-                node = 1 + owner * self.stride + context[0] if known else 0
-                for k, token in enumerate(context[1:], start=2):
-                    begin, end = span(node)
-                    at = bisect_left(words, token - self.word_bias, begin, end)
-                    if at == end or words[at] != token - self.word_bias:
-                        node = 0
-                        break
-                    node = self.first_nodes[k - 1] + at - self.first_ngrams[k - 2]
-                found.append((*span(node), nodes[2 * node + 1] + self._host_book_starts[owner]))
-        return Contexts(*torch.tensor(found, dtype=torch.int32).view(-1, 3).unbind(1))
-
     @cached_property
-    def _buffers(self) -> tuple[memoryview, ...]:
-        return tuple(each.reshape(-1).numpy().data for each in (self.nodes, self.runs, self.words))
-
-    @cached_property
-    def _host_book_starts(self) -> list[int]:
-        return self.book_starts.tolist()
+    def _walk(self) -> Walk:
+        nodes, runs, words = (each.reshape(-1).numpy().data for each in (self.nodes, self.runs, self.words))
+        return Walk(
+            nodes=nodes,
+            runs=runs,
+            words=words,
+            book_starts=self.book_starts.tolist(),
+            first_nodes=self.first_nodes,
+            first_ngrams=self.first_ngrams,
+            vocab_size=self.vocab_size,
+            stride=self.stride,
+            word_bias=self.word_bias,
+            run_bits=RUN_BITS,
+        )
 
     def _records(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each node, numbered over all lengths: where its continuations begin and end, and its back-off's code."""

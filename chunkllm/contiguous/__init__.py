@@ -1,1 +1,6 @@
 """Chunk selection in transformers, over a cache whose rows are contiguous."""
+
+from chunkllm.contiguous.attach import Attachment, ChunkSelection
+from chunkllm.contiguous.cache import ChunkCache
+
+__all__ = ["Attachment", "ChunkCache", "ChunkSelection"]

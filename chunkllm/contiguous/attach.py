@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache
@@ -17,54 +15,14 @@ from chunkllm.boundaries import punctuation_boundaries
 from chunkllm.contiguous.attention import intercept
 from chunkllm.contiguous.cache import ChunkCache
 from chunkllm.contiguous.layer import ChunkLayer
+from chunkllm.contiguous.plan import Counters, Plan
 from chunkllm.errors import ChunkError
 from chunkllm.models import CACHE_NAMES, ModelShape, cache_argument, model_shape
 from chunkllm.scorers import PooledScorer, Scorer
-from chunkllm.selection import layer_weights
+from chunkllm.selection import DEFAULT_BUDGET, DEFAULT_LOCAL, DEFAULT_SINKS, layer_weights
 
-DEFAULT_BUDGET = 2048
-DEFAULT_LOCAL, DEFAULT_SINKS, DEFAULT_MAX_CHUNK = 64, 4, 32
-FIXED_CHUNK = 20
+DEFAULT_MAX_CHUNK, FIXED_CHUNK = 32, 20
 _attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A selection's settings for one model; see `ChunkSelection` for what they mean."""
-
-    owner: ChunkSelection
-    config: Any
-    shape: ModelShape
-    scorer: Scorer
-    top_k: int | None
-    budget: int | None
-    retention: float
-    local: int
-    sinks: int
-    max_chunk: int
-    weights: Tensor
-    vote: bool
-    every_step: bool
-    offload: bool
-
-
-@dataclass
-class Counters:
-    """What happened since a selection was attached. Kept tokens are counted per layer, over rows and decode steps."""
-
-    steps: int = 0
-    boundaries: int = 0
-    selections: int = 0
-    total: int = 0
-    kept: dict[int, int] = field(default_factory=dict)
-    layers: tuple[int, ...] = ()
-
-    def count(self, kept: np.ndarray, total: np.ndarray) -> None:
-        """Adds a decode step: kept tokens int64 [L, B] of int64 [B]."""
-        self.steps += 1
-        self.total += int(total.sum())
-        for layer, tokens in zip(self.layers, kept.sum(1).tolist(), strict=True):
-            self.kept[layer] = self.kept.get(layer, 0) + tokens
 
 
 class ChunkSelection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +11,12 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from chunkllm.contiguous.layer import ChunkLayer
-from chunkllm.contiguous.table import Arriving, ChunkTable, send
+from chunkllm.contiguous.plan import Counters, Plan
+from chunkllm.contiguous.table import ChunkTable
 from chunkllm.errors import ChunkError
+from chunkllm.late import Arriving, send
 from chunkllm.scorers import Scorer, chunk_scores
 from chunkllm.selection import Chunks, Rows, choose_tokens, divide, selectable, worth
-
-if TYPE_CHECKING:
-    from chunkllm.contiguous.attach import Counters, Plan
 
 _GROWTH = 1.01
 

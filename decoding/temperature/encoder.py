@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
+from chunkllm.late import send
 from decoding.errors import DecodingError
-from decoding.late import send
 from decoding.packages import require_package
 
 DEFAULT_ENCODER = "minilm-l6"

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from chunkllm.late import send
 from decoding.errors import DecodingError
 from decoding.hub import find_file, upload
-from decoding.late import send
 from decoding.models import model_fingerprint
 from decoding.temperature.abilities import ABILITIES, DEFAULT_TOLERANCE, best_temperatures, lowest_within
 from decoding.temperature.encoder import Encoder, load_encoder

@@ -16,11 +16,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from chunkllm import ChunkAdapters, ChunkError, PooledScorer, Scorer
-from chunkllm.contiguous.attach import DEFAULT_LOCAL, DEFAULT_SINKS
+from chunkllm.late import send
 from chunkllm.paged.selection import PagedSelection, Reading, Step, local_blocks
-from chunkllm.selection import layer_weights
+from chunkllm.selection import DEFAULT_LOCAL, DEFAULT_SINKS, layer_weights
 from decoding.errors import DecodingError
-from decoding.late import send
 from decoding.vllm.declaration import CHUNKS_KEY, EMBEDDED, DeclaredChunks, checked_chunks
 from decoding.vllm.v1 import budget_rows
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from chunkllm.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from chunkllm.contiguous.attach import DEFAULT_BUDGET
+from chunkllm.selection import DEFAULT_BUDGET
 from decoding.errors import DecodingError
 from decoding.hub import may_be_hub_id
 from decoding.style.files import is_saved_prior

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from decoding.late import send
+from chunkllm.late import send
 from decoding.vllm.requests import Layer, LoadedStyles, layers_of, leaves_temperature_open, requested_budget
 from decoding.vllm.temperatures import PromptTemperatures
 

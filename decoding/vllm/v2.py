@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoding.late import send
+from chunkllm.late import send
 from decoding.vllm.requests import MOST_STYLES_PER_REQUEST, Layer, LoadedStyles, leaves_temperature_open
 from decoding.vllm.temperatures import PromptTemperatures
 

@@ -1,0 +1,51 @@
+"""What is selected in one model, and what is counted while it happens: below both the hooks and the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from chunkllm.models import ModelShape
+from chunkllm.scorers import Scorer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A selection's settings for one model; see `ChunkSelection` for what they mean."""
+
+    owner: object  # the selection: a cache goes on with no other's
+    config: Any
+    shape: ModelShape
+    scorer: Scorer
+    top_k: int | None
+    budget: int | None
+    retention: float
+    local: int
+    sinks: int
+    max_chunk: int
+    weights: Tensor
+    vote: bool
+    every_step: bool
+    offload: bool
+
+
+@dataclass
+class Counters:
+    """What happened since a selection was attached. Kept tokens are counted per layer, over rows and decode steps."""
+
+    steps: int = 0
+    boundaries: int = 0
+    selections: int = 0
+    total: int = 0
+    kept: dict[int, int] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
+
+    def count(self, kept: np.ndarray, total: np.ndarray) -> None:
+        """Adds a decode step: kept tokens int64 [L, B] of int64 [B]."""
+        self.steps += 1
+        self.total += int(total.sum())
+        for layer, tokens in zip(self.layers, kept.sum(1).tolist(), strict=True):
+            self.kept[layer] = self.kept.get(layer, 0) + tokens
