@@ -1,5 +1,34 @@
-"""``python -m decoding``."""
+"""``decoding`` and ``python -m decoding``."""
 
-from decoding.cli import main
+from __future__ import annotations
 
-main()
+import re
+import sys
+import warnings
+from pathlib import Path
+
+from decoding.neighbours import installed_neighbours
+
+
+def main() -> None:
+    """Runs the command line."""
+    for sentence in installed_neighbours():
+        print(f"Warning: {sentence}", file=sys.stderr)  # noqa: T201  # click may not be there yet
+        warnings.filterwarnings("ignore", message=re.escape(sentence))  # nor is it said again
+    try:
+        from decoding.cli import cli
+    except ImportError as error:
+        print(f"Error: the installation is broken ({error})", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    cli(prog_name="decoding")
+
+
+def _leave_the_working_folder_out() -> None:
+    """As the command does: ``python -m`` would look for packages in the user's own folder first."""
+    if sys.path and Path(sys.path[0]).resolve() == Path.cwd() != Path(__file__).parents[1]:
+        del sys.path[0]
+
+
+if __name__ == "__main__":
+    _leave_the_working_folder_out()
+    main()

@@ -11,29 +11,11 @@ from typing import Any, get_args
 
 import click
 
-from chunkllm.errors import ChunkError
 from decoding.errors import DecodingError
+from decoding.files import require_writable
 from decoding.models import DEFAULT_MODEL
 from decoding.style.prior import Mode, StylePrior
 from decoding.style.registered import registered_styles
-from ngram import NGramError
-
-
-class BadInput(click.ClickException):
-    """One line, and exit status 2."""
-
-    exit_code = 2
-
-
-class Group(click.Group):
-    """Turns the errors that users can mend into one line and exit status 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command."""
-        try:
-            return super().invoke(ctx)
-        except (DecodingError, NGramError, ChunkError) as error:
-            raise BadInput(str(error)) from error
 
 
 class Numbers(click.ParamType):
@@ -78,6 +60,19 @@ class TemperatureOrAuto(click.ParamType):
         return number
 
 
+class Writable(click.Path):
+    """A file that can be written; found out before anything is computed."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Tries the place."""
+        path = Path(str(super().convert(value, param, ctx)))
+        require_writable(path)
+        return path
+
+
 def parse_numbers(text: str, name: str) -> tuple[float, ...]:
     """A range ``first:last[:step]`` (step 0.1 by default, last included) or a list with commas, ascending.
 
@@ -111,6 +106,8 @@ any_lambda = click.option("--allow-any-lambda", is_flag=True, help="Accept λ ou
 prompts = click.option(
     "--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default."
 )
+figures = click.option("--json", "out", type=Writable(), help="Also write the figures here.")
+picture = click.option("--picture", type=Writable(), help="Also draw speed over context here, a .png file.")
 batch_size = click.option("--batch-size", default=24, show_default=True, type=click.IntRange(min=1))
 style_help = f"{', '.join(registered_styles())}, a text file, a folder, a .jsonl file, or a saved prior."
 out = click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; a new one by default.")
@@ -160,10 +157,10 @@ def out_folder(given: Path | None, where: str) -> Path:
     return given or Path(where) / datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
-def until_interrupted(work: Callable[[], Any], folder: Path) -> Any:
-    """Does some work in a run folder; an interruption ends the command and says how to go on."""
+def until_interrupted(work: Callable[[], Any], folder: Path, kept: str = "finished cells are kept") -> Any:
+    """Does some work in a run folder; an interruption ends the command and says what is kept and how to go on."""
     try:
         return work()
     except KeyboardInterrupt:
-        click.echo(f"\ninterrupted; finished cells are kept: go on with --resume --out {folder}", err=True)
+        click.echo(f"\ninterrupted; {kept}: go on with --resume --out {folder}", err=True)
         sys.exit(130)

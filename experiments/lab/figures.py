@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.lab.runs import environment
+from decoding.environment import environment
 from ngram.storage import write_atomically
 
 

@@ -7,21 +7,44 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from decoding.environment import environment
 from decoding.errors import DecodingError
 from decoding.files import require_writable
-from decoding.models import cpu_capabilities
+from decoding.models import model_fingerprint
+from decoding.tokens import tokenizer_fingerprint
+from experiments.lab.cells import Cell
 from ngram.storage import write_atomically
 
-_HEADER = "run.json"
+HEADER, CELLS = "run.json", "cells"
+ADDED_SINCE_0_1_0 = ("tokenizer_sha256",)
+C = TypeVar("C", bound=Cell)
+
+
+def settings_of(name: str, model: Any, tokenizer: Any | None = None) -> dict[str, Any]:
+    """What results say of the model that they were measured on. (What it ran on is `RunFolder`'s to say.)
+
+    Args:
+        name: how the user called it.
+        model: a causal language model.
+        tokenizer: its tokenizer, where results depend on more of it than the ids of texts that they name.
+    """
+    settings = {
+        "model": name,
+        "model_fingerprint": model_fingerprint(model),
+        "dtype": dtype_of(model),
+    }
+    return settings if tokenizer is None else settings | {"tokenizer_sha256": tokenizer_fingerprint(tokenizer)[1]}
+
+
+def dtype_of(model: Any) -> str:
+    """Of its parameters, by name."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 class RunFolder:
@@ -45,19 +68,19 @@ class RunFolder:
         environments = held.pop("environments", []) if held else []
         if held is None or not resume:
             check_unused(self.path)
-        elif differing := sorted(key for key in held.keys() | settings if held.get(key) != settings.get(key)):
+        elif differing := _differing(held, settings):
             raise DecodingError(
                 f"the run in {self.path} has another {differing[0]} ({_shown(held.get(differing[0]))}, "
                 f"not {_shown(settings.get(differing[0]))}): choose another --out"
             )
         here = environment()
         self.settings = {**settings, "environments": [*(other for other in environments if other != here), here]}
-        self._cells = self.path / "cells"
+        self._cells = self.path / CELLS
         self._cells.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / _HEADER, json.dumps(self.settings, indent=1, ensure_ascii=False).encode())
+        write_atomically(self.path / HEADER, json.dumps(self.settings, indent=1, ensure_ascii=False).encode())
 
     def _held_settings(self) -> dict[str, Any] | None:
-        header = self.path / _HEADER
+        header = self.path / HEADER
         if not header.is_file():
             return None
         try:
@@ -65,14 +88,17 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise DecodingError(f"{header} is damaged: choose another --out") from error
 
-    def read(self, key: str) -> dict[str, Any] | None:
-        """A finished cell, or None."""
-        path = self._cells / f"{key}.json"
-        return json.loads(path.read_bytes()) if path.is_file() else None
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """A finished cell's record, or None."""
+        for name in (cell.key, cell.label):
+            path = self._cells / f"{name}.json"
+            if path.is_file():
+                return json.loads(path.read_bytes())
+        return None
 
-    def write(self, key: str, record: dict[str, Any]) -> None:
+    def write(self, cell: Cell, record: dict[str, Any]) -> None:
         """Keeps a finished cell."""
-        write_atomically(self._cells / f"{key}.json", json.dumps(record, ensure_ascii=False).encode())
+        write_atomically(self._cells / f"{cell.key}.json", json.dumps(record, ensure_ascii=False).encode())
 
 
 def progress_of_cells() -> Progress:
@@ -83,31 +109,44 @@ def progress_of_cells() -> Progress:
 
 def finish(
     folder: RunFolder,
-    cells: Sequence[Any],
-    records: dict[Any, dict[str, Any]],
-    measured: Callable[[Any], dict[str, Any]],
-    summary: Callable[[Any, dict[str, Any]], str] | None = None,
-) -> None:
+    cells: Sequence[C],
+    measured: Callable[[C], dict[str, Any]],
+    records: dict[C, dict[str, Any]] | None = None,
+    summary: Callable[[C, dict[str, Any]], str] | None = None,
+    title: str = "cells",
+) -> dict[C, dict[str, Any]]:
     """Measures the cells that are not on disk yet, with progress, and keeps each.
 
     Args:
         folder: of the run.
-        cells: each has a ``key``, the name of its record.
-        records: by cell; afterwards it holds all of ``cells``.
+        cells: all of them.
         measured: makes a cell's record.
+        records: where to put all records, as soon as they are there; a new dictionary by default.
         summary: a line to print of each.
+        title: of the bar.
+
+    Returns:
+        ``records``.
     """
-    records |= {cell: record for cell in cells if (record := folder.read(cell.key)) is not None}
+    records = {} if records is None else records
+    records |= {cell: record for cell in cells if (record := folder.read(cell)) is not None}
     todo = [cell for cell in cells if cell not in records]
     with progress_of_cells() as progress:
-        task = progress.add_task("cells", total=len(todo))
+        task = progress.add_task(title, total=len(todo))
         for cell in todo:
             record = measured(cell)
-            folder.write(cell.key, record)
+            folder.write(cell, record)
             records[cell] = record
             progress.advance(task)
             if summary is not None:
                 progress.console.print(summary(cell, record), highlight=False, soft_wrap=True)
+    return records
+
+
+def _differing(held: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Names of settings that are not those of the run. One that its version did not keep yet is taken for the same."""
+    settings = {key: value for key, value in settings.items() if key in held or key not in ADDED_SINCE_0_1_0}
+    return sorted(key for key in held.keys() | settings if held.get(key) != settings.get(key))
 
 
 def _shown(value: Any) -> str:
@@ -121,21 +160,10 @@ def check_unused(path: Path) -> None:
     Raises:
         DecodingError: as said.
     """
-    if (path / _HEADER).is_file():
+    if (path / HEADER).is_file():
         raise DecodingError(f"{path} holds a run already: add --resume to go on with it, or choose another --out")
     if path.exists() and not path.is_dir():
         raise DecodingError(f"{path} is a file: choose another --out")
     if path.is_dir() and any(path.iterdir()):
         raise DecodingError(f"{path} holds other files: choose a new folder with --out")
     require_writable(path)
-
-
-def environment() -> dict[str, Any]:
-    """What a run ran on: versions, processor, threads and accelerator."""
-    packages = {name: version(name) for name in ("decoding-middleware", "torch", "transformers", "numpy")}
-    return {
-        "versions": packages | {"python": platform.python_version()},
-        "cpu": cpu_capabilities().get("cpu_name", platform.processor()),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }

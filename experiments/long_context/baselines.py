@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from chunkllm import Attachment, ChunkAdapters, ChunkSelection, PooledScorer, Scorer
 from chunkllm.models import model_shape
 from chunkllm.scorers import ChunkStatistics
+from decoding import hooks
 
 PAGE = 16
 FIXED = 20
@@ -133,3 +135,12 @@ METHODS: dict[str, Callable[[Setting], Attachment]] = {
     "sinks + recent" + BY_LAYER: lambda s: s.by_sentence(RecentScorer(), adaptive=True),
     "random chunks": lambda s: s.by_sentence(RandomScorer(), adaptive=False),
 }
+
+
+def all_methods() -> dict[str, Callable[[Setting], Attachment]]:
+    """`METHODS`, and the scorers of other packages (`decoding.hooks.SCORERS`), with chunks as ChunkLLM has them."""
+    return METHODS | {name: partial(_added, name) for name in hooks.SCORERS.names}
+
+
+def _added(name: str, setting: Setting) -> Attachment:
+    return setting.by_sentence(hooks.SCORERS.load(name)(model_shape(setting.model)), adaptive=False)

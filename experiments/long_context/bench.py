@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,9 +31,7 @@ from chunkllm.contiguous.attention import intercept
 from chunkllm.contiguous.layer import ChunkLayer, grouped_attention
 from chunkllm.models import cache_argument
 from experiments.lab.figures import Figure, interleaved, not_measured, ratio_of, report
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from experiments.lab.pictures import plt, save
 
 BUDGET = 2048
 CHUNK = 20
@@ -356,5 +353,4 @@ def draw(options: BenchOptions, times: Times, picture: Path) -> None:
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    save(figure, picture)

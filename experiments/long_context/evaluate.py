@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,15 @@ from decoding.errors import DecodingError
 from decoding.metrics import token_log_probs
 from decoding.style.source import load_corpus
 from decoding.tokens import tokenize
-from experiments.lab.runs import RunFolder, progress_of_cells
-from experiments.long_context.baselines import BY_LAYER, FULL, METHODS, Setting
+from experiments.lab.cells import Cell
+from experiments.lab.runs import RunFolder, finish
+from experiments.long_context.baselines import BY_LAYER, FULL, METHODS, Setting, all_methods
 from ngram.storage import write_atomically
 
 _LAST = 8  # Tokens of a prompt that the selection's own model pass reads, for their queries.
 _RECALL_EVERY = 64
 _ANSWER = 8
 _SHORT = 512
-SHORT_KEY = "short"
 TEXTS_FILE = "texts.json"
 
 _TASK = (
@@ -48,11 +47,51 @@ _QUESTION = "What is the pass key? The pass key is"
 
 
 @dataclass(frozen=True)
+class TextCell(Cell):
+    """Held-out texts under a method that keeps a share of the tokens."""
+
+    method: str
+    retention: float
+
+    @property
+    def label(self) -> str:
+        """See `Cell`."""
+        name = "".join(character if character.isalnum() else "-" for character in self.method)
+        return f"text-{name}-{self.retention:g}"
+
+
+@dataclass(frozen=True)
+class PasskeyCell(Cell):
+    """What all methods answer to prompts of a length, the key at a place."""
+
+    length: int
+    place: int
+
+    @property
+    def label(self) -> str:
+        """See `Cell`."""
+        return f"passkey-{self.length}-{self.place}"
+
+
+@dataclass(frozen=True)
+class ShortCell(Cell):
+    """Texts from which nothing need be dropped."""
+
+    @property
+    def label(self) -> str:
+        """See `Cell`."""
+        return "short"
+
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
 class EvalOptions:
     """What a user chooses.
 
     Attributes:
-        methods: names of `METHODS`.
+        methods: names of `all_methods`.
         retentions: shares of the tokens so far to keep.
         context: tokens of a text, the last ``scored`` of which are predicted.
         scored: tokens to predict in every text.
@@ -70,10 +109,16 @@ class EvalOptions:
     passkey_keys: int = 2
 
     @property
-    def cells(self) -> list[tuple[str, float]]:
+    def compared(self) -> list[TextCell]:
         """Methods and retentions, full attention first: with everything kept all methods are one."""
         shares = sorted({share for share in self.retentions if share < 1}, reverse=True)
-        return [(FULL, 1.0), *((method, share) for share in shares for method in self.methods)]
+        return [TextCell(FULL, 1.0), *(TextCell(method, share) for share in shares for method in self.methods)]
+
+    @property
+    def passkeys(self) -> list[PasskeyCell]:
+        """Every length with every place."""
+        places = range(self.passkey_depths)
+        return [PasskeyCell(length, place) for length in self.passkey_lengths for place in places]
 
 
 @dataclass(frozen=True)
@@ -214,31 +259,23 @@ class Evaluation:
         self.texts, self.options, self.folder = texts, options, folder
         self._read: tuple[Read, Tensor] | None = None
 
-    def run(self) -> dict[str, dict[str, Any]]:
-        """All cells by key."""
-        work = [*self._text_work(), (SHORT_KEY, self._score_short), *self._passkey_work()]
-        results: dict[str, dict[str, Any]] = {}
-        with torch.inference_mode(), progress_of_cells() as progress:
-            task = progress.add_task("evaluating", total=len(work))
-            for key, compute in work:
-                held = self.folder.read(key)
-                if held is None:
-                    held = compute()
-                    self.folder.write(key, held)
-                results[key] = held
-                progress.advance(task)
-        return results
+    def run(self) -> dict[Cell, Record]:
+        """All records, by cell."""
+        cells = [*self.options.compared, ShortCell(), *self.options.passkeys]
+        with torch.inference_mode():
+            return finish(self.folder, cells, self._measured, title="evaluating")
+
+    def _measured(self, cell: Cell) -> Record:
+        if isinstance(cell, TextCell):
+            return self._score(cell.method, cell.retention)
+        return self._find(cell.length, cell.place) if isinstance(cell, PasskeyCell) else self._score_short()
 
     def attached(self, method: str, retention: float) -> Attachment:
         """A method's selection on the model."""
         setting = Setting(self.model, self.tokenizer, self.adapters, retention)
-        return METHODS[method](setting)
+        return all_methods()[method](setting)
 
-    def _text_work(self) -> Iterator[tuple[str, Any]]:
-        for method, retention in self.options.cells:
-            yield text_key(method, retention), partial(self._score, method, retention)
-
-    def _score(self, method: str, retention: float) -> dict[str, Any]:
+    def _score(self, method: str, retention: float) -> Record:
         prompt = self.options.context - self.options.scored
         ids = torch.from_numpy(np.stack([text[: self.options.context] for text in self.texts])).to(self.model.device)
         targets = ids[:, prompt:]
@@ -279,11 +316,6 @@ class Evaluation:
             output = self.model(input_ids=ids[:, i : i + 1], use_cache=True, **{name: output[name]})
         return torch.stack(losses, 1)
 
-    def _passkey_work(self) -> Iterator[tuple[str, Any]]:
-        for length in self.options.passkey_lengths:
-            for i in range(self.options.passkey_depths):
-                yield passkey_key(length, i), partial(self._find, length, i)
-
     def _find(self, length: int, place: int) -> dict[str, Any]:
         """What every method answers to prompts with the key at one depth."""
         depth = place / max(self.options.passkey_depths - 1, 1)
@@ -292,12 +324,12 @@ class Evaluation:
         prompts = [passkey_prompt(self.tokenizer, length, depth, key) for key in keys]
         batches = [read(self.model, self._ids(prompt))[0] for prompt in prompts]
         answers = {}
-        for method, retention in self.options.cells:
+        for cell in self.options.compared:
             found = []
             for batch in batches:
-                with self.attached(method, retention) as chunks:
+                with self.attached(cell.method, cell.retention) as chunks:
                     found += answer(self.model, chunks, batch, self.tokenizer)
-            answers[f"{method} {retention:g}"] = found
+            answers[answers_key(cell)] = found
         hits = {name: [key in text for key, text in zip(keys, texts, strict=True)] for name, texts in answers.items()}
         return {"length": length, "depth": depth, "keys": keys, "answers": answers, "hits": hits}
 
@@ -305,15 +337,9 @@ class Evaluation:
         return self.tokenizer(prompt, return_tensors="pt")["input_ids"].to(self.model.device)
 
 
-def text_key(method: str, retention: float) -> str:
-    """Where a method's predictions are kept."""
-    name = "".join(character if character.isalnum() else "-" for character in method)
-    return f"text-{name}-{retention:g}"
-
-
-def passkey_key(length: int, place: int) -> str:
-    """Where the answers at a length and a place are kept."""
-    return f"passkey-{length}-{place}"
+def answers_key(cell: TextCell) -> str:
+    """Under what a passkey's record has a method's answers."""
+    return f"{cell.method} {cell.retention:g}"
 
 
 def slices(documents: Sequence[np.ndarray], length: int, count: int) -> list[np.ndarray]:
@@ -383,7 +409,7 @@ def prepare(
 
 
 def chosen_methods(names: Sequence[str], adapters: ChunkAdapters | None) -> tuple[str, ...]:
-    """Those names of `METHODS`, or all but full attention, which always belongs to it.
+    """Those names of `all_methods`, or all but full attention, which always belongs to it.
 
     Raises:
         DecodingError: no such method, or one that needs adapters where there are none, or layers' sensitivities that
@@ -392,7 +418,7 @@ def chosen_methods(names: Sequence[str], adapters: ChunkAdapters | None) -> tupl
     knows_layers = adapters is not None and adapters.config.sensitivity is not None
     known = [
         name
-        for name in METHODS
+        for name in all_methods()
         if name != FULL
         and (adapters is not None or not name.startswith("adapter"))
         and (knows_layers or not name.endswith(BY_LAYER))

@@ -7,19 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
+from experiments.lab.cells import Cell
+from experiments.lab.pictures import plt, save
+from experiments.lab.tables import markdown
 from experiments.long_context.baselines import FULL
-from experiments.long_context.evaluate import SHORT_KEY, EvalOptions, passkey_key, text_key
-from experiments.style.report import markdown
+from experiments.long_context.evaluate import EvalOptions, PasskeyCell, ShortCell, TextCell, answers_key
 from ngram.storage import write_atomically
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 _COLORS = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-Cells = Mapping[str, Mapping[str, Any]]
+Cells = Mapping[Cell, Mapping[str, Any]]
 
 
 def write(cells: Cells, options: EvalOptions, settings: Mapping[str, Any], out: Path) -> str:
@@ -29,9 +27,9 @@ def write(cells: Cells, options: EvalOptions, settings: Mapping[str, Any], out: 
     parts = ["### Held-out text\n\n" + markdown(_text_table(rows))]
     if found:
         parts.append("### Passkeys found, %\n\n" + markdown(_passkey_table(found, options)))
-    parts.append(_short_line(cells[SHORT_KEY]))
+    parts.append(_short_line(cells[ShortCell()]))
     text = "\n".join(parts)
-    content = {"settings": settings, "text": rows, "short": cells[SHORT_KEY], "passkey": found}
+    content = {"settings": settings, "text": rows, "short": cells[ShortCell()], "passkey": found}
     write_atomically(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
     write_atomically(out / "results.md", text.encode())
     _draw_quality(rows, options, out / "quality.png")
@@ -51,16 +49,16 @@ def _short_line(cell: Mapping[str, Any]) -> str:
 
 def text_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
     """A row for every method and retention: perplexity, its ratio to full attention's, agreement, recall."""
-    base = np.array(cells[text_key(FULL, 1.0)]["nll"])
+    base = np.array(cells[TextCell(FULL, 1.0)]["nll"])
     rows = []
-    for method, retention in options.cells:
-        cell = cells[text_key(method, retention)]
+    for compared in options.compared:
+        method, cell = compared.method, cells[compared]
         losses = np.array(cell["nll"])
         more = (losses - base).mean(1)  # by text
         rows.append(
             {
                 "method": method,
-                "retention": retention,
+                "retention": compared.retention,
                 "kv_retention": cell["kv_retention"],
                 "perplexity": float(np.exp(losses.mean())),
                 "ratio": float(np.exp(more.mean())),
@@ -85,15 +83,15 @@ def passkey_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
     if not options.passkey_lengths:
         return []
     rows = []
-    for method, retention in options.cells:
+    for compared in options.compared:
         shares = [
             [
-                float(np.mean(cells[passkey_key(length, i)]["hits"][f"{method} {retention:g}"]))
+                float(np.mean(cells[PasskeyCell(length, i)]["hits"][answers_key(compared)]))
                 for i in range(options.passkey_depths)
             ]
             for length in options.passkey_lengths
         ]
-        rows.append({"method": method, "retention": retention, "found": shares})
+        rows.append({"method": compared.method, "retention": compared.retention, "found": shares})
     return rows
 
 
@@ -146,7 +144,7 @@ def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path:
             line = sorted([row for row in rows if row["method"] == method] + ends, key=lambda row: row["retention"])
             style = "-" if method.startswith("adapter") else "--" if method.startswith("pooled") else ":"
             x = [100 * row["retention"] for row in line]
-            axis.plot(x, [value(row) for row in line], f"o{style}", color=_COLORS[i], label=method, ms=4)
+            axis.plot(x, [value(row) for row in line], f"o{style}", color=_COLORS[i % len(_COLORS)], label=method, ms=4)
         if is_logarithmic:
             axis.set_yscale("log")
         else:
@@ -157,7 +155,7 @@ def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path:
         axis.set_xlabel("keys and values kept, %")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_recall(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
@@ -167,12 +165,14 @@ def _draw_recall(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: 
     for axis, share in zip(axes[0], shares, strict=False):
         for i, method in enumerate(options.methods):
             row = next(row for row in rows if (row["method"], row["retention"]) == (method, share))
-            axis.plot([100 * held for held in row["recall_by_layer"]], color=_COLORS[i], label=method, lw=1.2)
+            axis.plot(
+                [100 * held for held in row["recall_by_layer"]], color=_COLORS[i % len(_COLORS)], label=method, lw=1.2
+            )
         axis.set_title(f"attention held, %, {100 * share:g} % kept", fontsize=10)
         axis.set_xlabel("layer")
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_passkeys(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
@@ -202,9 +202,4 @@ def _draw_passkeys(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path
         figure.colorbar(image, ax=axes, label="keys found", shrink=0.7)
     figure.supxlabel("place of the key", fontsize=9)
     figure.supylabel("tokens of the prompt", fontsize=9)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)

@@ -10,12 +10,12 @@ from typing import Any
 from rich.progress import Progress, TaskID
 
 from chunkllm.training.loop import STATE_FILE, Training, TrainingOptions
+from decoding.environment import environment
 from decoding.errors import DecodingError
 from decoding.files import require_writable
-from decoding.models import model_fingerprint
 from decoding.style.source import Corpus, load_corpus
-from experiments.lab.runs import check_unused, environment, progress_of_cells
-from experiments.long_context import training_report as chunk_report
+from experiments.lab.runs import check_unused, progress_of_cells, settings_of
+from experiments.long_context import training_report
 
 CHECKPOINT = "checkpoint"
 
@@ -76,11 +76,7 @@ def train(
     Raises:
         ChunkError: as `Training`.
     """
-    about = {
-        "model": name,
-        "model_fingerprint": model_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    about = settings_of(name, model)
     learnt, judged = (["\n\n".join(corpus.documents) for corpus in corpora] for corpora in texts)
     training = Training(model, tokenizer, learnt, judged, options, out / CHECKPOINT, resume, about)
     with progress_of_cells() as progress:
@@ -101,12 +97,12 @@ def train(
         "history": training.history,
     }
     kept = {key: results[key] for key in (*about, "texts", "held_out_texts", "tokens")}
-    figures = {part: chunk_report.rounded(results["held_out"][part]) for part in ("detector", "mean")}
+    figures = {part: training_report.rounded(results["held_out"][part]) for part in ("detector", "mean")}
     chosen = {"options": results["options"], "held_out": figures}
     adapters.config = replace(adapters.config, about={"command": command, **kept, **chosen})
     adapters.half().save_pretrained(out)
     results["widths"] = {width: _ablation(training, width) for width in dict.fromkeys(widths) if width != options.width}
-    return chunk_report.write_training(results, out)
+    return training_report.write_training(results, out)
 
 
 def _judged(training: Training) -> dict[str, Any]:

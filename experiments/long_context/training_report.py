@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 
 from chunkllm.selection import divide, layer_weights
-from experiments.style.report import markdown
+from experiments.lab.pictures import plt, save
+from experiments.lab.tables import markdown
 from ngram.storage import write_atomically
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 _SCORERS = ("adapter", "pooled", "recent", "true attention")
 _COLORS = dict(zip(_SCORERS, ("C0", "C1", "C3", "C2"), strict=True))
@@ -106,8 +103,7 @@ def _draw_training(results: Mapping[str, Any], path: Path) -> None:
     boundary.legend(fontsize=8, frameon=False, loc="center right")
     lost.set_ylim(0, 1.45 * lost.get_ylim()[1])  # lines cross the whole width: room for the legend above them
     lost.legend(fontsize=8, frameon=False, ncols=2, loc="upper center")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 
@@ -24,10 +23,8 @@ from decoding.style.source import load_corpus
 from decoding.tokens import tokenize
 from decoding.vllm.declaration import BLOCK_SIZE, engine_args
 from experiments.lab.figures import Figure, interleaved, report, seconds_of
+from experiments.lab.pictures import plt, save
 from experiments.style.engines import model_runner, require_engine
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 TEXT = "king-james"
 BUDGET = 2048
@@ -201,5 +198,4 @@ def _draw(times: Times, picture: Path) -> None:
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    save(figure, picture)

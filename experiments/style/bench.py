@@ -25,6 +25,7 @@ from decoding.style.source import load_corpus
 from decoding.style.training import prior_of_tokens
 from decoding.tokens import tokenize
 from experiments.lab.figures import Figure, interleaved, not_measured, ratio_of, report, seconds_of
+from experiments.lab.runs import dtype_of
 from experiments.lab.timing import TimedProcessor
 from ngram import NGramModel
 from ngram.tables import add_log_prior, mixture_of_orders
@@ -208,7 +209,7 @@ def _file(prior: NGramModel) -> list[Figure]:
 
 def _decode_share(model_name: str, tokenizer: Any, prior: NGramModel, documents: Sequence[str]) -> Figure:
     model = load_model(model_name)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_of(model)
     what, target = f"share of a decode step, {model_name} in {dtype}, batch {BATCH}", "≤ 2 %"
     prompts = [document[:60] for document in documents[:BATCH]] * BATCH
     inputs = tokenizer(prompts[:BATCH], return_tensors="pt", padding=True).to(model.device)

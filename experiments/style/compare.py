@@ -21,15 +21,15 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from decoding import metrics
-from decoding.models import model_fingerprint
 from decoding.style.background import Watcher, sample
 from decoding.style.prior import StylePrior
 from decoding.style.ratio import CORPUS, MODEL, MOST_LOG_RATIO, ratio_to
 from decoding.style.source import Corpus
 from decoding.style.training import prior_of_tokens
 from decoding.temperature.processors import FixedTemperature
-from decoding.tokens import ends_of_sequence, tokenize, tokenizer_fingerprint
-from experiments.lab.runs import RunFolder, finish
+from decoding.tokens import ends_of_sequence, tokenize
+from experiments.lab.cells import Cell
+from experiments.lab.runs import RunFolder, finish, settings_of
 from experiments.style.judge import Split, passages, split_corpus
 from experiments.style.lora import LoraRecipe, train_lora, with_lora
 
@@ -85,7 +85,8 @@ class CompareOptions:
     lora: LoraRecipe = field(default_factory=LoraRecipe)
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class CompareCell(Cell):
     """One generation run over all prompts. ``style`` is None for the unsteered model, at some temperature."""
 
     style: str | None
@@ -94,8 +95,8 @@ class Cell(NamedTuple):
     temperature: float = 1.0
 
     @property
-    def key(self) -> str:
-        """File name of its record."""
+    def label(self) -> str:
+        """See `Cell`."""
         readable = f"{self.style or UNSTEERED}-{self.method}-lambda{self.lambda_:g}-t{self.temperature:g}"
         return "".join(c if c.isalnum() or c in "-." else "_" for c in readable)
 
@@ -177,34 +178,34 @@ class Comparison:
         self.others = {corpus.name: Style(corpus, tokenizer) for corpus in others}
         self.methods = {method.name: method for method in METHODS}
         self.folder = RunFolder(out, self._settings(), resume)
-        self.records: dict[Cell, dict[str, Any]] = {}
+        self.records: dict[CompareCell, dict[str, Any]] = {}
         self._ratios: dict[tuple[str, str, float], Tensor] = {}
 
     def _settings(self) -> dict[str, Any]:
         options = asdict(self.options)
         return {
-            "model": self.model_name,
-            "model_fingerprint": model_fingerprint(self.model),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "tokenizer_sha256": tokenizer_fingerprint(self.tokenizer)[1],
+            **settings_of(self.model_name, self.model, self.tokenizer),
             "styles": {name: style.split.steering.sha256 for name, style in self.styles.items()},
             "others": {name: style.split.steering.sha256 for name, style in self.others.items()},
             **{name: options[name] for name in ("other", "samples", "max_new_tokens", "batch_size", "lora")},
             "prompts": list(self.options.prompts),
         }
 
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[CompareCell]:
         """The unsteered model over temperatures, then every style's methods."""
-        unsteered = [Cell(None, UNSTEERED, temperature=t) for t in TEMPERATURES]
+        unsteered = [CompareCell(None, UNSTEERED, temperature=t) for t in TEMPERATURES]
         return unsteered + [
-            Cell(style, method.name, value) for style in self.styles for method in METHODS for value in method.lambdas
+            CompareCell(style, method.name, value)
+            for style in self.styles
+            for method in METHODS
+            for value in method.lambdas
         ]
 
     def run(self) -> None:
         """Finishes the cells that are not on disk yet, with progress. ``self.records`` then holds all of them."""
-        finish(self.folder, self.cells(), self.records, self._measured)
+        finish(self.folder, self.cells(), self._measured, self.records)
 
-    def _measured(self, cell: Cell) -> dict[str, Any]:
+    def _measured(self, cell: CompareCell) -> dict[str, Any]:
         method = self.methods.get(cell.method, Method(UNSTEERED))
         texts: list[dict[str, Any]] = []
         prior = self._prior(cell, method)  # the ratio is to what the plain model writes
@@ -226,14 +227,14 @@ class Comparison:
                         "copied_run": self._copied_runs(cell, ids),
                     }
                 )
-        return {**cell._asdict(), "texts": texts}
+        return {**asdict(cell), "texts": texts}
 
     def _batches(self) -> Iterator[tuple[int, list[str]]]:
         prompts = list(self.options.prompts) * self.options.samples
         for start in range(0, len(prompts), self.options.batch_size):
             yield start, prompts[start : start + self.options.batch_size]
 
-    def _model_of(self, cell: Cell, method: Method) -> AbstractContextManager:
+    def _model_of(self, cell: CompareCell, method: Method) -> AbstractContextManager:
         if not method.lora or cell.style is None:
             return nullcontext()
         style, folder = self.styles[cell.style], self.folder.path / "lora" / cell.style
@@ -241,7 +242,7 @@ class Comparison:
         return with_lora(self.model, folder, method.lora)
 
     def _written(
-        self, cell: Cell, method: Method, prior: StylePrior | None, start: int, prompts: list[str]
+        self, cell: CompareCell, method: Method, prior: StylePrior | None, start: int, prompts: list[str]
     ) -> tuple[Tensor, _Steps]:
         steps = _Steps()
         processors: list[LogitsProcessor] = [steps.before]
@@ -255,7 +256,7 @@ class Comparison:
         tokens = sample(self.model, self.tokenizer, prompts, self.options.max_new_tokens, [*processors, steps.after])
         return tokens, steps
 
-    def _prior(self, cell: Cell, method: Method) -> StylePrior | None:
+    def _prior(self, cell: CompareCell, method: Method) -> StylePrior | None:
         if cell.style is None or method.prior is None:
             return None
         settings = dict(method.prior)
@@ -286,7 +287,7 @@ class Comparison:
         logits[..., ends_of_sequence(self.model, self.tokenizer)] = -torch.inf
         return metrics.mean_nll(metrics.token_log_probs(logits, tokens))
 
-    def _copied_runs(self, cell: Cell, ids: Tensor) -> dict[str, int]:
+    def _copied_runs(self, cell: CompareCell, ids: Tensor) -> dict[str, int]:
         names = self.styles if cell.style is None else (cell.style,)
         return {name: self.styles[name].index.longest_copied_run(ids) for name in names}
 

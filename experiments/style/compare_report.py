@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.style.compare import RECOMMENDED, UNSTEERED, Cell, Comparison
+from experiments.lab.pictures import plt, png
+from experiments.lab.stats import interval
+from experiments.lab.tables import markdown, number
+from experiments.style.compare import RECOMMENDED, UNSTEERED, CompareCell, Comparison
 from experiments.style.judge import StyleJudge, train_judges
-from experiments.style.report import interval, markdown, number, plt, png
 from ngram.storage import write_atomically
 
 LONGEST_RUN = 12
@@ -80,7 +82,7 @@ def judged(comparison: Comparison) -> tuple[list[dict[str, Any]], dict[str, Styl
     return rows, judges
 
 
-def row_of(cell: Cell, record: dict[str, Any], style: str, judge: StyleJudge) -> dict[str, Any]:
+def row_of(cell: CompareCell, record: dict[str, Any], style: str, judge: StyleJudge) -> dict[str, Any]:
     """Means of a cell with 95 % bootstrap intervals; a prompt's samples are averaged first, prompts are resampled."""
     texts = record["texts"]
     row: dict[str, Any] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from torch import Tensor
 from decoding.errors import DecodingError
 from decoding.style.prior import StylePrior
 from experiments.lab.timing import TimedProcessor
-
-if TYPE_CHECKING:
-    from experiments.style.sweep import Cell, Style, SweepOptions
+from experiments.style.cells import Style, SweepCell, SweepOptions
 
 
 class Batch(NamedTuple):
@@ -31,7 +29,7 @@ class Batch(NamedTuple):
 class Engine(Protocol):
     """Generates texts."""
 
-    def generate(self, cell: Cell, start: int, prompts: list[str]) -> Batch:
+    def generate(self, cell: SweepCell, start: int, prompts: list[str]) -> Batch:
         """Samples a text for each prompt; ``start`` is the number of the first one among all of the sweep's."""
         ...
 
@@ -72,7 +70,7 @@ class TransformersEngine:
         self.styles = styles
         self.options = options
 
-    def generate(self, cell: Cell, start: int, prompts: list[str]) -> Batch:
+    def generate(self, cell: SweepCell, start: int, prompts: list[str]) -> Batch:
         """See `Engine`."""
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
         inputs.pop("token_type_ids", None)
@@ -107,6 +105,6 @@ class TransformersEngine:
         return Batch(prompt_ids, output.sequences[:, width:], steps, seconds, prior_seconds)
 
 
-def seed_of(cell: Cell, number: int) -> int:
+def seed_of(cell: SweepCell, number: int) -> int:
     """One seed for each seed of the user's and each prompt, or first prompt of a batch."""
     return cell.seed * 1_000_003 + number

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from decoding.environment import environment
 from decoding.errors import DecodingError
 from decoding.files import require_writable
 from decoding.models import model_fingerprint
 from experiments.lab.libraries import required
-from experiments.lab.runs import environment, progress_of_cells
+from experiments.lab.runs import progress_of_cells
 from ngram.storage import write_atomically
 
 RECORD = "training.json"

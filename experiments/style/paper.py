@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from decoding.errors import DecodingError
+from experiments.style.cells import SweepCell
 from experiments.style.report import Point
-from experiments.style.sweep import Cell, Sweep, points_of
+from experiments.style.sweep import Sweep, points_of
 
 LAMBDAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0)
 SEEDS = (0, 1, 2)
@@ -43,15 +44,15 @@ def run(sweep: Sweep) -> list[Point]:
     seeds = sweep.options.seeds
     sweep.run(sweep.steering_cells())
     steered = [point for point in points_of(sweep) if point.lambda_ > 0]
-    curve = {t: [Cell(None, 0.0, t, seed) for seed in seeds] for t in TEMPERATURES}
+    curve = {t: [SweepCell(None, 0.0, t, seed) for seed in seeds] for t in TEMPERATURES}
     sweep.run([cell for cells in curve.values() for cell in cells])
-    curve[1.0] = [Cell(None, 0.0, 1.0, seed) for seed in seeds]
+    curve[1.0] = [SweepCell(None, 0.0, 1.0, seed) for seed in seeds]
     entropies = {t: _mean_entropy([sweep.records[cell] for cell in cells]) for t, cells in curve.items()}
     matching = [(point, matching_temperature(entropies, _mean_entropy(point.records))) for point in steered]
-    sweep.run([Cell(None, 0.0, t, seed) for t in sorted({t for _, t in matching}) for seed in seeds])
+    sweep.run([SweepCell(None, 0.0, t, seed) for t in sorted({t for _, t in matching}) for seed in seeds])
     matched = {}
     for point, t in matching:
-        records = [sweep.records[Cell(None, 0.0, t, seed)] for seed in seeds]
+        records = [sweep.records[SweepCell(None, 0.0, t, seed)] for seed in seeds]
         key = (point.style, point.lambda_)
         matched[key] = Point(*key, "entropy-matched", t, records)
     pairs = [(point, matched.get((point.style, point.lambda_))) for point in points_of(sweep)]

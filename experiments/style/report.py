@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from scipy import stats
-
-from ngram.storage import write_atomically
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.ticker import LogFormatter
+
+from experiments.lab.pictures import plt, png
+from experiments.lab.stats import interval
+from experiments.lab.tables import markdown, number
+from ngram.storage import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report.html")
 Text = dict[str, Any]
@@ -100,28 +98,6 @@ class Point:
             row |= interval(measure.key, known, measure.is_log)
         speeds = np.array([record["speed"] for record in self.records]) if self.kind == "steered" else None
         return row | interval(SPEED[0], speeds, False)
-
-
-def interval(key: str, values: np.ndarray | None, is_log: bool) -> dict[str, float | None]:
-    """The mean as ``key`` and its 95 % bootstrap interval as ``key_low`` and ``key_high``.
-
-    Args:
-        key: what it is called.
-        values: float [N], one for each prompt; None if unknown.
-        is_log: give exponentials.
-    """
-    names = (key, f"{key}_low", f"{key}_high")
-    if values is None or np.isnan(values).any():
-        return dict.fromkeys(names)
-    mean = float(values.mean())
-    low = high = mean
-    if len(values) > 1 and np.ptp(values) > 0:
-        bounds = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
-        low, high = float(bounds.low), float(bounds.high)
-    elif len(values) == 1:
-        low = high = math.nan
-    numbers = [math.exp(x) if is_log else x for x in (mean, low, high)]
-    return {name: None if math.isnan(x) else x for name, x in zip(names, numbers, strict=True)}
 
 
 def write_report(
@@ -210,14 +186,6 @@ def _draw(axis: Any, rows: Sequence[dict[str, Any]], key: str, title: str) -> No
     axis.grid(alpha=0.25)
 
 
-def png(figure: Any) -> bytes:
-    """A figure as the content of a PNG file. Closes it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
-
-
 def table(rows: Sequence[dict[str, Any]], keys: Iterable[str] | None = None, intervals: bool = True) -> list[list[str]]:
     """Headings, then cells as text, with the interval behind every mean if wanted.
 
@@ -238,17 +206,6 @@ def _shown(row: dict[str, Any], key: str, interval: bool) -> str:
     if not interval or low is None or low == high:
         return number(mean)
     return f"{number(mean)} [{number(low)}, {number(high)}]"
-
-
-def number(x: float) -> str:
-    """Three figures or so."""
-    places = next((places for places, least in enumerate((100, 10, 1)) if abs(x) >= least), 3)
-    return f"{x:.{places}f}"
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, its first line the headings."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
 
 
 def _page(

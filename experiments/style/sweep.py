@@ -7,125 +7,22 @@ and seed use the same random numbers at every λ.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from decoding import metrics
-from decoding.errors import DecodingError
-from decoding.models import model_fingerprint
-from decoding.style.files import is_saved_prior, load_prior
-from decoding.style.ratio import MODEL, ratio_to
-from decoding.style.source import load_corpus, require_distinct, split_name
-from decoding.style.text import read_text
-from decoding.style.training import prior_of_tokens
-from decoding.tokens import tokenize, tokenizer_fingerprint
-from experiments.lab.runs import RunFolder, finish
+from experiments.lab.runs import RunFolder, finish, settings_of
+from experiments.style.cells import Style, SweepCell, SweepOptions
 from experiments.style.engines import Batch, Engine, TransformersEngine
 from experiments.style.report import Point, write_report
-from ngram import NGramModel
-
-DEFAULT_PROMPTS = Path(__file__).parents[1] / "lab" / "prompts.txt"
-DEFAULT_STYLES = ("king-james", "presidents")
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """What a user chooses. Prompts are the text of the prompts file's lines."""
-
-    prompts: tuple[str, ...]
-    lambdas: tuple[float, ...]
-    seeds: tuple[int, ...] = (0,)
-    max_new_tokens: int = 48
-    batch_size: int = 24
-    combine: str = "matching"
-    mode: str = "paper"
-    allow_any_lambda: bool = False
-
-
-@dataclass(frozen=True)
-class Style:
-    """A prior, and its corpus where there is one (a saved prior has none)."""
-
-    name: str
-    prior: NGramModel
-    documents: list[np.ndarray] | None
-    log_ratio: Tensor | None = None  # for mode "ratio"
-
-    @cached_property
-    def index(self) -> metrics.CorpusIndex | None:
-        """For measures against the corpus."""
-        return None if self.documents is None else metrics.CorpusIndex(self.documents)
-
-
-class Cell(NamedTuple):
-    """One generation run over all prompts. ``style`` is None where nothing steers."""
-
-    style: str | None
-    lambda_: float
-    temperature: float
-    seed: int
-
-    @property
-    def key(self) -> str:
-        """File name of its record."""
-        readable = f"{self.style or 'unsteered'}-lambda{self.lambda_:g}-t{self.temperature:.4f}-seed{self.seed}"
-        return f"{readable}-{hashlib.sha256(json.dumps(self).encode()).hexdigest()[:8]}".replace("/", "_")
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line.
-
-    Raises:
-        DecodingError: not a text file, or one with an empty line.
-    """
-    lines = read_text(path).rstrip("\n").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise DecodingError(f"{path}, line {number} is empty: a prompts file has one prompt a line")
-    return tuple(line.strip() for line in lines)
-
-
-def load_styles(
-    specs: Sequence[str], tokenizer: Any, field: str | None = None, order: int = 3, smoothing: str = "kneser-ney"
-) -> list[Style]:
-    """Reads corpora and trains their priors, or opens saved ones.
-
-    Raises:
-        DecodingError: a style that cannot be read, or two of one name.
-    """
-    styles = []
-    for spec in specs:
-        name, source = split_name(spec)
-        if is_saved_prior(source):
-            prior = load_prior(source, tokenizer)
-            styles.append(Style(name or prior.metadata.get("style", Path(source).stem), prior, None))
-            continue
-        corpus = load_corpus(spec, field)
-        documents = tokenize(corpus.documents, tokenizer)
-        styles.append(Style(corpus.name, prior_of_tokens(documents, corpus, tokenizer, order, smoothing), documents))
-    require_distinct([style.name for style in styles])
-    return styles
-
-
-def with_ratio(style: Style, tokenizer: Any, model: Any) -> Style:
-    """A style with its ratio to what the model writes by itself.
-
-    Raises:
-        DecodingError: a saved prior, whose text is not known.
-    """
-    if style.documents is None:
-        raise DecodingError(f"mode ratio needs the text of style {style.name!r}, not a saved prior")
-    return replace(style, log_ratio=ratio_to(MODEL, style.documents, tokenizer, model))
 
 
 class Sweep:
@@ -160,7 +57,7 @@ class Sweep:
         self.styles = {style.name: style for style in styles}
         self.options = options
         self.folder = RunFolder(out, self._settings(), resume)
-        self.records: dict[Cell, dict[str, Any]] = {}
+        self.records: dict[SweepCell, dict[str, Any]] = {}
 
     @cached_property
     def engine(self) -> Engine:
@@ -176,10 +73,7 @@ class Sweep:
         options = self.options
         return {
             "engine": self.engine_name,
-            "model": self.model_name,
-            "model_fingerprint": model_fingerprint(self.model),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "tokenizer_sha256": tokenizer_fingerprint(self.tokenizer)[1],
+            **settings_of(self.model_name, self.model, self.tokenizer),
             "styles": {
                 name: {
                     "order": style.prior.order,
@@ -196,11 +90,11 @@ class Sweep:
             "batch_size": options.batch_size,
         }
 
-    def steering_cells(self) -> list[Cell]:
+    def steering_cells(self) -> list[SweepCell]:
         """The unsteered cell of every seed first, since others are measured against it; then every style and λ."""
-        unsteered = [Cell(None, 0.0, 1.0, seed) for seed in self.options.seeds]
+        unsteered = [SweepCell(None, 0.0, 1.0, seed) for seed in self.options.seeds]
         steered = [
-            Cell(style, lambda_, 1.0, seed)
+            SweepCell(style, lambda_, 1.0, seed)
             for style in self.styles
             for lambda_ in self.options.lambdas
             if lambda_ != 0
@@ -208,11 +102,11 @@ class Sweep:
         ]
         return unsteered + steered
 
-    def run(self, cells: Sequence[Cell]) -> None:
+    def run(self, cells: Sequence[SweepCell]) -> None:
         """Finishes the cells that are not on disk yet, with progress. ``self.records`` then holds all of them."""
-        finish(self.folder, cells, self.records, self._measured, _summary)
+        finish(self.folder, cells, self._measured, self.records, _summary)
 
-    def _measured(self, cell: Cell) -> dict[str, Any]:
+    def _measured(self, cell: SweepCell) -> dict[str, Any]:
         texts: list[dict[str, Any]] = []
         seconds = prior_seconds = 0.0
         for start, prompts in self._batches():
@@ -222,14 +116,14 @@ class Sweep:
             texts += self._measure_batch(cell, start, batch)
         count = sum(len(text["tokens"]) for text in texts)
         speed = {"tokens_per_second": count / seconds, "speed": 1 - prior_seconds / seconds}
-        return {**cell._asdict(), **speed, "texts": texts}
+        return {**asdict(cell), **speed, "texts": texts}
 
     def _batches(self) -> Iterator[tuple[int, list[str]]]:
         size = self.options.batch_size
         for start in range(0, len(self.options.prompts), size):
             yield start, list(self.options.prompts[start : start + size])
 
-    def _measure_batch(self, cell: Cell, start: int, batch: Batch) -> list[dict[str, Any]]:
+    def _measure_batch(self, cell: SweepCell, start: int, batch: Batch) -> list[dict[str, Any]]:
         steps: dict[str, list[Tensor]] = {"base_log_prob": [], "log_prob": [], "js": [], "entropy": []}
         for step, (raw, processed) in enumerate(batch.steps):
             base = raw.float().masked_fill(torch.isneginf(processed), -torch.inf)  # the ruled-out end of sequence
@@ -261,7 +155,7 @@ class Sweep:
 
     def _unsteered_tokens(self, seed: int) -> Tensor | None:
         """Of every prompt, int64 [prompts, T]; None while that cell itself is measured."""
-        record = self.records.get(Cell(None, 0.0, 1.0, seed))
+        record = self.records.get(SweepCell(None, 0.0, 1.0, seed))
         return None if record is None else torch.tensor([text["tokens"] for text in record["texts"]])
 
     @staticmethod
@@ -274,7 +168,7 @@ class Sweep:
         }
 
 
-def _summary(cell: Cell, record: dict[str, Any]) -> str:
+def _summary(cell: SweepCell, record: dict[str, Any]) -> str:
     def mean(value: Callable[[dict[str, Any]], float]) -> float:
         return float(np.mean([value(text) for text in record["texts"]]))
 
@@ -299,7 +193,7 @@ def points_of(sweep: Sweep) -> list[Point]:
     for style in sweep.styles:
         for lambda_ in sorted({0.0, *sweep.options.lambdas}):
             name = None if lambda_ == 0 else style
-            records = [sweep.records[Cell(name, lambda_, 1.0, seed)] for seed in seeds]
+            records = [sweep.records[SweepCell(name, lambda_, 1.0, seed)] for seed in seeds]
             points.append(Point(style, lambda_, "steered", 1.0, records))
     return points
 

@@ -24,8 +24,9 @@ from decoding.style.training import name_and_file
 from decoding.vllm.declaration import engine_args
 from decoding.vllm.requests import load_styles
 from experiments.lab.figures import Figure, interleaved, not_measured, report
+from experiments.lab.prompts import DEFAULT_PROMPTS, read_prompts
+from experiments.style.cells import DEFAULT_STYLES
 from experiments.style.engines import model_runner, require_engine
-from experiments.style.sweep import DEFAULT_PROMPTS, DEFAULT_STYLES, read_prompts
 
 BATCH = 16
 MANY = 200

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,10 @@ from vllm import LLM, SamplingParams
 from decoding.models import resolve_model
 from decoding.vllm import engine_args
 from decoding.vllm.processor import StyleLogitsProcessor
+from experiments.lab.runs import dtype_of
 from experiments.lab.timing import Timer
+from experiments.style.cells import Style, SweepCell, SweepOptions
 from experiments.style.engines import Batch, prior_of, seed_of
-
-if TYPE_CHECKING:
-    from experiments.style.sweep import Cell, Style, SweepOptions
 
 TIMER = Timer()
 
@@ -59,7 +58,7 @@ class VllmEngine:
         longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in options.prompts)
         self.llm = LLM(
             resolve_model(model_name),
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=dtype_of(model),
             max_model_len=longest + options.max_new_tokens,
             max_num_seqs=options.batch_size,
             enforce_eager=not on_gpu,
@@ -69,7 +68,7 @@ class VllmEngine:
             **engine_args(folders) | {"logits_processors": [f"{__name__}:{TimedStyleProcessor.__name__}"]},
         )
 
-    def generate(self, cell: Cell, start: int, prompts: list[str]) -> Batch:
+    def generate(self, cell: SweepCell, start: int, prompts: list[str]) -> Batch:
         """See `experiments.style.engines.Engine`."""
         prompt_ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
         length = self.options.max_new_tokens
@@ -92,7 +91,7 @@ class VllmEngine:
         rows = [torch.tensor(ids) for ids in prompt_ids]
         return Batch(rows, tokens, self._steps(cell, rows, tokens), seconds, TIMER.seconds)
 
-    def _steps(self, cell: Cell, prompt_ids: list[Tensor], tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _steps(self, cell: SweepCell, prompt_ids: list[Tensor], tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Raw and processed scores before each token of the texts."""
         width, length = max(map(len, prompt_ids)), tokens.shape[1]
         prompts = torch.stack([torch.nn.functional.pad(ids, (width - len(ids), 0), value=-1) for ids in prompt_ids])

@@ -10,7 +10,8 @@ import torch
 from decoding.models import load_model, load_tokenizer
 from decoding.temperature.selector import TemperatureSelector
 from experiments.lab.figures import Figure, interleaved, ratio_of, report
-from experiments.style.sweep import DEFAULT_PROMPTS, read_prompts
+from experiments.lab.prompts import DEFAULT_PROMPTS, read_prompts
+from experiments.lab.runs import dtype_of
 
 PROMPT_TOKENS, NEW_TOKENS, BATCH = 128, 64, 16
 _WORDS = (
@@ -30,7 +31,7 @@ def main(model_name: str, rounds: int, out: Path | None) -> None:
     tokenizer, model = load_tokenizer(model_name), load_model(model_name)
     selector = TemperatureSelector.from_pretrained(device=str(model.device))
     figures = [_choosing(model, tokenizer, selector, rounds), _batching(selector, rounds)]
-    about = {"model": model_name, "dtype": str(model.dtype).removeprefix("torch."), "rounds": rounds}
+    about = {"model": model_name, "dtype": dtype_of(model), "rounds": rounds}
     report(figures, f"choosing temperatures, {model_name} in {about['dtype']}", about, out)
 
 

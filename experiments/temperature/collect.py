@@ -2,28 +2,35 @@
 
 A prompt is read once and its cache shared by all of its samples, which are the rows of one batch: every sampler × seed.
 All sample from the top-p nucleus after the temperature, as transformers does.
+
+Every prompt belongs to one half for good, by a hash of its task and place: training reads one, evaluation the other.
+Tasks kept out of training altogether have their second half alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor
 
 from chunkllm.models import cache_argument
+from decoding.errors import DecodingError
 from decoding.temperature.processors import (
     DynamicTemperature,
     EntropyDependentTemperature,
     FixedTemperature,
     Temperature,
 )
-from experiments.lab.runs import RunFolder, progress_of_cells
+from experiments.lab.cells import Cell
+from experiments.lab.runs import CELLS, HEADER, RunFolder, finish
 from experiments.temperature.tasks import Item, Task
 
 TEMPERATURES = (0.1, 0.4, 0.7, 1.0, 1.3, 1.6, 1.9)
@@ -78,6 +85,19 @@ class ByBlock(LogitsProcessor):
         return torch.stack(scaled, 1).view_as(scores)
 
 
+@dataclass(frozen=True)
+class BatchCell(Cell):
+    """Prompts of a task, from number ``start`` on."""
+
+    task: str
+    start: int
+
+    @property
+    def label(self) -> str:
+        """See `Cell`."""
+        return f"{self.task}-{self.start:05d}"
+
+
 class Collection:
     """Samples and scores prompts, batch by batch, keeping each in a run folder.
 
@@ -118,21 +138,19 @@ class Collection:
 
     def run(self) -> None:
         """Finishes the batches that are not on disk yet, with progress."""
-        with progress_of_cells() as progress:
-            todo = [(task, start) for task, start in self._batches() if self.folder.read(_key(task, start)) is None]
-            bar = progress.add_task("batches of prompts", total=len(todo))
-            for task, start in todo:
-                batch = self.items[task][start : start + self.options.batch_size]
-                self.folder.write(_key(task, start), self._record(task, batch))
-                progress.advance(bar)
+        finish(self.folder, self._cells(), self._record, title="batches of prompts")
 
-    def _batches(self) -> Iterator[tuple[Task, int]]:
+    def _cells(self) -> list[BatchCell]:
         """In turn, so that an unfinished collection has something of every task."""
         longest = max(map(len, self.items.values()), default=0)
-        for start in range(0, longest, self.options.batch_size):
-            yield from ((task, start) for task, items in self.items.items() if start < len(items))
+        starts = range(0, longest, self.options.batch_size)
+        return [
+            BatchCell(task.name, start) for start in starts for task, items in self.items.items() if start < len(items)
+        ]
 
-    def _record(self, task: Task, batch: Sequence[Item]) -> dict[str, Any]:
+    def _record(self, cell: BatchCell) -> dict[str, Any]:
+        task = next(task for task in self.items if task.name == cell.task)
+        batch = self.items[task][cell.start : cell.start + self.options.batch_size]
         names = list(self.options.samplers)
         texts = self._sample(task, [item.prompt for item in batch])
         repeated = [item for item in batch for _ in range(len(names) * self.options.seeds)]
@@ -188,5 +206,106 @@ class Collection:
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def _key(task: Task, start: int) -> str:
-    return f"{task.name}-{start:05d}"
+def is_for_training(task: str, position: int) -> bool:
+    """Which half a prompt belongs to."""
+    return hashlib.sha256(f"{task} {position}".encode()).digest()[0] % 2 == 0
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What was collected of one task."""
+
+    task: str
+    ability: str | None
+    positions: list[int]
+    prompts: list[str]
+    by_sampler: dict[str, np.ndarray]  # [prompts], the mean over seeds
+
+    def half(self, training: bool) -> Scores:
+        """The prompts of one half."""
+        return self.only([i for i, at in enumerate(self.positions) if is_for_training(self.task, at) == training])
+
+    def only(self, rows: Sequence[int]) -> Scores:
+        """Some of the prompts."""
+        return Scores(
+            self.task,
+            self.ability,
+            [self.positions[i] for i in rows],
+            [self.prompts[i] for i in rows],
+            {name: values[list(rows)] for name, values in self.by_sampler.items()},
+        )
+
+    def curve(self, temperatures: Sequence[float]) -> np.ndarray:
+        """Scores at temperatures, [prompts, K]."""
+        return np.stack([self.by_sampler[sampler_name(each)] for each in temperatures], 1)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """A finished collection."""
+
+    folder: Path
+    settings: dict[str, Any]
+    tasks: dict[str, Scores]
+
+    @property
+    def temperatures(self) -> list[float]:
+        """All that were tried."""
+        return list(self.settings["temperatures"])
+
+
+def read_collection(folder: Path, needed: Iterable[float] = ()) -> Collected:
+    """Reads a finished collection.
+
+    Args:
+        folder: a run folder.
+        needed: temperatures that must have been tried.
+
+    Raises:
+        DecodingError: no collection, an unfinished one, or one that misses temperatures.
+    """
+    try:
+        settings = json.loads((folder / HEADER).read_bytes())
+        expected = settings["tasks"]
+        temperatures = settings["temperatures"]
+        records = _records(folder)
+        tasks = {name: _scores(records[name]) for name in expected}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DecodingError(f"{folder} holds no collection of `decoding temperature collect` ({error!r})") from error
+    for name, count in expected.items():
+        if len(tasks[name].prompts) < count:
+            raise DecodingError(
+                f"the collection in {folder} has {len(tasks[name].prompts)} of {count} prompts of {name}: "
+                f"finish it with `decoding temperature collect --resume --out {folder}`"
+            )
+    if missing := sorted(set(needed) - set(temperatures)):
+        raise DecodingError(f"the collection in {folder} misses temperature {missing[0]:g}: collect it again")
+    if len(temperatures) < 2:
+        raise DecodingError(f"the collection in {folder} has one temperature only: there is nothing to choose from")
+    return Collected(folder, settings, tasks)
+
+
+def prompts_in(folder: Path, task: str) -> list[dict[str, Any]]:
+    """Everything that was collected of a task's prompts: texts, answers and scores."""
+    return [prompt for record in _records(folder)[task] for prompt in record["prompts"]]
+
+
+def _records(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The batches of each task, in the order of its prompts."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in (folder / CELLS).glob("*.json"):
+        record = json.loads(path.read_bytes())
+        found.setdefault(record["task"], []).append(record)
+    return {task: sorted(records, key=lambda each: each["prompts"][0]["position"]) for task, records in found.items()}
+
+
+def _scores(records: Sequence[Mapping[str, Any]]) -> Scores:
+    prompts = [prompt for record in records for prompt in record["prompts"]]
+    names = list(prompts[0]["scores"])
+    return Scores(
+        records[0]["task"],
+        records[0]["ability"],
+        [prompt["position"] for prompt in prompts],
+        [prompt["prompt"] for prompt in prompts],
+        {name: np.array([np.mean(prompt["scores"][name]) for prompt in prompts]) for name in names},
+    )

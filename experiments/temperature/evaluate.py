@@ -8,63 +8,24 @@ are 95 % bootstrap intervals over prompts, with the same prompts for all policie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from decoding.environment import environment
 from decoding.errors import DecodingError
 from decoding.models import load_tokenizer
-from decoding.temperature.abilities import ABILITIES
 from decoding.temperature.selector import Policy, TemperatureSelector
-from experiments.lab.runs import environment
-from experiments.temperature.collect import ENTROPY_BASED, sampler_name
-from experiments.temperature.data import Collected, Labelled, Scores, prompts_in
+from experiments.lab.stats import Estimate, resampled_rows
+from experiments.temperature.collect import ENTROPY_BASED, Collected, Scores, prompts_in, sampler_name
+from experiments.temperature.data import Labelled, classification
 from experiments.temperature.task_metrics import spbleu
 from experiments.temperature.tasks import load_tasks
 
-_RESAMPLES = 2000
 _NEXT_TO_NOTHING = 1e-9  # for tasks on which a model scores 0 throughout
 DEFAULTS = (0.1, 1.0)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, mean: float, resampled: np.ndarray) -> Estimate:
-        """From the bootstrap's values."""
-        low, high = np.quantile(resampled, (0.025, 0.975))
-        return cls(float(mean), float(low), float(high))
-
-    def shown(self, factor: float = 1.0, places: int = 1) -> str:
-        """As text."""
-        mean, low, high = (f"{factor * value:.{places}f}" for value in (self.mean, self.low, self.high))
-        return f"{mean} [{low}, {high}]"
-
-
-def classification(selector: TemperatureSelector, parts: Sequence[Labelled]) -> dict[str, Any]:
-    """How many prompts of each task are told to be of its ability, and the means over prompts and over abilities."""
-    rows = []
-    right: dict[str, list[np.ndarray]] = {}
-    for part in parts:
-        found = selector.abilities(part.prompts).argmax(-1).cpu().numpy() == ABILITIES.index(part.ability)
-        rows.append(
-            {"task": part.task, "ability": part.ability, "prompts": len(found), "accuracy": float(found.mean())}
-        )
-        right.setdefault(part.ability, []).append(found)
-    return {
-        "tasks": rows,
-        "over_prompts": float(np.concatenate([each for parts in right.values() for each in parts]).mean()),
-        "over_abilities": float(np.mean([np.mean([each.mean() for each in parts]) for parts in right.values()])),
-    }
 
 
 def curves(collected: Collected, tasks: Sequence[Scores]) -> list[dict[str, Any]]:
@@ -73,7 +34,7 @@ def curves(collected: Collected, tasks: Sequence[Scores]) -> list[dict[str, Any]
     rows = []
     for task in tasks:
         scores = task.curve(collected.temperatures)
-        resampled = scores[rng.integers(0, len(scores), (_RESAMPLES, len(scores)))].mean(1)
+        resampled = scores[resampled_rows(len(scores), rng)].mean(1)
         points = [Estimate.of(*pair) for pair in zip(scores.mean(0), resampled.T, strict=True)]
         rows.append(
             {
@@ -136,7 +97,7 @@ class Contest:
         values = {name: [picks(task) for task in self.tasks] for name, picks in policies.items()}
         best = [max(task.curve(self.temperatures).mean(0).max(), _NEXT_TO_NOTHING) for task in self.tasks]
         rng = np.random.default_rng(0)
-        drawn = [rng.integers(0, len(task.prompts), (_RESAMPLES, len(task.prompts))) for task in self.tasks]
+        drawn = [resampled_rows(len(task.prompts), rng) for task in self.tasks]
         means = {
             name: [each.mean() / top for each, top in zip(rows, best, strict=True)] for name, rows in values.items()
         }
@@ -223,7 +184,7 @@ def superglue(collected: Collected, selector: TemperatureSelector, model_size: s
     rows = []
     for label, scores in by_task.items():
         count = len(scores[names[0]])
-        drawn = rng.integers(0, count, (_RESAMPLES, count))
+        drawn = resampled_rows(count, rng)
         accuracy = {name: vars(Estimate.of(each.mean(), each[drawn].mean(1))) for name, each in scores.items()}
         rows.append({"task": label, "questions": count, "accuracy": accuracy})
     return rows

@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
 from decoding.temperature.abilities import ABILITIES, NAMES
-from experiments.style.report import markdown
+from experiments.lab.pictures import plt, save
+from experiments.lab.stats import Estimate
+from experiments.lab.tables import markdown
 from experiments.temperature.collect import sampler_name
-from experiments.temperature.evaluate import DEFAULTS, Estimate
+from experiments.temperature.evaluate import DEFAULTS
 from ngram.storage import write_atomically
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # arXiv 2506.07295: accuracy over SuperGLUE at a default temperature, and with the selector.
 PAPER_SUPERGLUE = {
@@ -126,5 +123,4 @@ def _draw(results: Mapping[str, Any], path: Path) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("score, %")
     figure.suptitle(f"{part['model']}: score over temperature, 95 % intervals; bars mark where it breaks", fontsize=11)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)

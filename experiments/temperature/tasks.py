@@ -1,5 +1,7 @@
 """Tasks whose answers can be scored: each a small JSON file in ``tasks/``, over records of a JSON-lines file.
 
+Other packages add more (`decoding.hooks.TASKS`).
+
 A definition's fields:
     name, suites: of "abilities", "superglue", "prompts" (for classification alone); ability: one of the six.
     source: the records' file, relative to the data folder, or records: themselves.
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from decoding import hooks
 from decoding.errors import DecodingError
 from decoding.temperature.abilities import ABILITIES
 from experiments.temperature import task_metrics
@@ -126,8 +129,7 @@ def load_tasks(names: Sequence[str] = (), suite: str = "abilities") -> list[Task
     Raises:
         DecodingError: no such task, a damaged definition, or two of one name.
     """
-    paths = [_path_of(name) for name in names] or sorted(_FOLDER.glob("*.json"))
-    tasks = [_load(path) for path in paths]
+    tasks = [_load(name) for name in names or task_names()]
     if not names:
         tasks = [task for task in tasks if suite in task.suites]
     if len({task.name for task in tasks}) < len(tasks):
@@ -135,21 +137,30 @@ def load_tasks(names: Sequence[str] = (), suite: str = "abilities") -> list[Task
     return tasks
 
 
-def _path_of(name: str) -> Path:
+def task_names() -> list[str]:
+    """Of all tasks, those of other packages too."""
+    return sorted({path.stem for path in _FOLDER.glob("*.json")} | set(hooks.TASKS.names))
+
+
+def _load(name: str) -> Task:
+    if name in hooks.TASKS.names:
+        return _task(name, hooks.TASKS.load(name)())
     path = Path(name) if name.endswith(".json") else _FOLDER / f"{name}.json"
     if not path.is_file():
-        known = ", ".join(sorted(each.stem for each in _FOLDER.glob("*.json")))
+        known = ", ".join(task_names())
         raise DecodingError(f"unknown task {name!r}: choose from {known}, or give the .json file of your own")
-    return path
-
-
-def _load(path: Path) -> Task:
     try:
         definition = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DecodingError(f"{path} is no task ({error}); its fields: {_fields()}") from error
+    return _task(str(path), definition)
+
+
+def _task(where: str, definition: Any) -> Task:
+    try:
         task = Task(**definition)
-    except (OSError, ValueError, TypeError) as error:
-        allowed = ", ".join(each.name for each in fields(Task))
-        raise DecodingError(f"{path} is no task ({error}); its fields: {allowed}") from error
+    except TypeError as error:
+        raise DecodingError(f"{where} is no task ({error}); its fields: {_fields()}") from error
     for what, value, known in (
         ("parser", task.parser, _PARSERS),
         ("metric", task.metric, (*task_metrics.METRICS, None)),
@@ -157,8 +168,12 @@ def _load(path: Path) -> Task:
         ("expand", task.expand, (*_EXPANDED, None)),
     ):
         if value not in known:
-            raise DecodingError(f"{path}: unknown {what} {value!r}: choose from {', '.join(filter(None, known))}")
+            raise DecodingError(f"{where}: unknown {what} {value!r}: choose from {', '.join(filter(None, known))}")
     return task
+
+
+def _fields() -> str:
+    return ", ".join(each.name for each in fields(Task))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

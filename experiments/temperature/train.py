@@ -17,8 +17,8 @@ from decoding.temperature.abilities import ABILITIES
 from decoding.temperature.encoder import Encoder
 from decoding.temperature.heads import AbilityHead, CurveHead
 from decoding.temperature.selector import ENCODER_FOLDER, TemperatureSelector
-from experiments.temperature.data import Collected, Labelled, Scores
-from experiments.temperature.evaluate import classification
+from experiments.temperature.collect import Collected, Scores
+from experiments.temperature.data import Labelled, classification
 
 _BATCH = 16
 

@@ -18,7 +18,7 @@ from decoding.style.files import load_prior
 from decoding.style.training import name_and_file
 from decoding.vllm import engine_args
 from decoding.vllm.declaration import STYLE_PROCESSOR, TEMPERATURE_PROCESSOR
-from experiments.style.sweep import DEFAULT_PROMPTS, read_prompts
+from experiments.lab.prompts import DEFAULT_PROMPTS, read_prompts
 from tests.serving import test_v2_slots as stand_in
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")

@@ -73,6 +73,7 @@ def steps(rng, new_request, count=40):
 @pytest.mark.parametrize("seed", range(8))
 def test_random_batches_get_what_each_request_gets_alone(priors, styles, seed):
     rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
     rows = StyleRows(styles, torch.device("cpu"))
     for batch, update in steps(rng, lambda: request(rng, priors)):
         rows.update(update)

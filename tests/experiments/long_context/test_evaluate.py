@@ -11,7 +11,7 @@ from decoding.errors import DecodingError
 from experiments.long_context import bench as chunk_bench
 from experiments.long_context import evaluate as chunk_eval
 from experiments.long_context.baselines import FULL, METHODS, QuestScorer
-from experiments.long_context.evaluate import EvalOptions, passkey_prompt, slices, text_key
+from experiments.long_context.evaluate import EvalOptions, TextCell, passkey_prompt, slices
 from tests.conftest import WORDS, make_model, make_tokenizer
 
 OPTIONS = EvalOptions(
@@ -71,7 +71,7 @@ def test_from_the_command_line_and_resumed(folders, text_file):
         if name != FULL:
             assert row["kv_retention"] == pytest.approx(0.5, abs=0.05), name
             assert 0 < row["recall"] < 1 and len(row["recall_by_layer"]) == 2
-    (out / "cells" / f"{text_key('pooled', 0.5)}.json").unlink()
+    (out / "cells" / f"{TextCell('pooled', 0.5).key}.json").unlink()
     again = evaluate(folders, text_file, "--passkey-keys", "1", "--resume")
     assert again.exit_code == 0 and json.loads((out / "results.json").read_text())["text"] == results["text"]
 

@@ -111,7 +111,7 @@ def test_fluency_is_compared_at_equal_entropy():
 
 def test_the_picture_knows_every_method_that_it_draws():
     assert {*report.CLASSES, *report.ON_TOP} <= {method.name for method in compare.METHODS}
-    assert len({compare.Cell("s", method.name).key for method in compare.METHODS}) == len(compare.METHODS)
+    assert len({compare.CompareCell("s", method.name).key for method in compare.METHODS}) == len(compare.METHODS)
 
 
 def test_prompts_that_ask_for_a_style(tokenizer, corpora):

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from decoding import DecodingError
+from experiments.lab.prompts import read_prompts
 from experiments.lab.runs import RunFolder
+from experiments.lab.tables import markdown
 from experiments.style import paper as style_paper
-from experiments.style.report import markdown, table
-from experiments.style.sweep import Cell, Sweep, SweepOptions, load_styles, points_of, read_prompts, report
+from experiments.style.cells import SweepCell, SweepOptions, load_styles
+from experiments.style.report import table
+from experiments.style.sweep import Sweep, points_of, report
 
 PROMPTS = ("the captain said", "night came", "the sea was black with")
 
@@ -39,7 +42,7 @@ def test_a_cell_measures_what_the_unsteered_model_says(make_sweep, model, tokeni
     sweep = make_sweep()
     cells = sweep.steering_cells()
     sweep.run(cells)
-    steered = sweep.records[Cell("style", 1.0, 1.0, 1)]
+    steered = sweep.records[SweepCell("style", 1.0, 1.0, 1)]
     prior = sweep.styles["style"].prior
     for prompt, text in zip(PROMPTS, steered["texts"], strict=True):
         assert len(text["tokens"]) == 8
@@ -55,7 +58,7 @@ def test_a_cell_measures_what_the_unsteered_model_says(make_sweep, model, tokeni
         style_nll = -np.mean([float(row[token]) for row, token in zip(rows, text["tokens"], strict=True)])
         assert text["by_style"]["style"]["style_nll"] == pytest.approx(style_nll, rel=1e-4)
         assert 0 <= text["js"] <= math.log(2)
-    unsteered = sweep.records[Cell(None, 0.0, 1.0, 1)]
+    unsteered = sweep.records[SweepCell(None, 0.0, 1.0, 1)]
     for text in unsteered["texts"]:
         assert text["js"] == pytest.approx(0, abs=1e-6)
         assert text["shift"] == [0.0] * 8
@@ -126,7 +129,7 @@ def test_the_report_holds_every_cell_and_draws_from_disk(make_sweep):
         for key in ("style_ppl", "base_ppl", "js", "entropy", "copied_run", "distinct_2"):
             assert row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
     nll = [
-        np.mean([t["by_style"]["style"]["style_nll"] for t in sweep.records[Cell("style", 1.0, 1.0, s)]["texts"]])
+        np.mean([t["by_style"]["style"]["style_nll"] for t in sweep.records[SweepCell("style", 1.0, 1.0, s)]["texts"]])
         for s in (0, 1)
     ]
     assert rows[2]["style_ppl"] == pytest.approx(math.exp(np.mean(nll)))

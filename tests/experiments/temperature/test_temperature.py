@@ -8,8 +8,15 @@ from click.testing import CliRunner
 from decoding import DecodingError, FixedTemperature, TemperatureSelector
 from decoding.cli import cli
 from decoding.temperature.processors import EntropyDependentTemperature
-from experiments.temperature.collect import ByBlock, Collection, CollectOptions
-from experiments.temperature.data import Scores, is_for_training, prompts_in, read_collection
+from experiments.temperature.collect import (
+    ByBlock,
+    Collection,
+    CollectOptions,
+    Scores,
+    is_for_training,
+    prompts_in,
+    read_collection,
+)
 from experiments.temperature.evaluate import Contest, mutation
 from experiments.temperature.tasks import Task
 

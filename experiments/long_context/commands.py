@@ -1,4 +1,4 @@
-"""``decoding chunk``: trains adapters of chunk selection, and evaluates it."""
+"""``decoding chunk``, ``bench long-context`` and ``bench vllm-long-context``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 
 import click
 
-from chunkllm.training.lessons import ReadingOptions
-from chunkllm.training.loop import TrainingOptions
+from chunkllm.training import ReadingOptions, TrainingOptions
 from decoding.cli import options as shared
+from decoding.cli.groups import Group
+from decoding.errors import DecodingError
 
 _number = partial(click.option, show_default=True, type=click.IntRange(min=1))
 
 
-@click.group()
+@click.group(cls=Group)
 def chunk() -> None:
     """Trains adapters of chunk selection, and evaluates it."""
 
@@ -68,19 +69,16 @@ def train(
     The model reads the texts once; its readings are kept in OUT/checkpoint, some 30 MB each for the default model.
     """
     from decoding.models import load_model, load_tokenizer
-    from experiments.long_context import train as chunk_train
+    from experiments.long_context.train import CHECKPOINT, load_texts, require_folder
+    from experiments.long_context.train import train as run
 
     options = _options(chosen)
-    chunk_train.require_folder(out, resume)
-    texts = chunk_train.load_texts(data, judge, field)
+    require_folder(out, resume)
+    texts = load_texts(data, judge, field)
     tokenizer, loaded = load_tokenizer(model), load_model(model, dtype)
-    try:
-        table = chunk_train.train(loaded, tokenizer, model, texts, options, out, resume, _command(), widths)
-    except KeyboardInterrupt:
-        click.echo(f"\ninterrupted; what was read and learnt is kept: go on with --resume --out {out}", err=True)
-        sys.exit(130)
-    click.echo(table)
-    kept = out / chunk_train.CHECKPOINT
+    work = partial(run, loaded, tokenizer, model, texts, options, out, resume, _command(), widths)
+    click.echo(shared.until_interrupted(work, out, "what was read and learnt is kept"))
+    kept = out / CHECKPOINT
     click.echo(f"{out}: look at {out / 'training.png'}. {kept} is needed no more, but for --resume.")
 
 
@@ -126,16 +124,16 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
     """Perplexity, agreement, attention held and passkeys found on held-out TEXTS, for chunk selection and others."""
     from chunkllm import ChunkAdapters
     from decoding.models import load_model, load_tokenizer, model_fingerprint
-    from experiments.lab.runs import check_unused
-    from experiments.long_context import evaluate as chunk_eval
-    from experiments.long_context import report as chunk_eval_report
+    from experiments.lab.runs import check_unused, settings_of
+    from experiments.long_context import report
+    from experiments.long_context.evaluate import EvalOptions, checked_retentions, chosen_methods, prepare
 
     if not chosen["resume"]:
         check_unused(out)
     opened = None if no_adapters else ChunkAdapters.from_pretrained(adapters)
-    options = chunk_eval.EvalOptions(
-        methods=chunk_eval.chosen_methods(chosen["methods"], opened),
-        retentions=chunk_eval.checked_retentions(chosen["retentions"]),
+    options = EvalOptions(
+        methods=chosen_methods(chosen["methods"], opened),
+        retentions=checked_retentions(chosen["retentions"]),
         context=chosen["context"],
         scored=chosen["scored"],
         passkey_lengths=tuple(map(int, chosen["passkey_lengths"])),
@@ -143,19 +141,59 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
         passkey_keys=chosen["passkey_keys"],
     )
     tokenizer, model = load_tokenizer(chosen["model"]), load_model(chosen["model"], chosen["dtype"])
-    about = {
-        "model": chosen["model"],
-        "model_fingerprint": model_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "adapters": None if opened is None else model_fingerprint(opened),
-    }
-    evaluation = chunk_eval.prepare(
+    adapters_fingerprint = None if opened is None else model_fingerprint(opened)
+    about = {**settings_of(chosen["model"], model, tokenizer), "adapters": adapters_fingerprint}
+    evaluation = prepare(
         texts, chosen["field"], chosen["pieces"], model, tokenizer, about, opened, options, out, chosen["resume"]
     )
-    try:
-        cells = evaluation.run()
-    except KeyboardInterrupt:
-        click.echo(f"\ninterrupted; finished cells are kept: go on with --resume --out {out}", err=True)
-        sys.exit(130)
-    click.echo(chunk_eval_report.write(cells, options, evaluation.folder.settings, out))
+    cells = shared.until_interrupted(evaluation.run, out)
+    click.echo(report.write(cells, options, evaluation.folder.settings, out))
     click.echo(f"look at {out / 'quality.png'} and {out / 'passkey.png'}")
+
+
+@click.command(name="long-context")
+@click.option(
+    "--contexts", type=shared.Numbers("contexts"), default="8192,32768,120000", show_default=True, help="Cached tokens."
+)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1))
+@shared.figures
+@shared.picture
+def bench_long_context(
+    contexts: tuple[float, ...], dtype: str, rounds: int, out: Path | None, picture: Path | None
+) -> None:
+    """Measures chunk selection behind long contexts, by random weights. Let the machine be idle."""
+    from experiments.long_context import bench
+
+    lengths = tuple(map(int, contexts))
+    if min(lengths) <= bench.BUDGET:
+        raise DecodingError(f"contexts must be longer than the {bench.BUDGET} tokens that selection keeps")
+    bench.main(lengths, dtype, rounds, out, picture)
+
+
+@click.command(name="vllm-long-context")
+@shared.model
+@click.option("--chunk-adapters", default="default", show_default=True, help="A folder or a hub id.")
+@click.option(
+    "--contexts", type=shared.Numbers("contexts"), default="4096,8192,16384,32768", show_default=True, help="In tokens."
+)
+@click.option("--batches", type=shared.Numbers("batches"), default="1,4", show_default=True, help="Requests at a time.")
+@click.option("--rounds", default=11, show_default=True, type=click.IntRange(min=1))
+@shared.figures
+@shared.picture
+def bench_vllm_long_context(
+    model: str,
+    chunk_adapters: str,
+    contexts: tuple[float, ...],
+    batches: tuple[float, ...],
+    rounds: int,
+    out: Path | None,
+    picture: Path | None,
+) -> None:
+    """Measures chunk selection behind long contexts in vLLM. Let the machine be idle."""
+    from experiments.long_context import vllm_bench
+
+    lengths, counts = tuple(map(int, contexts)), tuple(map(int, batches))
+    if min(lengths) <= vllm_bench.BUDGET or min(counts) < 1:
+        raise DecodingError(f"contexts must be longer than the {vllm_bench.BUDGET} tokens read, batches at least 1")
+    vllm_bench.main(model, chunk_adapters, lengths, counts, rounds, out, picture)

@@ -1,14 +1,14 @@
-"""``decoding temperature``: collects scores, trains, evaluates and asks temperature selectors."""
+"""``decoding temperature`` and ``bench temperature``."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from decoding.cli import options as shared
+from decoding.cli.groups import Group
 from decoding.errors import DecodingError
 
 _data = click.option(
@@ -20,7 +20,7 @@ _model_size = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def temperature() -> None:
     """Collects scores, trains, evaluates and asks temperature selectors."""
 
@@ -45,9 +45,9 @@ def temperature() -> None:
 @shared.resume
 def collect(tasks: tuple[str, ...], suite: str, data: Path, limit: int, out: Path, resume: bool, **chosen: Any) -> None:
     """Scores a model on tasks at every temperature; goes on with --resume after an interruption."""
-    from decoding.models import load_model, load_tokenizer, model_fingerprint
+    from decoding.models import load_model, load_tokenizer
     from decoding.temperature.processors import checked_temperature
-    from experiments.lab.runs import check_unused
+    from experiments.lab.runs import check_unused, settings_of
     from experiments.temperature.collect import Collection, CollectOptions
     from experiments.temperature.tasks import load_tasks
 
@@ -62,18 +62,10 @@ def collect(tasks: tuple[str, ...], suite: str, data: Path, limit: int, out: Pat
     counts = list(limits.values()) or [limit] * len(definitions)
     items = {task: task.items(data, count) for task, count in zip(definitions, counts, strict=True)}
     tokenizer, model = load_tokenizer(chosen["model"]), load_model(chosen["model"], chosen["dtype"])
-    about = {
-        "model": chosen["model"],
-        "model_fingerprint": model_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    about = settings_of(chosen["model"], model, tokenizer)
     settings = {key: chosen[key] for key in ("temperatures", "seeds", "top_p", "batch_size", "entropy_based")}
     collection = Collection(model, tokenizer, about, items, CollectOptions(**settings), out, resume)
-    try:
-        collection.run()
-    except KeyboardInterrupt:
-        click.echo(f"\ninterrupted; finished batches are kept: go on with --resume --out {out}", err=True)
-        sys.exit(130)
+    shared.until_interrupted(collection.run, out, "finished batches are kept")
     click.echo(f"{out}: train with `decoding temperature train --collection {out}`")
 
 
@@ -106,14 +98,15 @@ def train(
     """Trains a selector: the classifier of abilities and, from a collection, one model's scores by temperature."""
     from decoding.temperature.encoder import load_encoder
     from experiments.lab.runs import check_unused
-    from experiments.temperature import data as temperature_data
-    from experiments.temperature import train as temperature_train
+    from experiments.temperature.collect import read_collection
+    from experiments.temperature.data import TRAINED, held_out_prompts, training_prompts
+    from experiments.temperature.train import train as train_selector
 
     check_unused(out)
-    collected = None if collection is None else temperature_data.read_collection(collection)
-    names = tasks or temperature_data.TRAINED
-    labelled, held_out = temperature_data.training_prompts(data, names), temperature_data.held_out_prompts(data, names)
-    selector = temperature_train.train(load_encoder(encoder, window), labelled, held_out, collected, fine_tune)
+    collected = None if collection is None else read_collection(collection)
+    names = tasks or TRAINED
+    labelled, held_out = training_prompts(data, names), held_out_prompts(data, names)
+    selector = train_selector(load_encoder(encoder, window), labelled, held_out, collected, fine_tune)
     chosen = [*(f"--task {name}" for name in tasks), f"--encoder {encoder}", f"--window {window}"]
     chosen += [f"--fine-tune {fine_tune}", "--data DATA", "--collection COLLECTION"][: 2 if collected is None else 3]
     selector.about["command"] = " ".join(["decoding temperature train", *chosen])
@@ -146,21 +139,23 @@ def evaluate(
     from decoding.temperature.abilities import best_temperatures
     from decoding.temperature.selector import TemperatureSelector
     from experiments.lab.runs import check_unused
-    from experiments.temperature import data as temperature_data
-    from experiments.temperature import evaluate as temperature_eval
-    from experiments.temperature import report as temperature_report
+    from experiments.temperature import report
+    from experiments.temperature.collect import read_collection
+    from experiments.temperature.data import TRAINED_ON, held_out_prompts, kept_out_prompts
+    from experiments.temperature.evaluate import DEFAULTS
+    from experiments.temperature.evaluate import evaluate as judge
 
     check_unused(out)
     judged = TemperatureSelector.from_pretrained(selector)
-    needed = [*best_temperatures(model_size, judged.tolerance), *temperature_eval.DEFAULTS]
+    needed = [*best_temperatures(model_size, judged.tolerance), *DEFAULTS]
     needed += [] if judged.curve is None else [round(value, 4) for value in judged.curve.temperatures.tolist()]
-    collected = [temperature_data.read_collection(folder, needed) for folder in collections]
-    held_out = temperature_data.held_out_prompts(data, tasks or temperature_data.TRAINED_ON)
+    collected = [read_collection(folder, needed) for folder in collections]
+    held_out = held_out_prompts(data, tasks or TRAINED_ON)
     if not held_out:
         raise DecodingError("these tasks hold their prompts themselves, and none was held out: give one of a data set")
-    labelled = held_out, temperature_data.kept_out_prompts(data, judged.about["prompts"])
-    results = temperature_eval.evaluate(judged, collected, labelled, model_size)
-    click.echo(temperature_report.write(results, out))
+    labelled = held_out, kept_out_prompts(data, judged.about["prompts"])
+    results = judge(judged, collected, labelled, model_size)
+    click.echo(report.write(results, out))
 
 
 @temperature.command()
@@ -199,3 +194,14 @@ def _prediction(selector: Any, prompt: str, model_size: str, policy: str | None)
             "expected_scores": {f"{t:g}": round(x, 4) for t, x in zip(temperatures, mean, strict=True)},
         }
     return found
+
+
+@click.command(name="temperature")
+@shared.model
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
+@shared.figures
+def bench_temperature(model: str, rounds: int, out: Path | None) -> None:
+    """Measures what choosing a temperature costs. Let the machine be idle."""
+    from experiments.temperature import bench
+
+    bench.main(model, rounds, out)

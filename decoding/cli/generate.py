@@ -1,0 +1,63 @@
+"""``decoding generate``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from decoding.cli import options as shared
+from decoding.errors import DecodingError
+from decoding.style.registered import DEFAULT_STYLE
+
+
+@click.command()
+@click.argument("prompt")
+@shared.model
+@shared.dtype
+@click.option("--style", default=DEFAULT_STYLE, show_default=True, help=shared.style_help)
+@shared.lambda_or_auto
+@shared.any_lambda
+@shared.steering
+@shared.field
+@shared.order
+@shared.smoothing
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--temperature",
+    default="1",
+    show_default=True,
+    type=shared.TemperatureOrAuto(),
+    help='"auto" has it chosen for the prompt; 0 takes the most probable token at every step.',
+)
+@click.option("--seed", default=0, show_default=True)
+def generate(
+    prompt: str, style: str, lambda_: float | str | None, seed: int, temperature: float | str, **options: Any
+) -> None:
+    """Continues PROMPT in a style."""
+    import torch
+
+    from decoding import AutoTemperature, FixedTemperature
+    from decoding import generate as continue_text
+    from decoding.models import load_model, load_tokenizer
+
+    if not prompt.strip():
+        raise DecodingError("the prompt is empty")
+    prior = shared.style_prior(style, lambda_, options)
+    tokenizer = load_tokenizer(options["model"])
+    if not prior.needs_model:
+        prior.bind(tokenizer)
+    model = load_model(options["model"], options["dtype"])
+    processors: list[Any] = [prior]
+    if temperature != 0:
+        processors.append(AutoTemperature() if temperature == "auto" else FixedTemperature(float(temperature)))
+    torch.manual_seed(seed)
+    text = continue_text(
+        model,
+        prompt,
+        tokenizer=tokenizer,
+        logits_processor=processors,
+        max_new_tokens=options["max_new_tokens"],
+        **({} if temperature else {"do_sample": False}),
+    )
+    click.echo(prompt + text)

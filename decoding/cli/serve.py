@@ -1,0 +1,49 @@
+"""``decoding serve``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from decoding.cli import options as shared
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@shared.model
+@click.option("--style", "styles", multiple=True, help=f"NAME=SPEC. SPEC: {shared.style_help} May repeat.")
+@shared.order
+@shared.smoothing
+@click.option("--temperature-selector", help='"default" (the embedded one), a folder or a hub id; none by default.')
+@click.option("--temperature-policy", type=click.Choice(["ability", "curve"]), help="Of the selector.")
+@click.option("--model-size", type=click.Choice(["small", "medium", "large"]), help="By its parameters by default.")
+@click.option("--chunk-adapters", help='Select chunks: "default" (SmolLM2-135M\'s), a folder or a hub id.')
+@click.option("--kv-budget", type=click.IntRange(min=1), help="Select chunks: tokens to read, 2048 with adapters.")
+@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
+def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **options: Any) -> None:
+    """Serves a model over HTTP: vLLM's OpenAI-compatible server, which takes all of its own options.
+
+    A request names its style in vllm_xargs, {"style": "NAME", "lambda": 0.1}, has its temperature chosen with
+    {"temperature": "auto"}, and reads another number of tokens with {"kv_budget": 4096}, or all with "full".
+    """
+    from decoding.models import load_tokenizer, resolve_model
+    from decoding.style.source import require_distinct
+    from decoding.style.training import name_and_file
+    from decoding.vllm import engine_args
+    from decoding.vllm.server import serve as run_server
+
+    path = resolve_model(model)
+    tokenizer = load_tokenizer(model)
+    trained = {"order": options["order"], "smoothing": options["smoothing"]}
+    named = [name_and_file(spec, tokenizer, **trained) for spec in styles]
+    require_distinct([name for name, _ in named])
+    selector = options["temperature_selector"]
+    engine = engine_args(
+        dict(named),
+        temperature=True if selector == "default" else selector,
+        model_size=options["model_size"],
+        policy=options["temperature_policy"],
+        chunk_adapters=options["chunk_adapters"],
+        kv_budget=options["kv_budget"],
+    )
+    run_server(path, model, engine, vllm_options)

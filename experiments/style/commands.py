@@ -1,0 +1,302 @@
+"""``decoding style``, ``sweep``, ``reproduce style``, ``bench style`` and ``bench vllm``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from decoding.cli import options as shared
+from decoding.cli.groups import Group
+from decoding.errors import DecodingError
+from decoding.files import require_writable
+from decoding.style.registered import DEFAULT_STYLE
+from decoding.style.source import load_corpus
+
+
+@click.group(cls=Group)
+def style() -> None:
+    """Trains, inspects and evaluates style priors."""
+
+
+@style.command()
+@click.argument("corpus")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A .safetensors file, or a folder.")
+@shared.lambda_or_auto
+@shared.steering
+@shared.model
+@shared.dtype
+@shared.field
+@shared.order
+@shared.smoothing
+@click.pass_context
+def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | None, **options: Any) -> None:
+    """Trains a prior on CORPUS (a registered name, text file, folder or .jsonl file) for a model's tokenizer.
+
+    A .safetensors file holds the n-gram model alone. A folder also holds how it steers: λ, mode and guards.
+    """
+    from decoding.models import load_model, load_tokenizer
+    from decoding.style.training import train_prior
+
+    default = click.core.ParameterSource.DEFAULT
+    asked = [name for name in ("lambda_", *shared.STEERING) if ctx.get_parameter_source(name) != default]
+    if out.suffix == ".safetensors" and asked:
+        raise DecodingError(f"--{asked[0].strip('_').replace('_', '-')} is kept in a folder: name one with --out")
+    if out.suffix != ".safetensors" and not asked:
+        raise DecodingError(f"--out must end in .safetensors, not {out.name!r}; a folder also keeps --mode or --lambda")
+    require_writable(out)
+    tokenizer = load_tokenizer(options["model"])
+    if out.suffix == ".safetensors":
+        prior = train_prior(load_corpus(corpus, options["field"]), tokenizer, options["order"], options["smoothing"])
+        prior.save(out)
+        click.echo(f"{out}: {len(prior):,} n-grams, {out.stat().st_size / len(prior):.1f} bytes each")
+        return
+    steered = shared.style_prior(corpus, lambda_, options)
+    model = load_model(options["model"], options["dtype"]) if steered.needs_model else None
+    steered.bind(tokenizer, model).save_pretrained(out)
+    click.echo(f"{out}: mode {steered.mode}, λ={steered.lambda_:g}")
+
+
+@style.command()
+@click.argument("prior", type=click.Path(path_type=Path))
+def info(prior: Path) -> None:
+    """Prints what a saved PRIOR is, as JSON."""
+    from decoding.style.files import load_prior
+
+    model = load_prior(prior)
+    counts = [int(model.seen.sum()), *model.tables.shape.ngrams[1:]]
+    about = {
+        "order": model.order,
+        "smoothing": model.smoothing,
+        "vocab_size": model.vocab_size,
+        "ngrams": {str(k): count for k, count in enumerate(counts, start=1)},
+        **model.metadata,
+    }
+    click.echo(json.dumps(about, indent=2, ensure_ascii=False))
+
+
+@style.command(name="eval")
+@click.argument("prior")
+@click.argument("text")
+@shared.model
+@shared.field
+@shared.order
+@shared.smoothing
+def evaluate(prior: str, text: str, model: str, field: str | None, order: int, smoothing: str) -> None:
+    """Perplexity of TEXT under PRIOR (saved, or trained now from a style), as JSON."""
+    from decoding.models import load_tokenizer
+    from decoding.style.training import resolve_style
+    from decoding.tokens import tokenize
+
+    tokenizer = load_tokenizer(model)
+    documents = [ids for ids in tokenize(load_corpus(text, field).documents, tokenizer) if len(ids)]
+    judge = resolve_style(prior, tokenizer, field=field, order=order, smoothing=smoothing)
+    seen = judge.seen.numpy()
+    unknown = sum(int((~seen[ids]).sum()) for ids in documents)
+    result = {
+        "tokens": sum(map(len, documents)),
+        "unknown_tokens": unknown,
+        "perplexity": judge.perplexity(documents),
+        "perplexity_without_unknown": judge.perplexity(documents, oov="exclude"),
+    }
+    click.echo(json.dumps(result, indent=2))
+
+
+@style.command(name="compare")
+@click.option("--style", "styles", multiple=True, required=True, help=f"{shared.style_help} NAME=SPEC. May repeat.")
+@click.option("--other", "others", multiple=True, required=True, help="More authors, for the judges. May repeat.")
+@shared.prompts
+@click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1), help="Texts for each prompt.")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=4))
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
+@click.option("--lora-steps", default=300, show_default=True, type=click.IntRange(min=1))
+@shared.model
+@shared.dtype
+@shared.out
+@shared.resume
+def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) -> None:
+    """Priors in all modes beside prompting and LoRA: style (by a judge of its own), fluency, diversity, copying.
+
+    Corpora are split: 70 % steers, prompts and trains, 20 % trains the judges, 10 % tests them. The first --other is
+    also the general background of one mode.
+    """
+    from decoding.models import load_model, load_tokenizer
+    from decoding.style.source import require_distinct
+    from experiments.lab.libraries import required
+    from experiments.lab.prompts import read_prompts
+    from experiments.lab.runs import check_unused
+    from experiments.style import compare as ways
+    from experiments.style import compare_report
+    from experiments.style.lora import LoraRecipe
+
+    for module in ("sklearn", "peft"):
+        required(module, "compare")
+    out = shared.out_folder(options["out"], "comparisons")
+    if not options["resume"]:
+        check_unused(out)
+    corpora, more = ([load_corpus(spec) for spec in specs] for specs in (styles, others))
+    require_distinct([corpus.name for corpus in (*corpora, *more)])
+    chosen = ways.CompareOptions(
+        prompts=read_prompts(options["prompts"] or ways.HELD_OUT_PROMPTS),
+        other=more[0].name,
+        samples=options["samples"],
+        max_new_tokens=options["max_new_tokens"],
+        batch_size=options["batch_size"],
+        lora=LoraRecipe(steps=options["lora_steps"]),
+    )
+    tokenizer = load_tokenizer(options["model"])
+    model = load_model(options["model"], options["dtype"])
+    run = ways.Comparison(model, tokenizer, options["model"], corpora, more, chosen, out, options["resume"])
+    shared.until_interrupted(run.run, out)
+    compare_report.write(run)
+    click.echo(f"\nlook at {out / 'pareto.png'} and {out / 'samples.md'}; numbers: {out / 'results.md'}")
+
+
+@click.command()
+@click.option(
+    "--lambda",
+    "lambdas",
+    type=shared.Numbers("λ"),
+    default="0:1",
+    show_default=True,
+    help="0:1, 0:1:0.05 or 0,0.1,0.3.",
+)
+@click.option("--style", "styles", multiple=True, help=f"{shared.style_help} NAME=SPEC names it. May repeat.")
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0,), show_default=True, help="May repeat.")
+@shared.prompts
+@click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(min=1))
+@shared.batch_size
+@click.option("--combine", type=click.Choice(["matching", "interpolated"]), default="matching", show_default=True)
+@shared.mode
+@click.option("--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True)
+@shared.any_lambda
+@shared.model
+@shared.dtype
+@shared.field
+@shared.order
+@shared.smoothing
+@shared.out
+@shared.resume
+def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int, ...], **options: Any) -> None:
+    """Generates over λ and measures style, fluency and divergence; writes a table, pictures and a page."""
+    from decoding.style.strength import checked_lambda
+    from experiments.lab.prompts import DEFAULT_PROMPTS, read_prompts
+    from experiments.style.cells import DEFAULT_STYLES, SweepOptions
+    from experiments.style.engines import require_engine
+    from experiments.style.sweep import run as run_sweep
+
+    for value in lambdas:
+        checked_lambda(value, options["allow_any_lambda"])
+    require_engine(options["engine"])
+    if options["engine"] == "vllm" and not all(0 <= value <= 1 for value in lambdas):
+        raise DecodingError("requests to vLLM take λ in [0, 1]: leave --engine vllm or --allow-any-lambda out")
+    prompts = read_prompts(options["prompts"] or DEFAULT_PROMPTS)
+    chosen = SweepOptions(
+        prompts=prompts,
+        lambdas=lambdas,
+        seeds=tuple(dict.fromkeys(seeds)),
+        max_new_tokens=options["max_new_tokens"],
+        batch_size=options["batch_size"],
+        combine=options["combine"],
+        mode=options["mode"],
+        allow_any_lambda=options["allow_any_lambda"],
+    )
+    run = _prepared_sweep(list(styles or DEFAULT_STYLES), chosen, options)
+    _run_and_report(run, run_sweep)
+
+
+def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> Any:
+    from decoding.models import load_model, load_tokenizer
+    from experiments.lab.runs import check_unused
+    from experiments.style.cells import load_styles, with_ratio
+    from experiments.style.sweep import Sweep
+
+    out = shared.out_folder(options["out"], "sweeps")
+    if not options["resume"]:
+        check_unused(out)
+    tokenizer = load_tokenizer(options["model"])
+    loaded = load_styles(styles, tokenizer, options["field"], options["order"], options["smoothing"])
+    model = load_model(options["model"], options["dtype"])
+    if chosen.mode == "ratio":
+        loaded = [with_ratio(style, tokenizer, model) for style in loaded]
+    return Sweep(model, tokenizer, options["model"], loaded, chosen, out, options["resume"], options["engine"])
+
+
+def _run_and_report(run: Any, work: Callable[[Any], Any]) -> None:
+    from experiments.style.sweep import report
+
+    folder = run.folder.path
+    points = shared.until_interrupted(lambda: work(run), folder)
+    _print_table(report(run, points))
+    click.echo(f"\nlook at {folder / 'report.html'} and {folder / 'sweep.png'}; numbers: {folder / 'results.csv'}")
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from experiments.style.report import table
+
+    keys = ("style_ppl", "base_ppl", "js", "entropy", "distinct_2", "copied_run", "speed")
+    headings, *body = table(rows, keys, intervals=False)
+    shown = Table(*headings)
+    for line in body:
+        shown.add_row(*line)
+    console = Console()
+    Console(width=None if console.is_terminal else 120).print(shown)
+
+
+@click.command(name="style")
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with the three corpora.")
+@shared.prompts
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
+@shared.batch_size
+@shared.model
+@shared.dtype
+@shared.order
+@shared.smoothing
+@shared.out
+@shared.resume
+def reproduce_style(data: Path, **options: Any) -> None:
+    """Three corpora × eight λ × three seeds, beside unsteered texts of the same entropy (arXiv 2601.16224)."""
+    from experiments.lab.prompts import DEFAULT_PROMPTS, read_prompts
+    from experiments.style import paper
+    from experiments.style.cells import SweepOptions
+
+    chosen = SweepOptions(
+        prompts=read_prompts(options["prompts"] or DEFAULT_PROMPTS),
+        lambdas=paper.LAMBDAS,
+        seeds=paper.SEEDS,
+        max_new_tokens=options["max_new_tokens"],
+        batch_size=options["batch_size"],
+    )
+    run = _prepared_sweep(paper.style_specs(data), chosen, options | {"field": None, "engine": "transformers"})
+    _run_and_report(run, paper.run)
+
+
+@click.command(name="style")
+@click.option("--style", "spec", default=DEFAULT_STYLE, show_default=True, help=shared.style_help)
+@shared.model
+@shared.field
+@shared.figures
+@click.option("--lmplz", type=click.Path(exists=True, path_type=Path), help="KenLM's trainer, to compare with.")
+def bench_style(spec: str, model: str, field: str | None, out: Path | None, lmplz: Path | None) -> None:
+    """Measures the style prior. Let the machine be idle."""
+    from experiments.style import bench
+
+    bench.main(spec, model, field, out, lmplz)
+
+
+@click.command(name="vllm")
+@shared.model
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
+@shared.figures
+def bench_vllm(model: str, max_new_tokens: int, rounds: int, out: Path | None) -> None:
+    """Measures what styles cost in vLLM. Let the machine be idle."""
+    from experiments.style import vllm_bench
+
+    vllm_bench.main(model, max_new_tokens, rounds, out)
