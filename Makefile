@@ -18,7 +18,7 @@ VLLM_PIP := $(VLLM_BIN)/python $(INSTALL)
 # A process can have one engine after the other in it, but not two at a time.
 IN_PROCESS := tests/serving/test_temperature_engine.py tests/serving/test_chunk_engine.py
 
-.PHONY: run test test-vllm check bench clean
+.PHONY: run test test-vllm check wheel bench clean
 
 run: .venv/run.done
 	$(BIN)/decoding sweep --lambda 0:1
@@ -29,12 +29,21 @@ test-vllm: .venv-vllm/test.done
 	$(VLLM_BIN)/python -m pytest tests/serving $(IN_PROCESS:%=--ignore=%)
 	$(foreach file,$(IN_PROCESS),$(VLLM_BIN)/python -m pytest $(file) &&) true
 
-check: .venv/test.done
+check: .venv/test.done wheel
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# An installed wheel, for tests/test_wheel.py.
+wheel: .venv/test.done
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel .
+	test -x .venv-wheel/bin/python || $(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python $(INSTALL) $(TORCH)
+	.venv-wheel/bin/python $(INSTALL) --force-reinstall --no-deps build/wheel/*.whl
+	.venv-wheel/bin/python $(INSTALL) build/wheel/*.whl
 
 bench: .venv/test.done
 	$(BIN)/decoding bench style
@@ -61,4 +70,4 @@ bench: .venv/test.done
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm build *.egg-info
+	rm -rf .venv .venv-vllm .venv-wheel build *.egg-info

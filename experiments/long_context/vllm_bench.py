@@ -24,7 +24,7 @@ from decoding.tokens import tokenize
 from decoding.vllm.declaration import BLOCK_SIZE, engine_args
 from experiments.lab.figures import Figure, interleaved, report, seconds_of
 from experiments.lab.pictures import plt, save
-from experiments.style.engines import model_runner, require_engine
+from experiments.lab.vllm_runner import model_runner, require_vllm
 
 TEXT = "king-james"
 BUDGET = 2048
@@ -60,7 +60,7 @@ def main(
     Raises:
         DecodingError: vLLM is not installed, or the text is too short.
     """
-    require_engine("vllm")
+    require_vllm()
     texts = _texts(model, max(contexts), max(batches))
     llm = _engine(model, adapters, max(contexts) + STEPS + 2 * BLOCK_SIZE, max(batches))
     times = {

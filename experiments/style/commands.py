@@ -184,15 +184,16 @@ def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int,
     """Generates over λ and measures style, fluency and divergence; writes a table, pictures and a page."""
     from decoding.style.strength import checked_lambda
     from experiments.lab.prompts import DEFAULT_PROMPTS, read_prompts
+    from experiments.lab.vllm_runner import require_vllm
     from experiments.style.cells import DEFAULT_STYLES, SweepOptions
-    from experiments.style.engines import require_engine
     from experiments.style.sweep import run as run_sweep
 
     for value in lambdas:
         checked_lambda(value, options["allow_any_lambda"])
-    require_engine(options["engine"])
-    if options["engine"] == "vllm" and not all(0 <= value <= 1 for value in lambdas):
-        raise DecodingError("requests to vLLM take λ in [0, 1]: leave --engine vllm or --allow-any-lambda out")
+    if options["engine"] == "vllm":
+        require_vllm()
+        if not all(0 <= value <= 1 for value in lambdas):
+            raise DecodingError("requests to vLLM take λ in [0, 1]: leave --engine vllm or --allow-any-lambda out")
     prompts = read_prompts(options["prompts"] or DEFAULT_PROMPTS)
     chosen = SweepOptions(
         prompts=prompts,

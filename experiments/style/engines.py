@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from decoding.errors import DecodingError
 from decoding.style.prior import StylePrior
 from experiments.lab.timing import TimedProcessor
 from experiments.style.cells import Style, SweepCell, SweepOptions
@@ -32,21 +30,6 @@ class Engine(Protocol):
     def generate(self, cell: SweepCell, start: int, prompts: list[str]) -> Batch:
         """Samples a text for each prompt; ``start`` is the number of the first one among all of the sweep's."""
         ...
-
-
-def require_engine(name: str) -> None:
-    """Refuses an engine that is not installed.
-
-    Raises:
-        DecodingError: as said.
-    """
-    if name == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise DecodingError("--engine vllm needs vLLM, 0.32 or newer: pip install vllm")
-
-
-def model_runner(llm: Any) -> Any:
-    """What computes the steps of a ``vllm.LLM`` in this process."""
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
 def prior_of(style: Style, options: SweepOptions, **more: Any) -> StylePrior:

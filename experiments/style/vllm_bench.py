@@ -25,8 +25,8 @@ from decoding.vllm.declaration import engine_args
 from decoding.vllm.requests import load_styles
 from experiments.lab.figures import Figure, interleaved, not_measured, report
 from experiments.lab.prompts import DEFAULT_PROMPTS, read_prompts
+from experiments.lab.vllm_runner import model_runner, require_vllm
 from experiments.style.cells import DEFAULT_STYLES
-from experiments.style.engines import model_runner, require_engine
 
 BATCH = 16
 MANY = 200
@@ -42,7 +42,7 @@ def main(model_name: str, tokens: int, rounds: int, out: Path | None) -> None:
         rounds: how often each kind of batch runs.
         out: file for the figures.
     """
-    require_engine("vllm")
+    require_vllm()
     tokenizer = load_tokenizer(model_name)
     files = [name_and_file(name, tokenizer, order=3, smoothing="kneser-ney")[1] for name in DEFAULT_STYLES]
     figures = [
