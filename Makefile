@@ -1,5 +1,6 @@
 # make run: environment, default model and corpora, and the first sweep.
 # make test: environments, checks, tests.   make check: the same without vLLM.   make test-vllm: vLLM's part.
+# make test-lowest: the tests with every dependency at its floor.
 PYTHON ?= python3
 # torch first, by itself, so that nothing else chooses its build. Another build: make TORCH=...
 TORCH ?= torch==2.13.0
@@ -15,26 +16,40 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python $(INSTALL)
 VLLM_PIP := $(VLLM_BIN)/python $(INSTALL)
 
-# A process can have one engine after the other in it, but not two at a time.
-IN_PROCESS := tests/serving/test_temperature_engine.py tests/serving/test_chunk_engine.py
+# Two processes at a time, with a thread each: on two cores that takes half as long as one process with two.
+PAIR := --no-print-directory --jobs 2 --output-sync=target
+ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
-.PHONY: run test test-vllm check wheel bench clean
+# Tests that start engines, the longest first. One process for each: it can have but one engine at a time.
+ENGINES := engine server chunk_engine sweep temperature_engine
+
+.PHONY: run test test-vllm test-lowest check wheel bench clean
 
 run: .venv/run.done
 	$(BIN)/decoding sweep --lambda 0:1
 
-test: test-vllm check
+test:
+	$(MAKE) $(PAIR) .venv-vllm/test.done wheel
+	$(MAKE) $(PAIR) test-vllm
+	$(MAKE) --no-print-directory check
 
-test-vllm: .venv-vllm/test.done
-	$(VLLM_BIN)/python -m pytest tests/serving $(IN_PROCESS:%=--ignore=%)
-	$(foreach file,$(IN_PROCESS),$(VLLM_BIN)/python -m pytest $(file) &&) true
+test-vllm: $(ENGINES:%=test-vllm-%) test-vllm-rows
+
+test-vllm-rows: .venv-vllm/test.done
+	$(VLLM_BIN)/python -m pytest tests/serving $(ENGINES:%=--ignore=tests/serving/test_%.py)
+
+$(ENGINES:%=test-vllm-%): test-vllm-%: .venv-vllm/test.done
+	$(ONE_THREAD) $(VLLM_BIN)/python -m pytest tests/serving/test_$*.py
 
 check: .venv/test.done wheel
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-lowest: .venv-lowest/test.done
+	$(ONE_THREAD) .venv-lowest/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 # An installed wheel, for tests/test_wheel.py.
 wheel: .venv/test.done
@@ -69,5 +84,13 @@ bench: .venv/test.done
 	$(VLLM_PIP) --no-deps $(DATA)
 	touch $@
 
+.venv-lowest/test.done: pyproject.toml Makefile
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python .ci/lowest_requirements.py > .venv-lowest/requirements.txt
+	.venv-lowest/bin/python $(INSTALL) -r .venv-lowest/requirements.txt pytest pytest-xdist hypothesis "setuptools>=77"
+	.venv-lowest/bin/python $(INSTALL) --no-deps --no-build-isolation --editable .
+	.venv-lowest/bin/python $(INSTALL) --no-deps $(DATA)
+	touch $@
+
 clean:
-	rm -rf .venv .venv-vllm .venv-wheel build *.egg-info
+	rm -rf .venv .venv-vllm .venv-wheel .venv-lowest build *.egg-info

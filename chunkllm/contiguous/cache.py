@@ -278,7 +278,7 @@ class ChunkCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Drops tokens from the end (assisted generation does)."""
         self.count_last_step()
-        super().crop(tokens_to_remove)
+        super().crop(int(tokens_to_remove))  # transformers 5.16 gives a tensor
         if self.table is not None:
             self.table.truncate(self._front.get_seq_length())
             self._summarised = np.minimum(self._summarised, self.table.counts)

@@ -1,5 +1,6 @@
 import json
 import math
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_the_report_holds_every_cell_and_draws_from_disk(make_sweep):
     content = json.loads((folder / "results.json").read_text())
     assert content["rows"] == json.loads(json.dumps(rows))
     assert {"model", "prompts", "styles"} <= content["settings"].keys()
-    assert content["settings"]["environments"][0]["versions"]["torch"] == torch.__version__
+    assert content["settings"]["environments"][0]["versions"]["torch"] == version("torch")
     assert content["settings"]["styles"]["style"]["corpus_sha256"]
     assert len((folder / "results.csv").read_text().splitlines()) == 7
     assert {path.stem for path in (folder / "plots").iterdir()} >= {"style_ppl", "base_ppl", "js", "speed"}
