@@ -32,7 +32,8 @@ class GuardSettings(NamedTuple):
         Raises:
             DecodingError: a value outside its range.
         """
-        for name, value, most in zip(self._fields, self, (1.0, math.log(2), math.inf), strict=True):
+        for name, value in self._asdict().items():
+            most = _MOST.get(name, math.inf)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
@@ -41,13 +42,18 @@ class GuardSettings(NamedTuple):
         return self
 
 
+_MOST = {"plausibility": 1.0, "max_js": math.log(2)}
+_ABSENT = {"plausibility": 0.0, "max_js": math.inf, "entropy_gate": 0.0}
+"""What a guard's column holds for priors that do not have it."""
+
+
 @dataclass(frozen=True)
 class Guards:
-    """The guards of several priors, float32 [S] each; None where no prior has one."""
+    """The guards of several priors, float32 [S] each (`_ABSENT` for priors without); None where no prior has one."""
 
-    plausibility: Tensor | None  # 0 for priors without
-    max_js: Tensor | None  # infinite for priors without
-    entropy_gate: Tensor | None  # 0 for priors without
+    plausibility: Tensor | None
+    max_js: Tensor | None
+    entropy_gate: Tensor | None
 
     def of(self, prior: int | Tensor) -> Guards:
         """Those of one prior, [1, 1], or of each row's, [B, 1]."""
@@ -57,20 +63,21 @@ class Guards:
                 return None
             return (values.index_select(0, prior) if isinstance(prior, Tensor) else values[prior : prior + 1])[:, None]
 
-        return Guards(rows(self.plausibility), rows(self.max_js), rows(self.entropy_gate))
+        return Guards(**{name: rows(values) for name, values in vars(self).items()})
 
 
 def guards_of(settings: Sequence[GuardSettings], device: torch.device | str) -> Guards | None:
     """The guards of priors on a device, or None if no prior has any."""
 
-    def column(values: Sequence[float | None], absent: float) -> Tensor | None:
+    def column(name: str) -> Tensor | None:
+        values = [getattr(each, name) for each in settings]
         if all(value is None for value in values):
             return None
-        return torch.tensor([absent if value is None else value for value in values], dtype=torch.float32).to(device)
+        filled = [_ABSENT[name] if value is None else value for value in values]
+        return torch.tensor(filled, dtype=torch.float32).to(device)
 
-    columns = list(zip(*settings, strict=True))
-    guards = Guards(column(columns[0], 0.0), column(columns[1], math.inf), column(columns[2], 0.0))
-    return None if guards == Guards(None, None, None) else guards
+    columns = {name: column(name) for name in GuardSettings._fields}
+    return None if all(values is None for values in columns.values()) else Guards(**columns)
 
 
 def mixture_of(

@@ -149,7 +149,7 @@ def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path:
             axis.set_yscale("log")
         else:
             shown = [value(row) for row in rows if not row["method"].startswith("random")]  # it would hide the others
-            margin = 0.05 * (max(shown) - min(shown))
+            margin = 0.05 * (max(shown) - min(shown)) or 1.0
             axis.set_ylim(min(shown) - margin, max(shown) + margin)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("keys and values kept, %")
@@ -171,7 +171,8 @@ def _draw_recall(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: 
         axis.set_title(f"attention held, %, {100 * share:g} % kept", fontsize=10)
         axis.set_xlabel("layer")
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    if shares:
+        axes[0, 0].legend(fontsize=7)
     save(figure, path)
 
 
