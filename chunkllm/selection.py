@@ -50,7 +50,7 @@ def selectable(chunks: Chunks, rows: Rows, sinks: int) -> Chunks:
     return Chunks(first, (stop - first).clamp(min=0))
 
 
-def worth(scores: Tensor, lengths: Tensor) -> Tensor:
+def score_per_token(scores: Tensor, lengths: Tensor) -> Tensor:
     """Scores [B, C] that are shares of attention, as shares per token: what a budget of tokens is best spent on."""
     return scores / lengths.clamp(min=1)
 

@@ -16,7 +16,7 @@ from chunkllm.contiguous.table import ChunkTable
 from chunkllm.errors import ChunkError
 from chunkllm.late import Arriving, send
 from chunkllm.scorers import Scorer, chunk_scores
-from chunkllm.selection import Chunks, Rows, choose_tokens, divide, selectable, worth
+from chunkllm.selection import Chunks, Rows, choose_tokens, divide, score_per_token, selectable
 
 _GROWTH = 1.01
 
@@ -240,7 +240,7 @@ class ChunkCache(Cache):
             if index is not None:
                 queries, features = queries.index_select(0, index), features.index_select(0, index)
             scores = chunk_scores(scorer, layer.place, queries, features, lengths, distances)
-            ranks.append(worth(scores, chunks.lengths) if by_token else scores)
+            ranks.append(score_per_token(scores, chunks.lengths) if by_token else scores)
         return ranks
 
     def _divided(self, slots: int, always: int, held: int) -> list[int]:

@@ -129,11 +129,11 @@ class PagedSelection:
         self._has_chosen = torch.zeros(slots, dtype=torch.bool, device=device)
         self._chosen = torch.zeros(count, slots, row_blocks, dtype=torch.int32, device=device)
         self._counts = torch.zeros(count, slots, dtype=torch.long, device=device)
-        self._waiting = torch.zeros(count, rows, kv_heads, head_dim, dtype=dtype, device=device)
-        self._waiting_of_layer = list(self._waiting)
-        self._early: list[tuple[int, Tensor]] = []
+        self._pending = torch.zeros(count, rows, kv_heads, head_dim, dtype=dtype, device=device)
+        self._pending_of_layer = list(self._pending)
+        self._undivided: list[tuple[int, Tensor]] = []  # layers' keys that came before the step's pieces were known
         self._pieces: Pieces | None = None
-        self._waits = False
+        self._defers = False  # a step of few tokens: its keys are taken in with the next
 
     def begin(self, step: Step) -> Reading | None:
         """Before a step: takes in the one before, and says what to read in each layer; None for everything."""
@@ -157,12 +157,12 @@ class PagedSelection:
 
     def _expect(self, tokens: Tokens, slot: Tensor, sizes: Tensor) -> None:
         """Where the queries of this step go: of each row the last ones, in place of its oldest."""
-        ring = self._scorer.queries
-        back = torch.arange(ring if self._fixed_shapes else min(ring, int(sizes.max())), device=slot.device)
+        recent = self._scorer.queries
+        back = torch.arange(recent if self._fixed_shapes else min(recent, int(sizes.max())), device=slot.device)
         token, there = tokens.last[:, None] - back, back < sizes[:, None]
-        place = slot[:, None] * ring + tokens.position[token.clamp(min=0)] % ring
+        place = slot[:, None] * recent + tokens.position[token.clamp(min=0)] % recent
         if self._fixed_shapes:
-            nowhere = self._slots.count * ring
+            nowhere = self._slots.count * recent
             self._query_tokens = token.clamp(min=0).flatten()
             self._query_places = torch.where(there, place, nowhere).flatten()
         else:
@@ -170,9 +170,9 @@ class PagedSelection:
         self._takes_every_query = not self._fixed_shapes and len(self._query_tokens) == len(tokens.row) == len(slot)
         self._known[slot] += sizes
         self._tokens, self._slot = tokens, slot
-        self._waits = len(tokens.row) <= len(self._waiting[0])
+        self._defers = len(tokens.row) <= len(self._pending[0])
         self._pieces = None
-        self._early.clear()
+        self._undivided.clear()
 
     def note_ends(self, ends: Tensor | None) -> None:
         """Takes in where chunks end, bool [T]; None if nobody looks for that: then they end with their blocks."""
@@ -181,16 +181,16 @@ class PagedSelection:
         ends = is_sink_end if ends is None else ends | is_sink_end
         self._pieces = self.summaries.cut(self._tokens, ends, self._slot)
         self._ended[self._slot] |= self._pieces.is_whole[self._pieces.running]
-        for layer, keys in self._early:
+        for layer, keys in self._undivided:
             self.summaries.add(self._pieces, keys[None], range(layer, layer + 1))
-        self._early.clear()
+        self._undivided.clear()
 
     def add_keys(self, layer: int, keys: Tensor) -> None:
         """Takes in the keys [T, Hkv, D], post-RoPE, of the layer with this number among the L."""
-        if self._waits:
-            self._waiting_of_layer[layer].narrow(0, 0, len(keys)).copy_(keys)
+        if self._defers:
+            self._pending_of_layer[layer].narrow(0, 0, len(keys)).copy_(keys)
         elif self._pieces is None:
-            self._early.append((layer, keys))
+            self._undivided.append((layer, keys))
         else:
             self.summaries.add(self._pieces, keys[None], range(layer, layer + 1))
 
@@ -202,9 +202,9 @@ class PagedSelection:
 
     def _take_in(self) -> None:
         """The keys of a step of few tokens, of all layers at once."""
-        if self._waits and self._pieces is not None:
+        if self._defers and self._pieces is not None:
             count = len(self._pieces.of_token)
-            self.summaries.add(self._pieces, self._waiting[:, :count], range(len(self._layers)))
+            self.summaries.add(self._pieces, self._pending[:, :count], range(len(self._layers)))
         self._pieces = None
 
     def _read(self, step: Step, slot: Tensor, is_long: Tensor, lengths: Tensor) -> Reading | None:
@@ -228,11 +228,11 @@ class PagedSelection:
         number = torch.arange(count, device=slot.device)
         may = (number >= 1) & (number < recent[:, None])
         # Not the block that this step begins: what is said of that is of whoever had it before.
-        worth = self._worth(blocks, slot, lengths - 1, number * self._block_size < lengths[:, None] - 1)
+        scores = self._block_scores(blocks, slot, lengths - 1, number * self._block_size < lengths[:, None] - 1)
         total = step.budgets[rows] // self._block_size - (last - recent + 2)
         shares = divide(total.clamp(min=0), self._weights, recent - 1).minimum(recent[:, None] - 1).T
         most = min(count, self._chosen.shape[2]) if self._fixed_shapes else int(shares.max())
-        best = worth.masked_fill(~may, -torch.inf).sort(descending=True, stable=True).indices
+        best = scores.masked_fill(~may, -torch.inf).sort(descending=True, stable=True).indices
         self._chosen[:, slot, :most] = best[:, :, :most].int()
         self._counts[:, slot] = shares
         self._has_chosen[slot], self._ended[slot] = True, False
@@ -242,7 +242,7 @@ class PagedSelection:
         last = (lengths - 1) // self._block_size
         return last, (last - self._local_blocks).clamp(min=1)
 
-    def _worth(self, blocks: Tensor, slot: Tensor, held: Tensor, there: Tensor) -> Tensor:
+    def _block_scores(self, blocks: Tensor, slot: Tensor, held: Tensor, there: Tensor) -> Tensor:
         """The share of attention that each block is expected to get, float32 [L, K, N].
 
         Args:
@@ -255,16 +255,16 @@ class PagedSelection:
         start = torch.arange(blocks.shape[1], device=blocks.device)[:, None] * self._block_size
         distances = (held[:, None, None] + 1 - start - lengths.cumsum(-1)).clamp(min=1)
         flat = lengths.flatten(1).float(), distances.flatten(1).float()
-        ring = self._scorer.queries
-        places = slot[:, None] * ring + torch.arange(ring, device=slot.device)
-        worth = []
+        recent = self._scorer.queries
+        places = slot[:, None] * recent + torch.arange(recent, device=slot.device)
+        by_layer = []
         for i, layer in enumerate(self._layers):
             features = self.summaries.features[i].index_select(1, blocks.flatten()).unflatten(1, blocks.shape)
             features = features.flatten(2, 3).transpose(0, 1)
             queries = self._queries[i][places].transpose(1, 2)
             scores = chunk_scores(self._scorer, layer, queries, features, *flat)
-            worth.append(scores.view(lengths.shape).sum(-1))
-        return torch.stack(worth)
+            by_layer.append(scores.view(lengths.shape).sum(-1))
+        return torch.stack(by_layer)
 
     def _tables(self, step: Step, slot: Tensor, selects: Tensor, lengths: Tensor) -> Reading:
         """Block tables: the first block, the chosen ones, the last ones."""

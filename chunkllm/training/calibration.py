@@ -19,7 +19,7 @@ from chunkllm.adapters import ChunkAdapters
 from chunkllm.contiguous.attention import intercept
 from chunkllm.models import cache_argument, model_shape
 from chunkllm.scorers import Scorer, chunk_scores
-from chunkllm.selection import Rows, choose_tokens, selectable, worth
+from chunkllm.selection import Rows, choose_tokens, score_per_token, selectable
 from chunkllm.training.distillation import Boundaries
 from chunkllm.training.lessons import ReadingOptions, chunk_ends
 
@@ -63,7 +63,7 @@ class Choice:
         chunks, distances = self.boundaries.chunks(), self.boundaries.distances()
         asked = queries[0][:, last].transpose(0, 1)
         scores = chunk_scores(self.scorer, layer, asked, features, chunks.lengths.float(), distances)
-        ranks = worth(scores, chunks.lengths) if self.scorer.is_distribution else scores
+        ranks = score_per_token(scores, chunks.lengths) if self.scorer.is_distribution else scores
         rows = Rows(torch.zeros_like(at), at + 1, torch.full_like(at, self.options.local))
         slots = max(round(RETENTION * length), self.options.sinks + self.options.local)
         sinks = self.options.sinks

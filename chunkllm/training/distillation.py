@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chunkllm.scorers import ChunkStatistics, Scorer, chunk_scores, chunk_statistics
-from chunkllm.selection import Chunks, Rows, selectable, worth
+from chunkllm.selection import Chunks, Rows, score_per_token, selectable
 
 _BLOCK = 256
 
@@ -170,4 +170,4 @@ def missing_by_score(
     """`missing_mass` for the share ``keep`` of the tokens so far, ranked by score per token; the mean of boundaries."""
     free = boundaries.free(sinks, local)
     budget = keep * (boundaries.ends[boundaries.chosen] + 1) - sinks - local
-    return float(missing_mass(worth(scores, boundaries.chunks().lengths), target, free, budget).mean())
+    return float(missing_mass(score_per_token(scores, boundaries.chunks().lengths), target, free, budget).mean())

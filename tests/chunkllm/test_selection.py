@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkllm.selection import Chunks, Rows, choose_tokens, divide, layer_weights, selectable, worth
+from chunkllm.selection import Chunks, Rows, choose_tokens, divide, layer_weights, score_per_token, selectable
 
 
 def chunks_of(rows):
@@ -116,8 +116,8 @@ def test_selectable_is_what_is_neither_sink_nor_recent(batch):
         assert not left.lengths[i, len(row) :].any()
 
 
-def test_worth_is_the_share_per_token():
-    got = worth(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[2, 10, 0]]))
+def test_scores_per_token():
+    got = score_per_token(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[2, 10, 0]]))
     torch.testing.assert_close(got, torch.tensor([[0.25, 0.05, 0.0]]))
 
 
