@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-wheel" / "bin" / "python"
 COMMANDS = ("bench", "chunk", "generate", "reproduce", "serve", "style", "sweep", "temperature")
-pytestmark = pytest.mark.skipif(not PYTHON.is_file(), reason="the wheel is not installed: make wheel")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.is_file(), reason="the wheel is not installed: make wheel"),
+]
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ def test_lambda_texts_that_do_not_parse(text):
         parse_numbers(text, "λ")
 
 
+@pytest.mark.slow
 def test_a_sweep_from_the_command_line(run, model_folder, style_file, tmp_path):
     arguments = ["sweep", "--model", model_folder, "--style", style_file, "--lambda", "0,0.5", "--max-new-tokens", 4]
     result = run(*arguments, "--seed", 3, "--seed", 4, "--out", tmp_path / "out")
@@ -178,11 +179,13 @@ def test_generate_binds_the_prior_and_takes_one_text_or_many(model, tokenizer, s
         generate(model, "x", **options | {"tokenizer": make_tokenizer(["other"])})
 
 
+@pytest.mark.slow
 def test_the_module_is_a_command():
     out = subprocess.run([sys.executable, "-m", "decoding", "--help"], capture_output=True, text=True, check=True)
     assert all(command in out.stdout for command in ("sweep", "generate", "style", "bench", "reproduce"))
 
 
+@pytest.mark.slow
 def test_importing_the_command_line_imports_no_experiment():
     code = (
         "import sys, decoding.cli\n"

@@ -33,6 +33,7 @@ def test_one_sentence_says_who_is_there(neighbour, name, says):
     assert says in sentence and "4.0.3" in sentence and "\n" not in sentence
 
 
+@pytest.mark.slow
 def test_the_command_line_says_so_once_and_works(neighbour):
     neighbour("ngram")
     done = subprocess.run([sys.executable, "-m", "decoding", "style", "--help"], capture_output=True, text=True)
@@ -40,6 +41,7 @@ def test_the_command_line_says_so_once_and_works(neighbour):
     assert done.stderr.count("another project's") == 1
 
 
+@pytest.mark.slow
 def test_a_broken_installation_is_said_in_a_line(neighbour, tmp_path):
     neighbour("decoding")
     stub = "import sys; sys.modules['decoding.models'] = type(sys)('decoding.models')\n"  # theirs, in place of ours

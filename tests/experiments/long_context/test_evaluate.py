@@ -54,6 +54,7 @@ def evaluate(folders, text_file, *more):
     return CliRunner().invoke(cli, ["chunk", "eval", str(text_file), *where, *shape, "--retention", "0.5", *more])
 
 
+@pytest.mark.slow
 def test_from_the_command_line_and_resumed(folders, text_file):
     done = evaluate(folders, text_file, "--passkey-keys", "1")
     assert done.exit_code == 0, done.output
@@ -140,6 +141,7 @@ def test_pieces_are_spread():
     assert [piece[0] for piece in slices(documents, 10, 5)] == [0, 30, 60, 90, 120]
 
 
+@pytest.mark.slow
 def test_bench_measures_all_paths(monkeypatch, tmp_path):
     tiny = {
         "hidden_size": 32,

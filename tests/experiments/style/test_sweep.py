@@ -120,6 +120,7 @@ def test_a_run_resumed_elsewhere_names_both_places(make_sweep, monkeypatch):
         ]
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_cell_and_draws_from_disk(make_sweep):
     sweep = make_sweep()
     sweep.run(sweep.steering_cells())
