@@ -2,14 +2,12 @@ import hashlib
 import io
 import json
 
-import numpy as np
 import pytest
 
 from decoding import DecodingError
 from decoding.style.registered import REMOTE_STYLES, Remote, registered_styles
 from decoding.style.source import Corpus, load_corpus
 from decoding.style.text import is_hard_wrapped, unwrap
-from decoding.tokens import tokenize
 
 
 def test_a_text_file(style_file):
@@ -113,19 +111,6 @@ def test_without_a_network_the_error_names_the_way_out(monkeypatch):
 def test_registered_texts_have_checksums():
     assert registered_styles()[:2] == ["king-james", "presidents"]
     assert all(len(remote.sha256) == 64 and remote.address.startswith("https://") for remote in REMOTE_STYLES.values())
-
-
-def test_tokens_are_cached(tokenizer):
-    corpus = Corpus("x", ("the captain said", "night"))
-    first = tokenize(corpus.documents, tokenizer)
-    assert [ids.tolist() for ids in first] == [tokenizer(d)["input_ids"] for d in corpus.documents]
-
-    class Unused:
-        name_or_path = ""
-        get_vocab = tokenizer.get_vocab
-
-    again = tokenize(corpus.documents, Unused())
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize(
