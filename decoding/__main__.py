@@ -12,6 +12,7 @@ from decoding.neighbours import installed_neighbours
 
 def main() -> None:
     """Runs the command line."""
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
     for sentence in installed_neighbours():
         print(f"Warning: {sentence}", file=sys.stderr)  # noqa: T201  # click may not be there yet
         warnings.filterwarnings("ignore", message=re.escape(sentence))  # nor is it said again

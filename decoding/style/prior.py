@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any, Literal, get_args
@@ -203,16 +203,17 @@ class StylePrior(LogitsProcessor):
         if model is None:
             raise DecodingError('λ="auto" needs the model: StylePrior(λ="auto", tokenizer=tokenizer, model=model)')
         kept, held_out = held_out_part(documents)
-        settings = self._settings()
-        if self.mode == "ratio" and self.log_ratio is None:
-            settings["log_ratio"] = ratio_to(self.background, kept, tokenizer, model)
+        settings, row = self._settings(), self.log_ratio
+        if self.mode == "ratio" and row is None:
+            row = ratio_to(self.background, kept, tokenizer, model)
         trained = prior_of_tokens(kept, corpus, tokenizer, self.order, self.smoothing)
 
         def steered(value: float) -> StylePrior:
-            return StylePrior(trained, λ=value, tokenizer=tokenizer, **settings)
+            return StylePrior(trained, λ=value, tokenizer=tokenizer, log_ratio=row, **settings)
 
-        key = json.dumps([corpus.sha256, self.background, self.order, self.smoothing, self._settings()])
-        return chosen_strength(steered, held_out, model, tokenizer, self.tolerance, key)
+        about = {"text": corpus.sha256, "order": self.order, "smoothing": self.smoothing, **settings}
+        about["log_ratio"] = None if row is None else hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()
+        return chosen_strength(steered, held_out, model, tokenizer, self.tolerance, about)
 
     def _settings(self) -> dict[str, Any]:
         """How the prior is added: what `save_pretrained` keeps beside λ."""

@@ -7,12 +7,13 @@ import re
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from rich.progress import Progress
 
 from decoding import hooks
-from decoding.cache import cache_dir
+from decoding.cache import cache_dir, kept_file
 from decoding.errors import DecodingError
 from decoding.packages import require_package
 from decoding.style.text import prose, read_text
@@ -96,12 +97,17 @@ _PACKAGED: dict[str, Callable[[], list[str]]] = {DEFAULT_STYLE: _king_james, "pr
 
 def _fetch(name: str, remote: Remote) -> str:
     path = cache_dir() / "corpora" / f"{name}.txt"
-    if not path.is_file():
+
+    def fetch(path: Path) -> None:
         content = _download(name, remote.address)
         if hashlib.sha256(content).hexdigest() != remote.sha256:
             raise DecodingError(f"{remote.address} is not the text that was registered as {name}: give --style FILE")
         write_atomically(path, content)
-    return read_text(path)
+
+    def is_whole(path: Path) -> bool:
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == remote.sha256
+
+    return read_text(kept_file(path, fetch, is_whole))
 
 
 def _download(name: str, address: str) -> bytes:

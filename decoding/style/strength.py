@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +19,13 @@ from rich.progress import track
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from decoding.cache import cache_file
+from decoding.cache import Key, kept
 from decoding.errors import DecodingError
 from decoding.metrics import distinct_n, jensen_shannon
 from decoding.models import model_fingerprint
-from decoding.style.background import MeanDistribution, Watcher, sample_openings
+from decoding.style.background import MeanDistribution, Watcher, openings, sample_openings
 from decoding.style.ratio import frequencies
-from decoding.tokens import tokenizer_fingerprint
-from ngram.storage import write_atomically
+from decoding.tokens import encoding_fingerprint
 
 ANY_LAMBDA_HINT = "; allow_any_lambda=True (--allow-any-lambda) lifts that"
 DEFAULT_TOLERANCE = 0.25
@@ -75,17 +75,17 @@ def held_out_part(documents: Sequence[np.ndarray]) -> tuple[list[np.ndarray], li
         DecodingError: too few tokens to hold some out.
     """
     total = sum(map(len, documents))
-    kept, rest = [], int(total * (1 - HELD_OUT))
+    left, rest = [], int(total * (1 - HELD_OUT))
     if total < 1000:
         raise DecodingError(
             f'λ="auto" holds a tenth of the style\'s text out, and this has {total} tokens: give a number'
         )
     held_out = []
     for ids in documents:
-        kept.append(ids[:rest])
+        left.append(ids[:rest])
         held_out.append(ids[rest:])
         rest = max(rest - len(ids), 0)
-    return [ids for ids in kept if len(ids)], [ids for ids in held_out if len(ids)]
+    return [ids for ids in left if len(ids)], [ids for ids in held_out if len(ids)]
 
 
 def choose_strength(trials: Sequence[Trial], tolerance: float) -> float:
@@ -116,7 +116,7 @@ def chosen_strength(
     model: Any,
     tokenizer: Any,
     tolerance: float,
-    key: str,
+    about: dict[str, Any],
 ) -> float:
     """Tries λ = 0, 0.1, … 1 on a model and chooses. What was tried is kept in the cache folder.
 
@@ -125,18 +125,37 @@ def chosen_strength(
         held_out: documents as int64 token ids.
         model, tokenizer: the generating model's.
         tolerance: as for `choose_strength`.
-        key: names the style and how it is added, for the cache.
+        about: the style, and all that decides how it is added, as JSON.
     """
-    parts = (key, model_fingerprint(model), tokenizer_fingerprint(tokenizer)[1])
-    path = cache_file("strengths", " ".join(parts), ".json")
-    if path.is_file():
-        trials = [Trial(*numbers) for numbers in json.loads(path.read_bytes())]
-    else:
+
+    def tried() -> list[Trial]:
         wanted = frequencies(held_out, len(tokenizer), tokenizer.eos_token_id)
         candidates = track(CANDIDATES, "choosing λ", console=Console(stderr=True), transient=True)
-        trials = [_tried(value, steered(value), wanted, model, tokenizer) for value in candidates]
-        write_atomically(path, json.dumps(trials).encode())
-    return choose_strength(trials, tolerance)
+        return [_tried(value, steered(value), wanted, model, tokenizer) for value in candidates]
+
+    key = _TrialsKey(
+        about, model_fingerprint(model), str(model.dtype), encoding_fingerprint(tokenizer), openings(), _TOKENS
+    )
+    return choose_strength(kept(key, tried, _loaded, lambda trials: json.dumps(trials).encode()), tolerance)
+
+
+@dataclass(frozen=True)
+class _TrialsKey(Key):
+    folder: ClassVar[str] = "strengths"
+    suffix: ClassVar[str] = ".json"
+    style: dict[str, Any]
+    model: str
+    dtype: str
+    tokenizer: str
+    openings: tuple[str, ...]
+    tokens: int
+
+
+def _loaded(content: bytes) -> list[Trial]:
+    trials = [Trial(*map(float, numbers)) for numbers in json.loads(content)]
+    if [trial.lambda_ for trial in trials] != list(CANDIDATES):
+        raise ValueError("trials of other strengths")
+    return trials
 
 
 def _tried(lambda_: float, processor: LogitsProcessor, wanted: Tensor, model: Any, tokenizer: Any) -> Trial:

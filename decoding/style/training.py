@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from decoding.cache import cache_file
+from decoding.cache import Key, kept_file
 from decoding.errors import DecodingError
 from decoding.hub import may_be_hub_id
 from decoding.style.files import check_tokenizer, is_saved_prior, load_prior
 from decoding.style.registered import DEFAULT_STYLE
 from decoding.style.source import Corpus, load_corpus, split_name
-from decoding.tokens import tokenize, tokenizer_fingerprint
+from decoding.tokens import encoding_fingerprint, tokenize, tokenizer_fingerprint
 from ngram import NGramError, NGramModel
 from ngram.storage import FORMAT
 
@@ -87,11 +88,32 @@ def name_and_file(
     if may_be_hub_id(source):
         return name or source.split("/")[1], source
     corpus = load_corpus(spec, field)
-    parts = (FORMAT, corpus.sha256, tokenizer_fingerprint(tokenizer)[1], str(order), smoothing)
-    path = cache_file("priors", " ".join(parts), ".safetensors")
-    if not path.is_file():
+
+    def train(path: Path) -> None:
         train_prior(corpus, tokenizer, order, smoothing).save(path)
-    return corpus.name, str(path)
+
+    key = _PriorKey(FORMAT, corpus.name, corpus.sha256, encoding_fingerprint(tokenizer), order, smoothing)
+    return corpus.name, str(kept_file(key.path, train, _opens))
+
+
+@dataclass(frozen=True)
+class _PriorKey(Key):
+    folder: ClassVar[str] = "priors"
+    suffix: ClassVar[str] = ".safetensors"
+    format: str
+    name: str
+    text: str
+    tokenizer: str
+    order: int
+    smoothing: str
+
+
+def _opens(path: Path) -> bool:
+    try:
+        NGramModel.load(path)
+    except NGramError:
+        return False
+    return True
 
 
 def resolve_style(
