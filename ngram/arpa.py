@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import re
 import warnings
 import zlib
@@ -20,14 +19,16 @@ from ngram.counts import Ints
 from ngram.errors import NGramError
 from ngram.layout import SortedNGrams, tables_from_estimates
 from ngram.smoothing import Estimates, Floats
-from ngram.storage import write_atomically
-from ngram.tables import Tables
+from ngram.storage import writing_atomically
+from ngram.tables import MAX_ORDER, Tables
 
 BOS, EOS, UNK = "<s>", "</s>", "<unk>"
 LN10 = float(np.log(10))
 NO_IDS = {UNK: -1, BOS: -2, EOS: -3}
 IMPOSSIBLE = -99.0
 UNK_IF_MISSING = -100.0  # as KenLM assumes
+_LONGEST_LINE = 1 << 12
+_AT_A_TIME = 1 << 17
 
 
 class Grams(NamedTuple):
@@ -38,42 +39,69 @@ class Grams(NamedTuple):
     log10_backoffs: Floats  # [N]; 0 where the file gives none
 
 
-def read(path: str | PathLike, vocab_size: int, bos_id: int | None, eos_id: int | None) -> tuple[int, list[Grams]]:
-    """Parses a file: its order, and one `Grams` per order.
+def read(path: str | PathLike, vocab_size: int, bos_id: int | None, eos_id: int | None) -> list[Grams]:
+    """Parses a file: one `Grams` for each order.
+
+    What stands before the line \\data\\ is skipped, and <UNK> is <unk>, as in KenLM.
 
     Raises:
-        NGramError: no file, a malformed line (with its number), or ids outside [0, V).
+        NGramError: no file, a malformed line (with its number), ids outside [0, V), or another number of n-grams than
+            the file promises.
     """
     path = Path(path)
     markers = NO_IDS | {name: marker for name, marker in ((BOS, bos_id), (EOS, eos_id)) if marker is not None}
-    sections: list[list[tuple[list[int], float, float]]] = []
-    promised: list[int] = []
-    ended = False
+    markers[UNK.upper()] = NO_IDS[UNK]
+    reader = _Reader(markers, vocab_size)
     for number, line in enumerate(_lines(path), start=1):
         try:
-            if not line or line == "\\data\\" or ended:
-                continue
-            if header := re.fullmatch(r"ngram (\d+)\s*=\s*(\d+)", line):
-                promised.append(int(header[2]))
-            elif re.fullmatch(r"\\\d+-grams:", line):
-                sections.append([])
-            elif line == "\\end\\":
-                ended = True
-            else:
-                sections[-1].append(_parse(line, len(sections), markers, vocab_size))
+            reader.take(line)
         except (ValueError, IndexError) as error:
             raise NGramError(f"{path}, line {number}: {error}") from error
-    if not ended or not promised or [len(section) for section in sections] != promised:
-        raise NGramError(
-            f"{path} is not a whole ARPA file: it promises {promised} n-grams and has {[len(s) for s in sections]}"
-        )
-    grams = [_grams(section, k) for k, section in enumerate(sections, start=1)]
+    held = [len(section) for section in reader.sections]
+    if not reader.ended or not held or held != reader.promised:
+        raise NGramError(f"{path} is not a whole ARPA file: it promises {reader.promised} n-grams and has {held}")
+    grams = [_grams(section, k) for k, section in enumerate(reader.sections, start=1)]
     for name, parameter in ((BOS, "bos_id"), (EOS, "eos_id")):
         if (grams[0].log10_probs[grams[0].ids[:, 0] == NO_IDS[name]] > IMPOSSIBLE).any():
             warnings.warn(
                 f"{path} uses {name}: n-grams with it are left out, give {parameter} to keep them", stacklevel=3
             )
-    return len(sections), grams
+    return grams
+
+
+class _Reader:
+    """Takes a file line by line, and refuses it at the first line that cannot be."""
+
+    def __init__(self, markers: dict[str, int], vocab_size: int):
+        self.markers, self.vocab_size = markers, vocab_size
+        self.promised: list[int] = []
+        self.sections: list[list[tuple[list[int], float, float]]] = []
+        self.begun = self.ended = False
+
+    def take(self, line: str) -> None:
+        if not self.begun or self.ended or not line:
+            self.begun = self.begun or line == "\\data\\"
+        elif header := re.fullmatch(r"ngram (\d+)\s*=\s*(\d+)", line):
+            self.promised.append(int(header[2]))
+            if len(self.promised) > MAX_ORDER:
+                raise ValueError(f"its order is above {MAX_ORDER}")
+        elif re.fullmatch(r"\\\d+-grams:", line):
+            self.sections.append([])
+        elif line == "\\end\\":
+            self.ended = True
+        else:
+            self._take_gram(line)
+
+    def _take_gram(self, line: str) -> None:
+        order = len(self.sections)
+        if not 0 < order <= len(self.promised):
+            raise ValueError(f"no section of the file that it promises, found {line!r}")
+        if len(self.sections[-1]) == self.promised[order - 1]:
+            raise ValueError(f"more {order}-grams than the {self.promised[order - 1]} that the file promises")
+        gram = _parse(line, order, self.markers, self.vocab_size)
+        if order == len(self.promised) and gram[2]:
+            raise ValueError(f"a back-off on an n-gram of the highest order, found {line!r}: is the file cut off?")
+        self.sections[-1].append(gram)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -81,7 +109,9 @@ def _lines(path: Path) -> Iterator[str]:
         with open(path, "rb") as file:
             is_gzip = file.read(2) == b"\x1f\x8b"
         with gzip.open(path, "rt", encoding="utf-8") if is_gzip else open(path, encoding="utf-8") as text:
-            for line in text:
+            while line := text.readline(_LONGEST_LINE):
+                if len(line) == _LONGEST_LINE:
+                    raise NGramError(f"{path} is no ARPA file: it has a line of {_LONGEST_LINE:,} characters and more")
                 yield line.strip()
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise NGramError(f"cannot read {path} as an ARPA file: {error}") from error
@@ -89,7 +119,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _parse(line: str, order: int, markers: dict[str, int], vocab_size: int) -> tuple[list[int], float, float]:
     fields = line.split()
-    if not order or len(fields) not in (order + 1, order + 2):
+    if len(fields) not in (order + 1, order + 2):
         raise ValueError(f"expected a probability, {order} words and perhaps a back-off, found {line!r}")
     log10_prob, words = float(fields[0]), fields[1 : order + 1]
     log10_backoff = float(fields[order + 1]) if len(fields) == order + 2 else 0.0
@@ -105,6 +135,8 @@ def _parse(line: str, order: int, markers: dict[str, int], vocab_size: int) -> t
             ids.append(int(word))
     if not (np.isfinite(log10_prob) and np.isfinite(log10_backoff)):
         raise ValueError(f"numbers must be finite, found {line!r}")
+    if log10_prob > 0:
+        raise ValueError(f"a probability above 1, found {line!r}: the first number is its logarithm, at most 0")
     return ids, log10_prob, log10_backoff
 
 
@@ -131,7 +163,7 @@ def to_tables(grams: list[Grams], vocab_size: int, bos_id: int | None) -> Tables
         used = section.ids.min(1, initial=0) >= 0
         ids, log_probs = section.ids[used], section.log10_probs[used] * LN10
         _require_listed(ids, seen[ids].all(1), k, "1-grams")
-        parents = tables.ngram_index(torch.from_numpy(ids[:, :-1])).numpy()
+        parents = _index(tables, torch.from_numpy(ids[:, :-1])).numpy()
         _require_listed(ids, parents >= 0, k, "context")
         order = np.lexsort((ids[:, -1], parents))
         ids, parents, log_probs = ids[order], parents[order], log_probs[order]
@@ -144,6 +176,17 @@ def to_tables(grams: list[Grams], vocab_size: int, bos_id: int | None) -> Tables
         tables = tables_from_estimates(seen, ngrams, estimates)
         gammas = section.log10_backoffs[used][order] * LN10
     return tables
+
+
+def _index(tables: Tables, ids: torch.Tensor) -> torch.Tensor:
+    """Which k-gram each row of int64 [N, k] is, counted within order k, or −1 if the tables lack it: int64 [N]."""
+    index = ids[:, 0]
+    for k in range(2, ids.shape[1] + 1):
+        keys = tables.ngram_keys(k)
+        wanted = index * tables.stride + ids[:, k - 1]
+        at = torch.searchsorted(keys, wanted)
+        index = at.masked_fill((keys[at] != wanted) | (at == len(keys) - 1), -1)
+    return index
 
 
 def _require_listed(ids: Ints, listed: np.ndarray, k: int, what: str) -> None:
@@ -176,65 +219,79 @@ def _by_id(section: Grams, values: Floats, vocab_size: int) -> Floats:
 
 
 def write(path: str | PathLike, tables: Tables, bos_id: int | None, eos_id: int | None) -> None:
-    """Writes ``tables`` as an ARPA file, atomically; gzip if the name ends in .gz."""
-    sections = _sections(tables)
+    """Writes ``tables`` as an ARPA file, atomically and piece by piece; gzip if the name ends in .gz."""
+    with writing_atomically(path) as file:
+        if not str(path).endswith(".gz"):
+            file.writelines(text.encode() for text in _texts(tables, bos_id, eos_id))
+            return
+        with gzip.GzipFile(fileobj=file, mode="wb", compresslevel=6, filename="", mtime=0) as packed:
+            packed.writelines(text.encode() for text in _texts(tables, bos_id, eos_id))
+
+
+def _texts(tables: Tables, bos_id: int | None, eos_id: int | None) -> Iterator[str]:
+    """An ARPA file, in pieces."""
     names = np.arange(tables.vocab_size).astype(str).astype(object)
     for marker, name in ((bos_id, BOS), (eos_id, EOS)):
         if marker is not None:
             names[marker] = name
-    first = _first_section(tables, names, sections[0], bos_id, eos_id)
-    out = io.StringIO()
-    sizes = [len(first), *(len(section.ids) for section in sections[1:])]
-    out.write("\\data\\\n" + "".join(f"ngram {k}={size}\n" for k, size in enumerate(sizes, start=1)))
-    out.write("\n\\1-grams:\n" + "".join(first))
-    for k, section in enumerate(sections[1:], start=2):
-        words = names[section.ids[:, 0]]
-        for column in section.ids.T[1:]:
-            words = words + " " + names[column]
-        ends: Iterator[str] = (f"\t{b:.7g}\n" for b in section.log10_backoffs.tolist())
-        if k == tables.order:
-            ends = repeat("\n")
-        lines = zip(section.log10_probs.tolist(), words, ends, strict=False)
-        out.write(f"\n\\{k}-grams:\n" + "".join(f"{p:.7g}\t{w}{end}" for p, w, end in lines))
-    out.write("\n\\end\\\n")
-    content = out.getvalue().encode()
-    write_atomically(path, gzip.compress(content, 6) if str(path).endswith(".gz") else content)
+    first = _first_section(tables, names, bos_id, eos_id)
+    sizes = [len(first), *np.diff(tables.first_ngrams).tolist()]
+    yield "\\data\\\n" + "".join(f"ngram {k}={size}\n" for k, size in enumerate(sizes, start=1))
+    yield "\n\\1-grams:\n" + "".join(first)
+    for k in range(2, tables.order + 1):
+        yield f"\n\\{k}-grams:\n"
+        for section in _sections(tables, k):
+            words = names[section.ids[:, 0]]
+            for column in section.ids.T[1:]:
+                words = words + " " + names[column]
+            ends: Iterator[str] = (f"\t{b:.7g}\n" for b in section.log10_backoffs.tolist())
+            if k == tables.order:
+                ends = repeat("\n")
+            lines = zip(section.log10_probs.tolist(), words, ends, strict=False)
+            yield "".join(f"{p:.7g}\t{w}{end}" for p, w, end in lines)
+    yield "\n\\end\\\n"
 
 
-def _first_section(
-    tables: Tables, names: np.ndarray, unigrams: Grams, bos_id: int | None, eos_id: int | None
-) -> list[str]:
+def _first_section(tables: Tables, names: np.ndarray, bos_id: int | None, eos_id: int | None) -> list[str]:
     seen = tables.seen[0].numpy().copy()
     if bos_id is not None:
         seen[bos_id] = True
     unseen = np.flatnonzero(~seen)
+    probs = tables.unigram[0].double().numpy() / LN10
+    backoffs = _backoffs(tables, 1, 0, tables.vocab_size)
     lines = []
     if len(unseen):
-        total = unigrams.log10_probs[unseen[0]] + np.log10(len(unseen))
+        total = probs[unseen[0]] + np.log10(len(unseen))
         lines.append(f"{total:.7g}\t{UNK}\t0\n")
     # Other tools refuse a file without the markers.
     lines += [f"{IMPOSSIBLE:g}\t{name}\t0\n" for marker, name in ((bos_id, BOS), (eos_id, EOS)) if marker is None]
     for index in np.flatnonzero(seen).tolist():
-        prob = 0.0 if index == bos_id else unigrams.log10_probs[index]
-        lines.append(f"{prob:.7g}\t{names[index]}\t{unigrams.log10_backoffs[index]:.7g}\n")
+        prob = 0.0 if index == bos_id else probs[index]
+        lines.append(f"{prob:.7g}\t{names[index]}\t{backoffs[index]:.7g}\n")
     return lines
 
 
-def _sections(tables: Tables) -> list[Grams]:
-    """Every n-gram of ``tables`` with its absolute probability and its back-off."""
-    backoff = tables.backoffs().double() / LN10
-    ids = torch.arange(tables.vocab_size)[:, None]
-    gammas = [backoff[f : f + n] for f, n in zip(tables.first_nodes, tables.lengths, strict=True)]
-    gammas.append(torch.zeros(0, dtype=torch.float64))
-    sections = [Grams(ids.numpy(), tables.unigram[0].double().numpy() / LN10, _or_zeros(gammas[0], len(ids)))]
-    for k in range(2, tables.order + 1):
-        keys = tables.ngram_keys(k)[:-1]
-        last = (keys % tables.stride)[:, None]
-        ids = torch.cat((ids[keys // tables.stride], last), 1)
+def _sections(tables: Tables, k: int) -> Iterator[Grams]:
+    """The k-grams of ``tables``, some at a time, with their absolute probabilities and their back-offs."""
+    keys_of = {order: tables.ngram_keys(order)[:-1] for order in range(2, k + 1)}
+    count = tables.first_ngrams[k - 1] - tables.first_ngrams[k - 2]
+    for begin in range(0, count, _AT_A_TIME):
+        stop = min(begin + _AT_A_TIME, count)
+        index = torch.arange(begin, stop)
+        columns: list[torch.Tensor] = []
+        for order in range(k, 1, -1):  # from the last word to the second
+            keys = keys_of[order][index]
+            columns.append(keys % tables.stride)
+            index = keys // tables.stride
+        ids = torch.stack([index, *reversed(columns)], 1)
         probs = tables.score(ids[:, :-1], ids[:, -1]).double() / LN10
-        sections.append(Grams(ids.numpy(), probs.numpy(), _or_zeros(gammas[k - 1], len(ids))))
-    return sections
+        yield Grams(ids.numpy(), probs.numpy(), _backoffs(tables, k, begin, stop))
 
 
-def _or_zeros(values: torch.Tensor, size: int) -> Floats:
-    return values.numpy() if len(values) else np.zeros(size)
+def _backoffs(tables: Tables, k: int, begin: int, stop: int) -> Floats:
+    """log10 γ of some of the k-grams as contexts; 0 for those of the highest order."""
+    if k >= tables.order:
+        return np.zeros(stop - begin)
+    first = tables.first_nodes[k - 1]
+    codes = tables.nodes[first + begin : first + stop, 1] + tables.book_starts
+    return (tables.backoff_book[codes].double() / LN10).numpy()

@@ -56,7 +56,7 @@ def count_ngrams(
     Raises:
         NGramError: no tokens, ids outside [0, V), marker ids inside a document, or no document as long as the order.
     """
-    tokens, remaining = _concatenate(documents_as_arrays(documents, vocab_size), vocab_size, order, bos_id, eos_id)
+    tokens, remaining = _concatenate(documents_as_arrays(documents, vocab_size), order, bos_id, eos_id)
     starts = np.flatnonzero(np.concatenate(([True], remaining[:-1] == 1)))
     counts = np.bincount(tokens, minlength=vocab_size)
     opens = np.zeros(vocab_size, bool)
@@ -118,16 +118,12 @@ def _as_ids(document: Any) -> Ints:
     return ids.astype(np.int64)
 
 
-def _concatenate(
-    documents: list[Ints], vocab_size: int, order: int, bos_id: int | None, eos_id: int | None
-) -> tuple[Ints, Ints]:
+def _concatenate(documents: list[Ints], order: int, bos_id: int | None, eos_id: int | None) -> tuple[Ints, Ints]:
     """Joins the documents: token ids [T], and how many tokens of its document each position begins, itself one [T]."""
     text = np.concatenate(documents)
     for name, marker in (("bos_id", bos_id), ("eos_id", eos_id)):
         if marker is None:
             continue
-        if not 0 <= marker < vocab_size:
-            raise NGramError(f"{name} {marker} must lie in [0, {vocab_size})")
         if (text == marker).any():
             raise NGramError(f"the documents hold {name} {marker}: leave the markers out, they are added here")
     before = np.array([] if bos_id is None else [bos_id], np.int64)

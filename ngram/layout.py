@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ngram.errors import NGramError
 from ngram.smoothing import Estimates
-from ngram.tables import NEVER, RUN_BITS, SMALL_BIAS, SMALL_VOCAB, Shape, Tables
+from ngram.tables import MOST_NGRAMS, NEVER, RUN_BITS, SMALL_BIAS, SMALL_VOCAB, Shape, Tables
 
 
 class SortedNGrams(NamedTuple):
@@ -29,8 +29,13 @@ def tables_from_estimates(seen: NDArray[np.bool_], ngrams: Sequence[SortedNGrams
         seen: ids that occur, bool [V].
         ngrams: of the orders 2 … n.
         estimates: of the same.
+
+    Raises:
+        NGramError: more n-grams than `MOST_NGRAMS`.
     """
     vocab_size = len(seen)
+    if (total := sum(len(each.words) for each in ngrams)) > MOST_NGRAMS:
+        raise NGramError(f"{total:,} n-grams are more than the {MOST_NGRAMS:,} that tables hold: lower the order")
     lengths = (vocab_size, *(len(each.words) for each in ngrams))[: len(ngrams)]
     backoff: list = [[0.0]]
     counts: list = [[0]]

@@ -15,9 +15,8 @@ from ngram.counts import count_ngrams, documents_as_arrays
 from ngram.errors import NGramError
 from ngram.layout import SortedNGrams, tables_from_estimates
 from ngram.smoothing import Smoothing, estimate
-from ngram.tables import NEVER, Tables, add_log_prior
+from ngram.tables import MAX_ORDER, NEVER, Tables, add_log_prior
 
-MAX_ORDER = 6
 Oov = Literal["spread", "unk", "exclude"]
 _POSITIONS_AT_A_TIME = 1 << 17
 
@@ -89,6 +88,7 @@ class NGramModel:
             NGramError: unusable documents or parameters.
         """
         _check_size(vocab_size, order)
+        _check_markers(vocab_size, bos_id, eos_id)
         levels = count_ngrams(documents, vocab_size, order, bos_id, eos_id)
         estimates = estimate(
             levels, smoothing, bos_id=bos_id, pad_vocab=pad_vocab, delta=delta, interpolation=interpolation
@@ -257,8 +257,9 @@ class NGramModel:
         Raises:
             NGramError: a malformed file, or ids outside [0, V).
         """
-        order, grams = arpa.read(path, vocab_size, bos_id, eos_id)
-        _check_size(vocab_size, order)
+        _check_size(vocab_size)
+        _check_markers(vocab_size, bos_id, eos_id)
+        grams = arpa.read(path, vocab_size, bos_id, eos_id)
         return cls(arpa.to_tables(grams, vocab_size, bos_id), smoothing="arpa", bos_id=bos_id, eos_id=eos_id)
 
     def to_arpa(self, path: str | PathLike) -> None:
@@ -266,8 +267,19 @@ class NGramModel:
         arpa.write(path, self.to("cpu").tables, self.bos_id, self.eos_id)
 
 
-def _check_size(vocab_size: int, order: int) -> None:
+def _check_size(vocab_size: int, order: int = 1) -> None:
+    for name, value in (("order", order), ("vocab_size", vocab_size)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise NGramError(f"{name} must be a whole number, not {value!r}")
     if not 1 <= order <= MAX_ORDER:
         raise NGramError(f"order must be 1 to {MAX_ORDER}, not {order}")
     if vocab_size < 1:
         raise NGramError(f"vocab_size must be at least 1, not {vocab_size}")
+
+
+def _check_markers(vocab_size: int, bos_id: int | None, eos_id: int | None) -> None:
+    for name, marker in (("bos_id", bos_id), ("eos_id", eos_id)):
+        if marker is not None and not 0 <= marker < vocab_size:
+            raise NGramError(f"{name} {marker} must lie in [0, {vocab_size})")
+    if bos_id is not None and bos_id == eos_id:
+        raise NGramError(f"bos_id and eos_id are both {bos_id}: what begins a text cannot end it; leave bos_id out")

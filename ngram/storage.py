@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,13 +19,21 @@ from torch import Tensor
 
 from ngram.errors import NGramError
 from ngram.layout import pack_nodes
-from ngram.tables import SMALL_VOCAB, Tables
+from ngram.tables import MAX_ORDER, SMALL_VOCAB, Tables
 
 FORMAT = "decoding-ngram/1"
+_ROUNDING = 1e-4
 
 
 def write_atomically(path: str | PathLike, content: bytes) -> None:
     """Writes a whole file beside its place, then moves it there."""
+    with writing_atomically(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def writing_atomically(path: str | PathLike) -> Iterator[BinaryIO]:
+    """A file to write to, beside its place. It is moved there if nothing is raised, else removed."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +42,7 @@ def write_atomically(path: str | PathLike, content: bytes) -> None:
         raise NGramError(f"cannot write {path}: {error.strerror}") from error
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
         os.chmod(name, 0o666 & ~umask())
         os.replace(name, path)
     except BaseException as error:
@@ -88,7 +98,7 @@ def load(path: str | PathLike) -> tuple[Tables, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("ngram", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise NGramError(f"{path} is not a whole n-gram model file: {error}") from error
     if not isinstance(header, dict) or header.pop("format", None) != FORMAT:
         raise NGramError(f"{path} is not an n-gram model of the format {FORMAT}: train it again with this version")
@@ -106,6 +116,7 @@ class _DamagedError(Exception):
 
 
 def _tables(tensors: dict[str, Tensor], lengths: tuple[int, ...]) -> Tables:
+    _require(len(lengths) < MAX_ORDER, f"its order is {len(lengths) + 1}, and {MAX_ORDER} is the highest")
     counts, codes = tensors["counts"].to(torch.int32), tensors["backoff_codes"].to(torch.int32)
     values = tensors["backoff_values"]
     _require(counts.ndim == 1 and counts.shape == codes.shape, "the contexts do not fit each other")
@@ -131,6 +142,7 @@ def _check(tables: Tables, counts: Tensor) -> None:
     for name, values in (("unigram", unigram), ("backoff_values", tables.backoff_book), ("deltas", tables.deltas)):
         _require(values.dtype == torch.float32 and values.ndim == 1, f"{name} must be one-dimensional float32")
         _require(bool(torch.isfinite(values).all()), f"{name} holds numbers that are not finite")
+    _require(bool((unigram <= _ROUNDING).all()), "it holds probabilities above 1")
     size = len(unigram)
     _require(size > 0, "its vocabulary is empty")
     _require(tables.seen.shape == (1, size) and tables.seen.dtype == torch.bool, "seen does not fit the vocabulary")
@@ -156,6 +168,8 @@ def _check_header(header: dict[str, Any], vocab_size: int) -> None:
     for name in ("bos_id", "eos_id"):
         marker = header[name]
         _require(marker is None or (type(marker) is int and 0 <= marker < vocab_size), f"{name} is no token id")
+    markers = header["bos_id"], header["eos_id"]
+    _require(None in markers or markers[0] != markers[1], "bos_id and eos_id are one")
     texts = [header["smoothing"], *header["metadata"].items()]
     _require(all(isinstance(text, str) for pair in texts for text in pair), "its metadata is no text")
 

@@ -36,6 +36,9 @@ from ngram.walk import Walk
 NEVER = -1e30
 """Log-probability of what cannot occur. Finite, so that a weight of 0 leaves scores as they are (0 · −inf is NaN)."""
 NO_KEY = torch.iinfo(torch.int64).max
+MAX_ORDER = 6
+MOST_NGRAMS = 2**31 - 1
+"""Longer than one token, all orders together: positions among them are int32."""
 SMALL_VOCAB = 1 << 16
 SMALL_BIAS = 1 << 15
 RUN_BITS = 4
@@ -111,6 +114,11 @@ class Tables:
         return SMALL_BIAS if self.words.dtype == torch.int16 else 0
 
     @cached_property
+    def impossible(self) -> Tensor:
+        """Ids that some prior never predicts, such as a marker of beginnings: int64 [few]."""
+        return (self.unigram[:, : self.vocab_size] == NEVER).any(0).nonzero()[:, 0]
+
+    @cached_property
     def shape(self) -> Shape:
         """For `ngram.layout.join`, if the tables hold one prior."""
         return Shape(self.vocab_size, (self.vocab_size, *np.diff(self.first_ngrams).tolist()))
@@ -178,12 +186,15 @@ class Tables:
 
     def with_unigram(self, row: Tensor) -> Tables:
         """The same tables with another row, float32 [V], in place of log p_1, if they hold one prior."""
-        return self._with(unigram=row[None])
+        changed = self._with(unigram=row[None])
+        vars(changed).update(impossible=(row == NEVER).nonzero()[:, 0])
+        return changed
 
     def _with(self, **changes: Any) -> Tables:
         changed = replace(self, **changes)
         # The host needs these: read now, not in a step, where the device would have to be waited for.
         vars(changed).update(first_ngrams=self.first_ngrams, widest=self.widest)
+        vars(changed).update(impossible=self.impossible.to(changed.unigram.device))
         return changed
 
     @cached_property
@@ -312,29 +323,6 @@ class Tables:
                 total = total + self.deltas[at].where(found, 0)
         return total
 
-    def ngram_index(self, ids: Tensor) -> Tensor:
-        """Which k-gram each row is, counted within order k, or −1 if the model lacks it.
-
-        Args:
-            ids: int64 [N, k ≤ n], in [0, V).
-
-        Returns:
-            int64 [N].
-        """
-        index = ids[:, 0]
-        for k in range(2, ids.shape[1] + 1):
-            keys = self.ngram_keys(k)
-            index = _look_up(keys, index * self.stride + ids[:, k - 1])
-            index = index.masked_fill(index == keys.numel() - 1, -1)
-        return index
-
-
-def _look_up(keys: Tensor, wanted: Tensor) -> Tensor:
-    """Index of each wanted key, or of the `NO_KEY` that ends ``keys``."""
-    at = torch.searchsorted(keys, wanted)
-    hit = keys.index_select(0, at.view(-1)).view(at.shape) == wanted
-    return at.where(hit, keys.numel() - 1)
-
 
 def mixture_of_orders(weights: Sequence[float]) -> Tensor:
     """The ``mixture`` of `add_log_prior` for one prior Σ_k w_k log p_k: float32 [1, n, n], row k for order k.
@@ -358,7 +346,8 @@ def add_log_prior(
     """scores + strength · log prior, for every row of a batch.
 
     The prior of a row is log p_n(· | h), or, with ``mixture``, Σ_k w_k log p_k(· | h) over the orders k whose context
-    is in the model. Entries at −inf stay there.
+    is in the model. Entries at −inf stay there. What a prior never predicts becomes as good as impossible where λ is
+    positive, and stays as it is where λ is negative.
 
     Args:
         tables: one prior, or several (see `ngram.layout.join`), on the device of ``scores``.
@@ -376,7 +365,26 @@ def add_log_prior(
     if scores.dtype in (torch.float16, torch.bfloat16):
         wide = scores.float()
         return add_log_prior(tables, wide, history, strength, mixture, prior=prior, shift=shift).to(scores.dtype)
-    strength = strength[:, None]
+    if len(ids := tables.impossible):
+        before = scores.index_select(1, ids)
+        result = _added(tables, scores, history, strength[:, None], mixture, prior, shift, out)
+        stays = (_of_prior(tables.unigram[:, ids], prior) == NEVER) & (strength[:, None] < 0)
+        result[:, ids] = torch.where(stays, before, result[:, ids])
+        return result
+    return _added(tables, scores, history, strength[:, None], mixture, prior, shift, out)
+
+
+def _added(
+    tables: Tables,
+    scores: Tensor,
+    history: Tensor,
+    strength: Tensor,
+    mixture: Tensor | None,
+    prior: int | Tensor,
+    shift: bool,
+    out: Tensor | None,
+) -> Tensor:
+    """`add_log_prior` in the dtype of ``scores``, strength [B, 1]."""
     if mixture is not None:
         mixture = _of_prior(mixture, prior)
     if tables.order == 1:
