@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import warnings
@@ -12,6 +13,9 @@ from decoding.neighbours import installed_neighbours
 
 def main() -> None:
     """Runs the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a console or file cannot show, λ first of all
     warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
     for sentence in installed_neighbours():
         print(f"Warning: {sentence}", file=sys.stderr)  # noqa: T201  # click may not be there yet

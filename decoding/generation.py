@@ -12,6 +12,7 @@ from decoding.errors import DecodingError
 from decoding.models import load_model, load_tokenizer
 from decoding.style.prior import StylePrior
 from decoding.temperature.processors import AutoTemperature, Temperature
+from decoding.tokens import require_text
 
 
 @overload
@@ -50,6 +51,8 @@ def generate(
     batch = [prompts] if isinstance(prompts, str) else list(prompts)
     if not batch or not all(isinstance(prompt, str) and prompt for prompt in batch):
         raise DecodingError("prompts must be a text, or a list of texts, and none empty")
+    for number, prompt in enumerate(batch, start=1):
+        require_text(prompt, f"prompt {number}")
     if isinstance(model, str | PathLike):
         tokenizer = tokenizer or load_tokenizer(str(model))
         model = load_model(str(model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,27 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from decoding.cache import Key, kept
+from decoding.errors import DecodingError
+
+_UNFINISHED = "\ufffd"
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> tuple[str, str]:
     """A tokenizer's name, and the SHA-256 of its vocabulary (tokens with their ids)."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
     return Path(str(tokenizer.name_or_path)).name or "unnamed", hashlib.sha256(vocabulary.encode()).hexdigest()
+
+
+def require_text(text: str, what: str) -> None:
+    """Refuses halves of characters, such as the shell's bytes that are no UTF-8.
+
+    Raises:
+        DecodingError: as said.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DecodingError(f"{what} is no text: character {error.start + 1} is half of one, or no UTF-8") from error
 
 
 def text_fingerprint(documents: Sequence[str]) -> str:
@@ -69,6 +84,27 @@ def _unpacked(content: bytes, count: int) -> list[np.ndarray]:
     if len(lengths) != count or lengths.sum() != len(tokens):
         raise ValueError("not the tokens of these documents")
     return np.split(tokens, np.cumsum(lengths)[:-1])
+
+
+def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
+    """What each token adds to a text. Characters stay whole: a token that only begins one adds nothing yet.
+
+    Args:
+        ids: of a text that goes on from another.
+        decode: a tokenizer's.
+    """
+    texts: list[str] = []
+    ids = [ids[0], *ids] if len(ids) else []  # decoders take the space off a text's first token
+    begin, known = 0, 1  # tokens whose text the next one is compared with
+    for stop in range(2, len(ids) + 1):
+        before, after = decode(ids[begin:known]), decode(ids[begin:stop])
+        is_whole = len(after) > len(before) and not after.endswith(_UNFINISHED)
+        if is_whole or stop == len(ids):
+            texts.append(after[len(before) :])
+            begin, known = known, stop
+        else:
+            texts.append("")
+    return texts
 
 
 def ends_of_sequence(model: Any, tokenizer: Any) -> list[int]:

@@ -9,6 +9,7 @@ import click
 from decoding.cli import options as shared
 from decoding.errors import DecodingError
 from decoding.style.registered import DEFAULT_STYLE
+from decoding.tokens import require_text
 
 
 @click.command()
@@ -30,7 +31,7 @@ from decoding.style.registered import DEFAULT_STYLE
     type=shared.TemperatureOrAuto(),
     help='"auto" has it chosen for the prompt; 0 takes the most probable token at every step.',
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, shared.MOST_SEED))
 def generate(
     prompt: str, style: str, lambda_: float | str | None, seed: int, temperature: float | str, **options: Any
 ) -> None:
@@ -43,6 +44,7 @@ def generate(
 
     if not prompt.strip():
         raise DecodingError("the prompt is empty")
+    require_text(prompt, "the prompt")
     prior = shared.style_prior(style, lambda_, options)
     tokenizer = load_tokenizer(options["model"])
     if not prior.needs_model:

@@ -102,6 +102,7 @@ order = click.option("--order", default=3, show_default=True, help="Order of the
 smoothing = click.option(
     "--smoothing", default="kneser-ney", show_default=True, help="kneser-ney, witten-bell or additive."
 )
+MOST_SEED = 2**40
 any_lambda = click.option("--allow-any-lambda", is_flag=True, help="Accept λ outside [0, 1].")
 prompts = click.option(
     "--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default."

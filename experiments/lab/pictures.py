@@ -13,7 +13,12 @@ from ngram.storage import write_atomically
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-__all__ = ["plt", "png", "save"]
+__all__ = ["literal", "plt", "png", "save"]
+
+
+def literal(text: str) -> str:
+    """A user's text as it stands: matplotlib would read $ as mathematics, and hide labels that begin with _."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def png(figure: Any) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.lab.cells import Cell
-from experiments.lab.pictures import plt, save
+from experiments.lab.pictures import literal, plt, save
 from experiments.lab.tables import markdown
 from experiments.long_context.baselines import FULL
 from experiments.long_context.evaluate import EvalOptions, PasskeyCell, ShortCell, TextCell, answers_key
@@ -144,7 +144,7 @@ def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path:
             line = sorted([row for row in rows if row["method"] == method] + ends, key=lambda row: row["retention"])
             style = "-" if method.startswith("adapter") else "--" if method.startswith("pooled") else ":"
             x = [100 * row["retention"] for row in line]
-            axis.plot(x, [value(row) for row in line], f"o{style}", color=_COLORS[i % len(_COLORS)], label=method, ms=4)
+            axis.plot(x, [value(row) for row in line], f"o{style}", **_look(i, method), ms=4)
         if is_logarithmic:
             axis.set_yscale("log")
         else:
@@ -158,6 +158,10 @@ def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path:
     save(figure, path)
 
 
+def _look(number: int, method: str) -> dict[str, Any]:
+    return {"color": _COLORS[number % len(_COLORS)], "label": literal(method)}
+
+
 def _draw_recall(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
     shares = sorted({row["retention"] for row in rows if row["recall_by_layer"]})
     size = (5 * len(shares) + 1, 4)
@@ -165,9 +169,7 @@ def _draw_recall(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: 
     for axis, share in zip(axes[0], shares, strict=False):
         for i, method in enumerate(options.methods):
             row = next(row for row in rows if (row["method"], row["retention"]) == (method, share))
-            axis.plot(
-                [100 * held for held in row["recall_by_layer"]], color=_COLORS[i % len(_COLORS)], label=method, lw=1.2
-            )
+            axis.plot([100 * held for held in row["recall_by_layer"]], **_look(i, method), lw=1.2)
         axis.set_title(f"attention held, %, {100 * share:g} % kept", fontsize=10)
         axis.set_xlabel("layer")
         axis.grid(alpha=0.3)
@@ -198,7 +200,7 @@ def _draw_passkeys(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path
             axis.set_xticks((0, last), ("first", "last"), fontsize=8)
         line[0].set_ylabel(f"{100 * share:g} % kept", fontsize=9)
     for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(name.replace(" (", "\n("), fontsize=8)
+        axis.set_title(literal(name).replace(" (", "\n("), fontsize=8)
     if image is not None:
         figure.colorbar(image, ax=axes, label="keys found", shrink=0.7)
     figure.supxlabel("place of the key", fontsize=9)

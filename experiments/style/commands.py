@@ -165,7 +165,15 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
     help="0:1, 0:1:0.05 or 0,0.1,0.3.",
 )
 @click.option("--style", "styles", multiple=True, help=f"{shared.style_help} NAME=SPEC names it. May repeat.")
-@click.option("--seed", "seeds", multiple=True, type=int, default=(0,), show_default=True, help="May repeat.")
+@click.option(
+    "--seed",
+    "seeds",
+    multiple=True,
+    type=click.IntRange(0, shared.MOST_SEED),
+    default=(0,),
+    show_default=True,
+    help="May repeat.",
+)
 @shared.prompts
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(min=1))
 @shared.batch_size

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.lab.pictures import plt, png
+from experiments.lab.pictures import literal, plt, png
 from experiments.lab.stats import interval
 from experiments.lab.tables import markdown, number
 from experiments.style.compare import RECOMMENDED, UNSTEERED, CompareCell, Comparison
@@ -233,7 +233,7 @@ def pareto(rows: Sequence[dict[str, Any]]) -> bytes:
     figure, axes = plt.subplots(down, across, figsize=(4.6 * across, 3.8 * down), layout="constrained", squeeze=False)
     for axis, style in zip(axes.flat, styles, strict=False):
         _panel(axis, [row for row in rows if row["style"] == style])
-        axis.set_title(style)
+        axis.set_title(literal(style))
     for axis in axes.flat[len(styles) :]:
         axis.axis("off")
     handles, labels = axes.flat[0].get_legend_handles_labels()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import html
 import io
 import json
 import math
@@ -14,15 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, StrictUndefined
 from matplotlib.ticker import LogFormatter
 
-from experiments.lab.pictures import plt, png
+from decoding.tokens import token_texts
+from experiments.lab.pictures import literal, plt, png
 from experiments.lab.stats import interval
 from experiments.lab.tables import markdown, number
 from ngram.storage import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report.html")
 Text = dict[str, Any]
+Decode = Callable[[list[int]], str]
 Record = dict[str, Any]
 
 
@@ -100,16 +102,14 @@ class Point:
         return row | interval(SPEED[0], speeds, False)
 
 
-def write_report(
-    folder: Path, settings: dict[str, Any], points: Sequence[Point], decode: Callable[[int], str]
-) -> list[dict]:
+def write_report(folder: Path, settings: dict[str, Any], points: Sequence[Point], decode: Decode) -> list[dict]:
     """Writes results.csv, results.json, results.md, sweep.png, plots/*.png and report.html into a run's folder.
 
     Args:
         folder: where.
         settings: of the run.
         points: every λ of every line.
-        decode: a token id's text.
+        decode: a tokenizer's.
 
     Returns:
         The rows of the table.
@@ -171,7 +171,7 @@ def _draw(axis: Any, rows: Sequence[dict[str, Any]], key: str, title: str) -> No
             continue
         x = [row["lambda"] for row in line]
         color = f"C{styles.index(style)}"
-        label = style if kind == "steered" else f"{style}: unsteered, same entropy"
+        label = literal(style if kind == "steered" else f"{style}: unsteered, same entropy")
         axis.plot(x, [row[key] for row in line], "o-" if kind == "steered" else "x:", color=color, label=label, ms=4)
         bounds = [(at, row[f"{key}_low"], row[f"{key}_high"]) for at, row in zip(x, line, strict=True)]
         bounds = [bound for bound in bounds if None not in bound]
@@ -208,36 +208,30 @@ def _shown(row: dict[str, Any], key: str, interval: bool) -> str:
     return f"{number(mean)} [{number(low)}, {number(high)}]"
 
 
-def _page(
-    settings: dict[str, Any], rows: list[dict], points: Sequence[Point], overview: bytes, decode: Callable[[int], str]
-) -> str:
-    headings, *body = table(rows)
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in headings)
-    lines = "".join(f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in line)}</tr>\n" for line in body)
+def _page(settings: dict[str, Any], rows: list[dict], points: Sequence[Point], overview: bytes, decode: Decode) -> str:
+    head, *body = table(rows)
     versions = ", ".join(f"{name} {number}" for name, number in settings["environments"][-1]["versions"].items())
     about = (
-        f"Model {settings['model']} ({settings['dtype']}), {len(settings['prompts'])} prompts × "
-        f"{settings['max_new_tokens']} tokens × {rows[0]['seeds']} seeds, temperature 1. {versions}."
+        f"Model {settings['model']} ({settings['dtype']}), mode {settings['mode']}, {len(settings['prompts'])} prompts "
+        f"× {settings['max_new_tokens']} tokens × {rows[0]['seeds']} seeds, temperature 1. {versions}."
     )
-    parts = {
-        "ABOUT": html.escape(about),
-        "IMAGE": base64.b64encode(overview).decode(),
-        "HEAD": head,
-        "BODY": lines,
-        "DATA": json.dumps(_viewer_data(settings, points, decode), ensure_ascii=False).replace("</", "<\\/"),
-    }
-    page = TEMPLATE.read_text(encoding="utf-8")
-    for name, part in parts.items():
-        page = page.replace(f"<!--{name}-->", part, 1)
-    return page
+    templates = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    return templates.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        about=about,
+        image=base64.b64encode(overview).decode(),
+        head=head,
+        body=body,
+        data=_viewer_data(settings, points, decode),
+    )
 
 
-def _viewer_data(settings: dict[str, Any], points: Sequence[Point], decode: Callable[[int], str]) -> dict[str, Any]:
-    """Texts of the first seed: {style: {λ: [[[token id, shift], …] of each prompt]}}, and what each id reads."""
+def _viewer_data(settings: dict[str, Any], points: Sequence[Point], decode: Decode) -> dict[str, Any]:
+    """Texts of the first seed: {style: {λ: [[[what a token adds, shift], …] of each prompt]}}."""
     texts: dict[str, dict[str, Any]] = {}
     for point in points:
         if point.kind == "steered":
-            cell = [list(zip(text["tokens"], text["shift"], strict=True)) for text in point.records[0]["texts"]]
+            held = point.records[0]["texts"]
+            cell = [list(zip(token_texts(text["tokens"], decode), text["shift"], strict=True)) for text in held]
             texts.setdefault(point.style, {})[f"{point.lambda_:g}"] = cell
-    used = sorted({token for style in texts.values() for cell in style.values() for text in cell for token, _ in text})
-    return {"prompts": settings["prompts"], "texts": texts, "tokens": {token: decode(token) for token in used}}
+    return {"prompts": settings["prompts"], "texts": texts}

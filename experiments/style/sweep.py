@@ -200,4 +200,4 @@ def points_of(sweep: Sweep) -> list[Point]:
 
 def report(sweep: Sweep, points: Sequence[Point]) -> list[dict[str, Any]]:
     """Writes the reports of a finished sweep into its folder; the rows of its table."""
-    return write_report(sweep.folder.path, sweep.folder.settings, points, lambda token: sweep.tokenizer.decode([token]))
+    return write_report(sweep.folder.path, sweep.folder.settings, points, sweep.tokenizer.decode)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding.temperature.abilities import ABILITIES, NAMES
-from experiments.lab.pictures import plt, save
+from experiments.lab.pictures import literal, plt, save
 from experiments.lab.stats import Estimate
 from experiments.lab.tables import markdown
 from experiments.temperature.collect import sampler_name
@@ -108,7 +108,7 @@ def _draw(results: Mapping[str, Any], path: Path) -> None:
         for i, row in enumerate(row for row in part["curves"] if row["ability"] == ability):
             points = [Estimate(**point) for point in row["scores"]]
             at = part["temperatures"]
-            axis.plot(at, [100 * p.mean for p in points], "o-", ms=4, color=f"C{i}", label=row["task"])
+            axis.plot(at, [100 * p.mean for p in points], "o-", ms=4, color=f"C{i}", label=literal(row["task"]))
             bounds = ([100 * p.low for p in points], [100 * p.high for p in points])
             axis.fill_between(at, *bounds, color=f"C{i}", alpha=0.15, lw=0)
             if row["mutation"]:
@@ -122,5 +122,6 @@ def _draw(results: Mapping[str, Any], path: Path) -> None:
         axis.set_xlabel("temperature")
     for axis in axes[:, 0]:
         axis.set_ylabel("score, %")
-    figure.suptitle(f"{part['model']}: score over temperature, 95 % intervals; bars mark where it breaks", fontsize=11)
+    title = f"{part['model']}: score over temperature, 95 % intervals; bars mark where it breaks"
+    figure.suptitle(literal(title), fontsize=11)
     save(figure, path)

@@ -232,3 +232,31 @@ def test_a_sweep_in_mode_ratio(run, model_folder, style_file, tmp_path, few_open
     assert run("style", "train", style_file, "--model", model_folder, "--out", saved).exit_code == 0
     result = run(*arguments, "--style", saved, "--out", tmp_path / "other")
     assert result.exit_code == 2 and "needs the text" in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_that_is_no_utf_8_gets_what_it_can_show(encoding, style_file, model_folder, tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    out = tmp_path / "style"
+    arguments = ["style", "train", style_file, "--model", model_folder, "--lambda", "0.3", "--out", out]
+    command = [sys.executable, "-m", "decoding", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = "λ".encode() if encoding == "ascii" else b"\\u03bb"  # click takes ASCII for a mistake, and writes UTF-8
+    assert b"mode paper, " + shown + b"=0.3" in done.stdout
+    helped = subprocess.run([*command[:3], "sweep", "--help"], capture_output=True, env=environment, check=False)
+    assert helped.returncode == 0 and shown in helped.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "the captain", "--seed", 2**64], "is not in the range"),
+        (["sweep", "--seed", -1], "is not in the range"),
+        (["generate", "\udce9t\udce9"], "the prompt is no text"),
+    ],
+)
+def test_seeds_and_prompts_that_cannot_be(run, arguments, says, model_folder, style_file):
+    result = run(*arguments, "--model", model_folder, "--style", style_file)
+    assert result.exit_code == 2 and says in result.output

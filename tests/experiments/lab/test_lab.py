@@ -7,6 +7,7 @@ from scipy import stats
 
 from decoding import DecodingError
 from experiments.lab.cells import Cell
+from experiments.lab.figures import ratio_of
 from experiments.lab.runs import RunFolder, finish, settings_of
 from experiments.lab.stats import Estimate, interval
 
@@ -72,3 +73,10 @@ def test_a_setting_that_the_run_did_not_keep_yet_is_no_other(tmp_path, model, to
         RunFolder(tmp_path / "run", settings | {"tokenizer_sha256": "0"}, True)
     with pytest.raises(DecodingError, match="another more"):
         RunFolder(tmp_path / "run", settings | {"more": 1}, True)
+
+
+def test_brackets_are_quartiles_of_the_rounds_ratios():
+    times, baseline = np.array([2.0, 4.0, 9.0, 8.0]), np.array([1.0, 2.0, 3.0, 8.0])
+    ratio, shown = ratio_of(times, baseline)
+    low, middle, high = np.quantile([2, 2, 3, 1], (0.25, 0.5, 0.75))
+    assert ratio == middle and shown == f"{middle:.2f}× [{low:.2f}, {high:.2f}]"

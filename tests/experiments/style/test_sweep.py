@@ -1,5 +1,7 @@
 import json
 import math
+import re
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -7,12 +9,13 @@ import pytest
 import torch
 
 from decoding import DecodingError
+from experiments.lab.pictures import plt, png
 from experiments.lab.prompts import read_prompts
 from experiments.lab.runs import RunFolder
 from experiments.lab.tables import markdown
 from experiments.style import paper as style_paper
 from experiments.style.cells import SweepCell, SweepOptions, load_styles
-from experiments.style.report import table
+from experiments.style.report import _draw, table, write_report
 from experiments.style.sweep import Sweep, points_of, report
 
 PROMPTS = ("the captain said", "night came", "the sea was black with")
@@ -153,6 +156,30 @@ def test_the_report_holds_every_cell_and_draws_from_disk(make_sweep):
     again.run(again.steering_cells())
     report(again, points_of(again))
     assert (folder / "results.csv").read_bytes() == before
+
+
+def test_names_and_texts_that_mean_something_to_others_stand_as_they_are(make_sweep, tmp_path):
+    """To HTML and Jinja2, to matplotlib's mathematics, and to its legends."""
+    nasty = "</script><!--<script> & {{ 7 * 7 }} \u2028 日本"
+    names = {"style": "Ba$$in_a.txt", "other": "_notes|x"}
+    sweep = make_sweep()
+    sweep.run(sweep.steering_cells())
+    settings = sweep.folder.settings | {"prompts": [nasty] * len(sweep.options.prompts), "model": "<b>Ba$$in_</b>"}
+    points = [replace(point, style=names[point.style]) for point in points_of(sweep)]
+    for text in (text for point in points for record in point.records for text in record["texts"]):
+        text["by_style"] = dict.fromkeys(names.values(), next(iter(text["by_style"].values())))
+    folder = tmp_path / "report"
+    write_report(folder, settings, points, lambda ids: nasty * (len(ids) - 1))
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("<script") == 2 and page.count("</script>") == 2 and "<!--" not in page
+    assert "<b>Ba" not in page and "&lt;b&gt;Ba$$in_" in page and "mode paper" in page
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["prompts"][0] == nasty and list(data["texts"]) == list(names.values())
+    assert next(iter(data["texts"]["_notes|x"].values()))[0][0][0] == nasty
+    figure, axis = plt.subplots()
+    _draw(axis, [point.row() for point in points], "js", "JS")
+    assert [text.get_text() for text in axis.legend().get_texts()] == [r"Ba\$\$in_a.txt", " _notes|x"]
+    assert png(figure).startswith(b"\x89PNG")
 
 
 def test_a_saved_prior_is_a_style_without_corpus_measures(make_sweep, model, tokenizer, tmp_path):
