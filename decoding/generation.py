@@ -9,10 +9,10 @@ from typing import Any, overload
 
 from chunkllm import ChunkSelection
 from decoding.errors import DecodingError
-from decoding.models import load_model, load_tokenizer
+from decoding.models import TRUNCATIONS, input_device, load_model, load_tokenizer, undoing
 from decoding.style.prior import StylePrior
 from decoding.temperature.processors import AutoTemperature, Temperature
-from decoding.tokens import require_text
+from decoding.tokens import continuations, pad_id, padded, require_text
 
 
 @overload
@@ -39,7 +39,7 @@ def generate(
             With one of `decoding.temperature.processors` the texts are sampled, from all tokens unless
             ``options`` has ``top_k``, ``top_p`` or the like.
         max_new_tokens: how many tokens to write at most.
-        options: anything that ``model.generate`` takes (``do_sample``, ``temperature``, ``num_beams``, …).
+        options: anything that ``model.generate`` takes (``do_sample``, ``num_beams``, ``stop_strings``, …).
 
     Returns:
         The continuations, without the prompts: one text for one prompt, else a list.
@@ -61,11 +61,16 @@ def generate(
     for processor in logits_processor:
         if isinstance(processor, StylePrior | AutoTemperature):
             processor.bind(tokenizer, model)
-    if any(isinstance(processor, Temperature) for processor in logits_processor):
-        _sample_at_temperature_1(options)
-    inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    inputs.pop("token_type_ids", None)
-    options.setdefault("pad_token_id", tokenizer.pad_token_id)
+    temperatures = sum(isinstance(processor, Temperature) for processor in logits_processor)
+    if temperatures > 1:
+        raise DecodingError("two processors that set the temperature: each would divide what the other left")
+    if temperatures:
+        _sample_at_temperature_1(model, options)
+    if "stop_strings" in options:
+        options.setdefault("tokenizer", tokenizer)
+    options.setdefault("pad_token_id", pad_id(tokenizer))
+    is_decoder = not model.config.is_encoder_decoder
+    inputs = padded(batch, tokenizer, input_device(model), on_the_left=is_decoder)
     processors = [processor for processor in logits_processor if not isinstance(processor, ChunkSelection)]
     with ExitStack() as attached:
         for selection in logits_processor:
@@ -73,13 +78,14 @@ def generate(
                 attached.enter_context(selection.attach(model, tokenizer))
         output = model.generate(**inputs, logits_processor=processors, max_new_tokens=max_new_tokens, **options)
     sequences = getattr(output, "sequences", output)
-    texts = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts = continuations(sequences, inputs["input_ids"].shape[1] if is_decoder else 0, tokenizer)
     return texts[0] if isinstance(prompts, str) and len(texts) == 1 else texts
 
 
-def _sample_at_temperature_1(options: dict[str, Any]) -> None:
+def _sample_at_temperature_1(model: Any, options: dict[str, Any]) -> None:
     """What a processor that sets the temperature needs of ``model.generate``, whatever the model's own defaults are."""
     if options.get("temperature", 1.0) != 1.0 or options.get("do_sample", True) is not True:
         raise DecodingError("temperature or do_sample=False, and a processor that sets the temperature: leave one out")
     options |= {"do_sample": True, "temperature": 1.0}
-    options.setdefault("top_k", 0)
+    for name, value in ({"top_k": 0} | undoing(model, TRUNCATIONS)).items():
+        options.setdefault(name, value)

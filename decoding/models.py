@@ -69,6 +69,24 @@ def load_model(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str | Non
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps the method
 
 
+TRUNCATIONS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+"""Values of generation options with which sampling leaves out no token."""
+
+
+def undoing(model: Any, neutral: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some neutral options that must be given, since the model's own generation_config says otherwise."""
+    held = {name: getattr(model.generation_config, name, None) for name in neutral}
+    return {name: value for name, value in neutral.items() if held[name] not in (None, value)}
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its inputs; one that is offloaded has no weights where it says it is."""
+    if model.device.type != "meta":
+        return model.device
+    hook = getattr(model, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or "cpu")
+
+
 def model_fingerprint(model: Any) -> str:
     """SHA-256 of every parameter's name, shape and first 64 values: quick, and another for other weights.
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from safetensors.numpy import load, save
+from torch import Tensor
 
 from decoding.cache import Key, kept
 from decoding.errors import DecodingError
@@ -105,6 +107,42 @@ def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[
         else:
             texts.append("")
     return texts
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What rows of a batch are filled up with: the padding token, or the end of sequence where there is none."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(each for each in ids if each is not None)
+
+
+def padded(texts: Sequence[str], tokenizer: Any, device: Any, *, on_the_left: bool = True) -> dict[str, Tensor]:
+    """Texts as one batch, with the special tokens that the tokenizer adds. Leaves the tokenizer as it is.
+
+    Returns:
+        ``input_ids`` and ``attention_mask``, int64 [B, L] on the device, filled up with `pad_id`.
+    """
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in tokenizer(list(texts))["input_ids"]]
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id(tokenizer))
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if on_the_left else slice(len(row))
+        ids[i, place], mask[i, place] = row, 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def continuations(sequences: Tensor, width: int, tokenizer: Any) -> list[str]:
+    """What follows the first ``width`` tokens, as text without special tokens.
+
+    Args:
+        sequences: prompts and what was written, int64 [B, L]; nothing but what was written if ``width`` is 0.
+    """
+    if not width:
+        return tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    last = sequences[:, width - 1 : width]  # decoders take the space off a text's first token
+    before = tokenizer.batch_decode(last, skip_special_tokens=True)
+    after = tokenizer.batch_decode(sequences[:, width - 1 :], skip_special_tokens=True)
+    return [text[len(first) :] for first, text in zip(before, after, strict=True)]
 
 
 def ends_of_sequence(model: Any, tokenizer: Any) -> list[int]:

@@ -123,6 +123,10 @@ class Tables:
         """For `ngram.layout.join`, if the tables hold one prior."""
         return Shape(self.vocab_size, (self.vocab_size, *np.diff(self.first_ngrams).tolist()))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: without the walk's buffers, which are made again."""
+        return {name: value for name, value in vars(self).items() if name != "_walk"}
+
     def starts(self) -> Tensor:
         """Position of every node's first continuation, and the end: int32 [C + 1]. For the host, as the next two."""
         return self.runs.repeat_interleave(1 << RUN_BITS)[: len(self.nodes)] + self.nodes[:, 0]

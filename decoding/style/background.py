@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from decoding.cache import Key, kept
-from decoding.models import model_fingerprint
-from decoding.tokens import encoding_fingerprint, ends_of_sequence
+from decoding.models import TRUNCATIONS, input_device, model_fingerprint, undoing
+from decoding.tokens import encoding_fingerprint, ends_of_sequence, pad_id, padded
 
 _TOKENS_PER_OPENING = 128
 
@@ -72,11 +72,7 @@ def sample_openings(model: Any, tokenizer: Any, tokens: int, processors: Sequenc
         return sample(model, tokenizer, openings(), tokens, processors)
 
 
-_NEUTRAL = {
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
+_PLAIN = TRUNCATIONS | {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "guidance_scale": 1.0,
@@ -85,29 +81,22 @@ _NEUTRAL = {
 }
 
 
-def _whole_distribution(model: Any) -> dict[str, Any]:
-    """Options for sampling from it, whatever the model's own generation_config asks for."""
-    held = {name: getattr(model.generation_config, name, None) for name in _NEUTRAL}
-    changed = {name: value for name, value in _NEUTRAL.items() if held[name] not in (None, value)}
-    return {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **changed}
-
-
 def sample(
     model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, processors: Sequence[LogitsProcessor]
 ) -> Tensor:
     """New tokens, int64 [B, tokens], sampled at temperature 1 from the whole distribution, without ends of sequence."""
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
-    inputs.pop("token_type_ids", None)
+    inputs = padded(prompts, tokenizer, input_device(model))
+    whole = undoing(model, _PLAIN) | {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     was_training = model.training
     model.eval()
     try:
         output = model.generate(
             **inputs,
-            **_whole_distribution(model),
+            **whole,
             logits_processor=list(processors),
             min_new_tokens=tokens,
             max_new_tokens=tokens,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad_id(tokenizer),
             eos_token_id=ends_of_sequence(model, tokenizer),
         )
     finally:

@@ -28,7 +28,7 @@ from decoding.style.strength import (
     held_out_part,
 )
 from decoding.style.training import DEFAULT_ORDER, DEFAULT_SMOOTHING, prior_of_tokens, resolve_style
-from decoding.tokens import tokenize
+from decoding.tokens import pad_id, tokenize
 from ngram import NGramModel
 from ngram.layout import unigram_tables
 from ngram.tables import Tables
@@ -116,8 +116,8 @@ class StylePrior(LogitsProcessor):
         tokenizer: Any | None = None,
         model: Any | None = None,
         mode: Mode = "paper",
-        background: str = MODEL,
-        log_ratio: Tensor | None = None,
+        background: str | PathLike = MODEL,
+        log_ratio: Tensor | np.ndarray | None = None,
         orders: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
         combine: Combine = "matching",
@@ -141,10 +141,10 @@ class StylePrior(LogitsProcessor):
         self.lambda_: float | Literal["auto"] = AUTO if given == AUTO else checked_lambda(given, allow_any_lambda)
         self.style = style
         self.mode = mode
-        self.background = background
-        self.log_ratio = log_ratio
-        self.orders = orders
-        self.weights = weights
+        self.background = str(background)
+        self.log_ratio = None if log_ratio is None else torch.as_tensor(log_ratio).float()
+        self.orders = None if orders is None else [int(each) for each in orders]
+        self.weights = None if weights is None else [float(each) for each in weights]
         self.combine = combine
         self.guards = GuardSettings(plausibility, max_js, entropy_gate).checked()
         self.tolerance = checked_tolerance(tolerance)
@@ -185,7 +185,7 @@ class StylePrior(LogitsProcessor):
         style = self.style if self.model is None else self.model
         self._use(resolve_style(style, tokenizer, order=self.order, smoothing=self.smoothing))
         if self.pad_token_id is None:
-            self.pad_token_id = tokenizer.pad_token_id
+            self.pad_token_id = pad_id(tokenizer)
         return self
 
     def _corpus(self) -> Corpus:
@@ -219,8 +219,8 @@ class StylePrior(LogitsProcessor):
         """How the prior is added: what `save_pretrained` keeps beside λ."""
         return {
             "mode": self.mode,
-            "orders": self.orders and list(self.orders),
-            "weights": self.weights and list(self.weights),
+            "orders": self.orders,
+            "weights": self.weights,
             "combine": self.combine,
             **self.guards._asdict(),
         }
@@ -329,5 +329,4 @@ class StylePrior(LogitsProcessor):
         parameters = {"lambda_": saved.lambda_, "log_ratio": saved.log_ratio, **saved.settings}
         if "λ" in changes:
             changes["lambda_"] = changes.pop("λ")
-        in_range = isinstance(saved.lambda_, int | float) and 0 <= saved.lambda_ <= 1
-        return cls(saved.model, tokenizer=tokenizer, **({"allow_any_lambda": not in_range} | parameters | changes))
+        return cls(saved.model, tokenizer=tokenizer, **(parameters | changes))

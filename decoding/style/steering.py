@@ -112,6 +112,8 @@ def mixture_of(
         mixture = torch.zeros(1, model_order, model_order)
         mixture[:, 0, : max(used)] = 1
         return mixture
+    if weights is None:
+        used.sort()
     share = _shares(len(used), first) if weights is None else [float(w) for w in weights]
     if len(share) != len(used) or not all(math.isfinite(w) and w >= 0 for w in share) or not any(share):
         raise DecodingError(f"weights must be {len(used)} finite numbers, none negative and not all 0, not {weights}")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -50,7 +51,7 @@ def checked_lambda(value: float, allow_any: bool = False, *, hint: str = ANY_LAM
     Raises:
         DecodingError: not a finite number, or outside [0, 1] and not allowed.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise DecodingError(f"λ must be a finite number, not {value!r}")
     if not (allow_any or 0 <= value <= 1):
         raise DecodingError(f"λ must lie in [0, 1], not {value:g}{hint}")

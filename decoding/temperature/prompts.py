@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from decoding.tokens import pad_id
+
 _MARK = "\u2603PROMPT\u2603"
 
 
@@ -29,7 +31,7 @@ class PromptFrame:
 
     def text_of(self, ids: Sequence[int]) -> str:
         """The prompt's text. ``ids`` may begin with padding."""
-        pad = self._tokenizer.pad_token_id
+        pad = pad_id(self._tokenizer)
         start = next((i for i, token in enumerate(ids) if token != pad), len(ids))
         if self._before or self._after:
             text = self._tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)

@@ -27,7 +27,7 @@ from decoding.style.ratio import CORPUS, MODEL, MOST_LOG_RATIO, ratio_to
 from decoding.style.source import Corpus
 from decoding.style.training import prior_of_tokens
 from decoding.temperature.processors import FixedTemperature
-from decoding.tokens import ends_of_sequence, tokenize
+from decoding.tokens import ends_of_sequence, pad_id, padded, tokenize
 from experiments.lab.cells import Cell
 from experiments.lab.runs import RunFolder, finish, settings_of
 from experiments.style.judge import Split, passages, split_corpus
@@ -264,7 +264,7 @@ class Comparison:
         if settings.get("mode") == "ratio":
             settings["log_ratio"] = self._log_ratio(cell.style, background, most)
         style = self.styles[cell.style]
-        return StylePrior(style.prior, λ=cell.lambda_, pad_token_id=self.tokenizer.pad_token_id, **settings)
+        return StylePrior(style.prior, λ=cell.lambda_, pad_token_id=pad_id(self.tokenizer), **settings)
 
     def _log_ratio(self, name: str, background: str, most: float) -> Tensor:
         key = (name, background, most)
@@ -277,7 +277,7 @@ class Comparison:
     @torch.inference_mode()
     def _nll(self, prompts: list[str], tokens: Tensor) -> Tensor:
         """Mean negative log-probability of each text under the plain model, after the plain prompts: float32 [B]."""
-        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(tokens.device)
+        inputs = padded(prompts, self.tokenizer, tokens.device)
         ids = torch.cat((inputs["input_ids"], tokens), 1)
         mask = torch.cat((inputs["attention_mask"], torch.ones_like(tokens)), 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from decoding.models import input_device
 from decoding.style.prior import StylePrior
+from decoding.tokens import pad_id, padded
 from experiments.lab.timing import TimedProcessor
 from experiments.style.cells import Style, SweepCell, SweepOptions
 
@@ -55,11 +57,10 @@ class TransformersEngine:
 
     def generate(self, cell: SweepCell, start: int, prompts: list[str]) -> Batch:
         """See `Engine`."""
-        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
-        inputs.pop("token_type_ids", None)
+        inputs = padded(prompts, self.tokenizer, input_device(self.model))
         processors = []
         if cell.style is not None:
-            bound = {"λ": cell.lambda_, "pad_token_id": self.tokenizer.pad_token_id}
+            bound = {"λ": cell.lambda_, "pad_token_id": pad_id(self.tokenizer)}
             processors.append(TimedProcessor(prior_of(self.styles[cell.style], self.options, **bound)))
         torch.manual_seed(seed_of(cell, start))
         began = time.perf_counter()
@@ -72,7 +73,7 @@ class TransformersEngine:
             top_p=1.0,
             min_new_tokens=self.options.max_new_tokens,
             max_new_tokens=self.options.max_new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=pad_id(self.tokenizer),
             output_logits=True,
             output_scores=True,
             return_dict_in_generate=True,
