@@ -1,11 +1,20 @@
-"""Checks of places to write to, before anything is computed."""
+"""Checks of places to read from and to write to, before anything is computed."""
 
 from __future__ import annotations
 
 import tempfile
+from os import PathLike
 from pathlib import Path
 
 from decoding.errors import DecodingError
+
+
+def exists(path: str | PathLike) -> bool:
+    """Whether there is a file or folder. What cannot be a path, such as a text, is none."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def require_writable(path: Path) -> None:

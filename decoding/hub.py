@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from decoding.errors import DecodingError
+from decoding.files import exists
 
 
 def find_file(name_or_path: str | PathLike, file: str, what: str, hub: dict[str, Any]) -> Path:
@@ -46,4 +47,5 @@ def upload(save: Callable[[str], None], what: str, repo_id: str, private: bool |
 
 def may_be_hub_id(source: str) -> bool:
     """Whether a text that names nothing here has the form of a repository on the hub, OWNER/NAME."""
-    return source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
+    is_like_one = source.count("/") == 1 and not source.startswith((".", "/")) and "#" not in source
+    return is_like_one and not exists(source)

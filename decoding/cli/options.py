@@ -97,7 +97,7 @@ def parse_numbers(text: str, name: str) -> tuple[float, ...]:
 
 model = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A folder or a Hugging Face hub id.")
 dtype = click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
-field = click.option("--field", help="The text's field in a .jsonl style; or write FILE.jsonl#FIELD.")
+field = click.option("--field", help="The text's field in a file that has fields; or write FILE.jsonl#FIELD.")
 order = click.option("--order", default=3, show_default=True, help="Order of the n-gram prior, 1 to 6.")
 smoothing = click.option(
     "--smoothing", default="kneser-ney", show_default=True, help="kneser-ney, witten-bell or additive."
@@ -110,7 +110,10 @@ prompts = click.option(
 figures = click.option("--json", "out", type=Writable(), help="Also write the figures here.")
 picture = click.option("--picture", type=Writable(), help="Also draw speed over context here, a .png file.")
 batch_size = click.option("--batch-size", default=24, show_default=True, type=click.IntRange(min=1))
-style_help = f"{', '.join(registered_styles())}, a text file, a folder, a .jsonl file, or a saved prior."
+style_help = (
+    f"{', '.join(registered_styles())}, a text file, a folder of them, a .jsonl, .json, .csv, .tsv or .parquet file "
+    "with its field, or a saved prior."
+)
 out = click.option("--out", type=click.Path(path_type=Path), help="Folder for the results; a new one by default.")
 resume = click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 lambda_or_auto = click.option(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from decoding.errors import DecodingError
+from decoding.files import exists
 from decoding.hub import find_file
 from decoding.style.steering import GuardSettings
 from decoding.tokens import tokenizer_fingerprint
@@ -82,7 +83,7 @@ def _log_ratio(path: Path, model: NGramModel) -> Tensor:
 def is_saved_prior(style: str | PathLike) -> bool:
     """Whether a path names a saved prior: a .safetensors file, or a folder with one named as we name it."""
     path = Path(style)
-    return path.suffix == ".safetensors" or (path / PRIOR_FILE).is_file()
+    return path.suffix == ".safetensors" or exists(path / PRIOR_FILE)
 
 
 def load_prior(path: str | PathLike, tokenizer: Any | None = None) -> NGramModel:

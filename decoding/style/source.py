@@ -1,17 +1,19 @@
-"""Style corpora: text by name, file, folder or JSON lines."""
+"""Style corpora: texts by name, file or folder."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from decoding.errors import DecodingError
+from decoding.files import exists
+from decoding.style.readers import read_documents
 from decoding.style.registered import registered_documents, registered_styles
-from decoding.style.text import prose, read_text
 from decoding.tokens import text_fingerprint
+
+_SHOWN = 80  # characters of what is no path
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,21 @@ def load_corpus(spec: str, field: str | None = None) -> Corpus:
     """Reads a style corpus.
 
     Args:
-        spec: a registered name, a UTF-8 text file, a folder of .txt files, or a .jsonl file with one object a line.
-            ``NAME=SPEC`` names it; ``FILE.jsonl#FIELD`` gives the field.
-        field: the field that holds the text in a .jsonl file.
+        spec: a registered name, a file, or a folder of .txt files. A file is text (UTF-8, or UTF-16 with its mark), or
+            by its suffix JSON lines, JSON, CSV, TSV or Parquet; each also as .gz. ``NAME=SPEC`` names it;
+            ``FILE.jsonl#FIELD`` gives the field.
+        field: the field that holds the text, in a file that has fields.
 
     Raises:
-        DecodingError: nothing there, not text, blank, or without the field.
+        DecodingError: nothing there, not text, blank, without the field, or a field of what has none.
     """
-    name, source, field = _parse_spec(spec, field)
+    name, source, asked = _parse_spec(spec)
     found = registered_documents(source)
-    documents = [text for text in (_read_path(Path(source), field) if found is None else found) if text.strip()]
+    if found is None:
+        found = read_documents(_existing(source), asked or field)
+    elif asked is not None:
+        raise DecodingError(f"style {source} is a text and has no field {asked!r}")
+    documents = [text for text in found if text.strip()]
     if not documents:
         raise DecodingError(f"style corpus {source} holds no text")
     return Corpus(name, tuple(documents))
@@ -54,48 +61,26 @@ def load_corpus(spec: str, field: str | None = None) -> Corpus:
 def split_name(spec: str) -> tuple[str, str]:
     """``NAME=SPEC`` as its two parts; without a name, or if a file is called that, "" and the whole."""
     name, equals, source = spec.partition("=")
-    return (name, source) if equals and not Path(spec).exists() else ("", spec)
+    return (name, source) if equals and not exists(spec) else ("", spec)
 
 
-def _parse_spec(spec: str, field: str | None) -> tuple[str, str, str | None]:
+def _parse_spec(spec: str) -> tuple[str, str, str | None]:
+    """A style's name, where its text is, and the field that is asked for."""
     name, source = split_name(spec)
-    if not Path(source).exists() and "#" in source:
+    field = None
+    if not exists(source) and "#" in source:
         source, _, field = source.rpartition("#")
-    return name or Path(source).stem, source, field
+    return name or Path(source.removesuffix(".gz")).stem, source, field
 
 
-def _read_path(path: Path, field: str | None) -> list[str]:
-    if path.is_dir():
-        files = sorted(path.rglob("*.txt"))
-        if not files:
-            raise DecodingError(f"folder {path} holds no .txt file")
-        return [prose(read_text(file)) for file in files]
-    if not path.is_file():
+def _existing(source: str) -> Path:
+    if not exists(source):
+        shown = source if len(source) <= _SHOWN else f"{source[:_SHOWN]}…"
         raise DecodingError(
-            f"no style {str(path)!r}: give a registered name ({', '.join(registered_styles())}), a text file, "
-            "a folder of .txt files, a .jsonl file with its field, or a saved prior"
+            f"no style {shown!r}: give a registered name ({', '.join(registered_styles())}), a text file, a folder of "
+            "text files, a file with its field (FILE.jsonl#FIELD), or a saved prior; a text itself goes into a file"
         )
-    if path.suffix in (".jsonl", ".ndjson"):
-        return _read_json_lines(path, field)
-    return [prose(read_text(path))]
-
-
-def _read_json_lines(path: Path, field: str | None) -> list[str]:
-    if field is None:
-        raise DecodingError(f"{path} is a JSON-lines file: say with --field (or {path}#FIELD) which field is the text")
-    documents = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise DecodingError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(item, dict) or not isinstance(item.get(field), str):
-            fields = ", ".join(item) if isinstance(item, dict) else "none: it is no object"
-            raise DecodingError(f"{path}, line {number}: no text field {field!r} (fields: {fields})")
-        documents.append(item[field])
-    return documents
+    return Path(source)
 
 
 def require_distinct(names: Sequence[str]) -> None:

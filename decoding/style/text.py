@@ -1,39 +1,64 @@
-"""Text files as prose: read as UTF-8, out of Project Gutenberg's frame, with paragraphs on one line each."""
+"""Text files as prose: decoded by their mark, out of Project Gutenberg's frame, with paragraphs on one line each."""
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import re
 import statistics
+import zlib
 from pathlib import Path
 
 from decoding.errors import DecodingError
 
+_GZIP = b"\x1f\x8b"
+_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_FRAME = re.compile(r"^\*\*\* ?START OF TH[^*]*\*\*\*[ \t]*\n(.*?)(?:^\*\*\* ?END OF TH|\Z)", re.DOTALL | re.MULTILINE)
+_WITHOUT_SPACES = r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
+
 
 def read_text(path: Path) -> str:
-    """A file's text, which must be UTF-8 and not blank.
+    """A file's text, with \\n alone at the ends of lines.
+
+    It must be UTF-8, or begin with the mark of UTF-16 or UTF-32; gzip is unpacked.
 
     Raises:
-        DecodingError: otherwise.
+        DecodingError: no such file, a binary one, one in another encoding, or a blank one.
     """
     try:
         content = path.read_bytes()
-    except OSError as error:
-        raise DecodingError(f"cannot read {path}: {error.strerror}") from error
-    if b"\0" in content:
+        if content.startswith(_GZIP):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DecodingError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8-sig")
+    if encoding == "utf-8-sig" and b"\0" in content:
         raise DecodingError(f"{path} is a binary file, not text")
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise DecodingError(f"{path} is not UTF-8 (byte {error.start}): convert it, for instance with iconv") from error
+        name = encoding.removesuffix("-sig").upper()
+        raise DecodingError(
+            f"{path} is not {name} (byte {error.start}): convert it, for instance with iconv"
+        ) from error
     if not text.strip():
         raise DecodingError(f"{path} is blank")
-    return text
+    return one_line_end(text)
+
+
+def one_line_end(text: str) -> str:
+    """\\n for \\r\\n and for \\r alone."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def prose(text: str) -> str:
-    """Line ends as \\n, without a Project Gutenberg frame, and with hard-wrapped paragraphs on one line each."""
-    text = text.replace("\r\n", "\n")
-    frame = re.search(r"\*\*\* ?START OF TH[^\n]*\*\*\*\n(.*?)\n\*\*\* ?END OF TH", text, re.DOTALL)
+    """A text without a Project Gutenberg frame, and with hard-wrapped paragraphs on one line each."""
+    frame = _FRAME.search(text)
     text = frame[1] if frame else text
     return unwrap(text) if is_hard_wrapped(text) else text
 
@@ -45,6 +70,11 @@ def is_hard_wrapped(text: str) -> bool:
 
 
 def unwrap(text: str) -> str:
-    """Joins the lines of every paragraph; paragraphs stay a blank line apart."""
+    """Joins the lines of every paragraph, by a space but in scripts that have none. Paragraphs stay a line apart."""
     paragraphs = re.split(r"\n\s*\n", text)
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip())
+    return "\n\n".join(_joined(paragraph) for paragraph in paragraphs if paragraph.strip())
+
+
+def _joined(paragraph: str) -> str:
+    lines = (" ".join(line.split()) for line in paragraph.strip().split("\n"))
+    return re.sub(rf"(?<={_WITHOUT_SPACES})\n(?={_WITHOUT_SPACES})", "", "\n".join(lines)).replace("\n", " ")

@@ -64,7 +64,7 @@ def train(
     resume: bool,
     **chosen: Any,
 ) -> None:
-    """Trains adapters for a model on DATA: registered names, text files, folders, .jsonl files.
+    """Trains adapters for a model on DATA: registered names, text files, folders, files with fields.
 
     The model reads the texts once; its readings are kept in OUT/checkpoint, some 30 MB each for the default model.
     """

@@ -34,7 +34,7 @@ def style() -> None:
 @shared.smoothing
 @click.pass_context
 def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | None, **options: Any) -> None:
-    """Trains a prior on CORPUS (a registered name, text file, folder or .jsonl file) for a model's tokenizer.
+    """Trains a prior on CORPUS (a registered name, text file, folder, or file with fields) for a model's tokenizer.
 
     A .safetensors file holds the n-gram model alone. A folder also holds how it steers: λ, mode and guards.
     """
