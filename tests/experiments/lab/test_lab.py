@@ -16,7 +16,8 @@ from experiments.lab.stats import Estimate, interval
 @pytest.mark.parametrize("is_log", [False, True])
 def test_intervals_are_scipys(count, is_log):
     values = np.random.default_rng(count).standard_normal(count)
-    wanted = stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
+    drawn = {"n_resamples": 2000, "method": "percentile", "random_state": np.random.default_rng(0)}
+    wanted = stats.bootstrap((values,), np.mean, **drawn).confidence_interval
     got = interval("x", values, is_log)
     numbers = np.array([values.mean(), wanted.low, wanted.high])
     np.testing.assert_allclose([got["x"], got["x_low"], got["x_high"]], np.exp(numbers) if is_log else numbers)
