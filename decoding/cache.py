@@ -69,7 +69,7 @@ def kept(key: Key, make: Callable[[], V], load: Callable[[bytes], V], dump: Call
     try:
         write_atomically(key.path, dump(value))
     except NGramError as error:
-        say_unwritable(str(error))
+        _say_unwritable(str(error))
     return value
 
 
@@ -86,7 +86,7 @@ def kept_file(path: Path, make: Callable[[Path], None], is_whole: Callable[[Path
     try:
         make(path)
     except (OSError, NGramError) as error:
-        say_unwritable(str(error))
+        _say_unwritable(str(error))
         path = _temporary_folder() / path.name
         if not is_whole(path):
             make(path)
@@ -100,7 +100,7 @@ def _temporary_folder() -> Path:
     return Path(folder)
 
 
-def say_unwritable(why: str) -> None:
+def _say_unwritable(why: str) -> None:
     """Warns, once for each folder in a process, that nothing can be kept."""
     if (folder := cache_dir()) not in _warned_of:
         _warned_of.add(folder)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import index
 from os import PathLike
 from typing import Any, Literal, get_args
 
@@ -142,9 +143,9 @@ class StylePrior(LogitsProcessor):
         self.style = style
         self.mode = mode
         self.background = str(background)
-        self.log_ratio = None if log_ratio is None else torch.as_tensor(log_ratio).float()
-        self.orders = None if orders is None else [int(each) for each in orders]
-        self.weights = None if weights is None else [float(each) for each in weights]
+        self.log_ratio = _taken("log_ratio", log_ratio, lambda row: torch.as_tensor(row).float())
+        self.orders = _taken("orders", orders, lambda values: [index(each) for each in values])
+        self.weights = _taken("weights", weights, lambda values: [float(each) for each in values])
         self.combine = combine
         self.guards = GuardSettings(plausibility, max_js, entropy_gate).checked()
         self.tolerance = checked_tolerance(tolerance)
@@ -330,3 +331,17 @@ class StylePrior(LogitsProcessor):
         if "λ" in changes:
             changes["lambda_"] = changes.pop("λ")
         return cls(saved.model, tokenizer=tokenizer, **(parameters | changes))
+
+
+def _taken(name: str, given: Any, take: Callable[[Any], Any]) -> Any:
+    """A parameter's numbers, from whatever holds numbers; None stays None.
+
+    Raises:
+        DecodingError: anything else.
+    """
+    if given is None:
+        return None
+    try:
+        return take(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DecodingError(f"{name} must hold numbers, whole ones for orders, not {given!r}") from error

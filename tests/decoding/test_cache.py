@@ -23,6 +23,7 @@ from decoding.style.registered import REMOTE_STYLES, Remote, registered_document
 from decoding.style.training import name_and_file
 from decoding.tokens import encoding_fingerprint, tokenize
 from ngram import NGramModel
+from ngram.storage import umask
 from tests.conftest import make_model, make_tokenizer
 
 
@@ -217,13 +218,7 @@ def test_two_first_runs_at_once_both_succeed(tmp_path):
     folders = {each.communicate()[0].strip() for each in both}
     assert [each.returncode for each in both] == [0, 0]
     (folder,) = folders
-    assert stat.S_IMODE(os.stat(folder).st_mode) == 0o777 & ~current_umask()
-
-
-def current_umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    assert stat.S_IMODE(os.stat(folder).st_mode) == 0o777 & ~umask()
 
 
 @pytest.mark.real

@@ -183,3 +183,11 @@ def test_a_saved_strength_out_of_range_is_the_callers_to_allow(prior, tokenizer,
         StylePrior.from_pretrained(tmp_path)
     assert StylePrior.from_pretrained(tmp_path, allow_any_lambda=True).lambda_ == 50
     assert StylePrior.from_pretrained(tmp_path, λ=0.5).lambda_ == 0.5
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"orders": (1.5,)}, {"orders": "ab"}, {"orders": 2}, {"weights": ["x"] * 3}, {"log_ratio": "x"}]
+)
+def test_parameters_of_the_wrong_type_are_one_error(prior, wrong):
+    with pytest.raises(DecodingError, match=f"{next(iter(wrong))} must hold numbers"):
+        StylePrior(prior, **wrong)
