@@ -12,7 +12,7 @@ from decoding.errors import DecodingError
 from decoding.models import TRUNCATIONS, input_device, load_model, load_tokenizer, undoing
 from decoding.style.prior import StylePrior
 from decoding.temperature.processors import AutoTemperature, Temperature
-from decoding.tokens import continuations, pad_id, padded, require_text
+from decoding.tokens import as_chats, continuations, pad_id, padded, require_text
 
 
 @overload
@@ -26,26 +26,30 @@ def generate(
     tokenizer: Any | None = None,
     logits_processor: Sequence[Any] = (),
     max_new_tokens: int = 64,
+    chat: bool = False,
     **options: Any,
 ) -> str | list[str]:
-    """Continues one prompt, or a list of them in one batch.
+    """Continues one prompt, or a list of them in one batch, or answers them.
 
     Args:
         model: a folder, a hub id, the embedded default's name, or a loaded model (then with its tokenizer).
-        prompts: plain text; no chat template is applied.
+        prompts: plain text.
         tokenizer: of a loaded model.
-        logits_processor: transformers' processors. A `StylePrior` and an `AutoTemperature` are bound to tokenizer
-            and model. A `ChunkSelection` is attached to the model for the call.
+        logits_processor: transformers' processors. A `StylePrior` is bound to tokenizer and model for the call, an
+            `AutoTemperature` for good. A `ChunkSelection` is attached to the model for the call.
             With one of `decoding.temperature.processors` the texts are sampled, from all tokens unless
             ``options`` has ``top_k``, ``top_p`` or the like.
         max_new_tokens: how many tokens to write at most.
+        chat: whether prompts are what a user says, to be put into the model's chat template. Without it they are
+            continued as they stand, which few models that are made to be talked to do well.
         options: anything that ``model.generate`` takes (``do_sample``, ``num_beams``, ``stop_strings``, …).
 
     Returns:
         The continuations, without the prompts: one text for one prompt, else a list.
 
     Raises:
-        DecodingError: no prompt, an empty one, a loaded model without its tokenizer, or two temperatures.
+        DecodingError: no prompt, an empty one, a loaded model without its tokenizer, two temperatures, or ``chat`` with
+            a model that has no chat template.
         ChunkError: chunks cannot be selected in the model, or two selections.
     """
     batch = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -58,9 +62,14 @@ def generate(
         model = load_model(str(model))
     elif tokenizer is None:
         raise DecodingError("a loaded model needs its tokenizer: generate(model, prompts, tokenizer=tokenizer)")
+    batch = as_chats(batch, tokenizer) if chat else batch
+    stops = options.get("eos_token_id") or getattr(options.get("generation_config"), "eos_token_id", None)
+    processors: list[Any] = []
     for processor in logits_processor:
-        if isinstance(processor, StylePrior | AutoTemperature):
+        if isinstance(processor, AutoTemperature):
             processor.bind(tokenizer, model)
+        is_recipe = isinstance(processor, StylePrior)
+        processors.append(processor.bound(tokenizer, model, stops) if is_recipe else processor)
     temperatures = sum(isinstance(processor, Temperature) for processor in logits_processor)
     if temperatures > 1:
         raise DecodingError("two processors that set the temperature: each would divide what the other left")
@@ -70,13 +79,13 @@ def generate(
         options.setdefault("tokenizer", tokenizer)
     options.setdefault("pad_token_id", pad_id(tokenizer))
     is_decoder = not model.config.is_encoder_decoder
-    inputs = padded(batch, tokenizer, input_device(model), on_the_left=is_decoder)
-    processors = [processor for processor in logits_processor if not isinstance(processor, ChunkSelection)]
+    inputs = padded(batch, tokenizer, input_device(model), on_the_left=is_decoder, add_special_tokens=not chat)
     with ExitStack() as attached:
-        for selection in logits_processor:
+        for selection in processors:
             if isinstance(selection, ChunkSelection):
                 attached.enter_context(selection.attach(model, tokenizer))
-        output = model.generate(**inputs, logits_processor=processors, max_new_tokens=max_new_tokens, **options)
+        steps = [processor for processor in processors if not isinstance(processor, ChunkSelection)]
+        output = model.generate(**inputs, logits_processor=steps, max_new_tokens=max_new_tokens, **options)
     sequences = getattr(output, "sequences", output)
     texts = continuations(sequences, inputs["input_ids"].shape[1] if is_decoder else 0, tokenizer)
     return texts[0] if isinstance(prompts, str) and len(texts) == 1 else texts

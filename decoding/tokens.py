@@ -1,17 +1,20 @@
-"""What a tokenizer is to this package: a fingerprint, texts as token ids, and the ids that end a text."""
+"""What a tokenizer is to this package: fingerprints, texts as token ids and back, and the ids that end a text."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import track
 from safetensors.numpy import load, save
 from torch import Tensor
 
@@ -21,10 +24,61 @@ from decoding.errors import DecodingError
 _UNFINISHED = "\ufffd"
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> tuple[str, str]:
-    """A tokenizer's name, and the SHA-256 of its vocabulary (tokens with their ids)."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
-    return Path(str(tokenizer.name_or_path)).name or "unnamed", hashlib.sha256(vocabulary.encode()).hexdigest()
+def tokenizer_fingerprint(tokenizer: Any, size: int | None = None) -> tuple[str, str]:
+    """A tokenizer's name, and the SHA-256 of its vocabulary (tokens with their ids), or of its ids below ``size``."""
+    known = _facts(tokenizer)
+    size = known.id_count if size is None else min(size, known.id_count)
+    if size not in known.vocabularies:
+        vocabulary = sorted(pair for pair in tokenizer.get_vocab().items() if pair[1] < size)
+        text = json.dumps(vocabulary, ensure_ascii=False)
+        known.vocabularies[size] = hashlib.sha256(text.encode()).hexdigest()
+    return Path(str(getattr(tokenizer, "name_or_path", ""))).name or "unnamed", known.vocabularies[size]
+
+
+def id_count(tokenizer: Any) -> int:
+    """The highest token id, and 1: more than the tokens, where ids have holes."""
+    return _facts(tokenizer).id_count
+
+
+def encoding_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of all that decides how a tokenizer reads a text: its pieces, rules and special tokens, not just ids."""
+    return _facts(tokenizer).encoding
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What takes long to find out of a tokenizer, and what it was like then."""
+
+    signature: tuple[Any, ...]
+    id_count: int
+    encoding: str
+    vocabularies: dict[int, str] = field(default_factory=dict)  # fingerprints, by how many ids are looked at
+
+
+_known: WeakKeyDictionary[Any, _Facts] = WeakKeyDictionary()
+
+
+def _facts(tokenizer: Any) -> _Facts:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = [repr(getattr(backend, part, None)) for part in ("normalizer", "pre_tokenizer", "decoder")]
+    eos = getattr(tokenizer, "eos_token_id", None)
+    signature = (len(tokenizer), id(backend), eos, *rules)
+    known = _known.get(tokenizer)
+    if known is None or known.signature != signature:
+        ids = [*tokenizer.get_vocab().values(), *([] if eos is None else [eos])]
+        known = _known[tokenizer] = _Facts(signature, max(ids) + 1, _encoding_fingerprint(tokenizer))
+    return known
+
+
+def _encoding_fingerprint(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        state: Any = [sorted(tokenizer.get_vocab().items()), str(getattr(tokenizer, "init_kwargs", ""))]
+    else:
+        state = json.loads(backend.to_str())
+        state |= {"padding": None, "truncation": None}  # what the last call asked for
+    about = [type(tokenizer).__name__, getattr(tokenizer, "eos_token_id", None), state]
+    return hashlib.sha256(json.dumps(about, ensure_ascii=False).encode()).hexdigest()
 
 
 def require_text(text: str, what: str) -> None:
@@ -44,35 +98,91 @@ def text_fingerprint(documents: Sequence[str]) -> str:
     return hashlib.sha256("\0".join(documents).encode()).hexdigest()
 
 
-def encoding_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of all that decides how a tokenizer reads a text: its pieces, rules and special tokens, not just ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        state: Any = [sorted(tokenizer.get_vocab().items()), str(getattr(tokenizer, "init_kwargs", ""))]
-    else:
-        state = json.loads(backend.to_str())
-        state |= {"padding": None, "truncation": None}  # what the last call asked for
-    about = [type(tokenizer).__name__, getattr(tokenizer, "eos_token_id", None), state]
-    return hashlib.sha256(json.dumps(about, ensure_ascii=False).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class _TokensKey(Key):
     folder: ClassVar[str] = "tokens"
     suffix: ClassVar[str] = ".safetensors"
     text: str
     tokenizer: str
+    way: str
+
+
+_WAY = "plain text, in slices"
+_SLICE = 1 << 20  # characters that a tokenizer gets at once: it takes some 600 bytes for a token
+_PARAGRAPH, _LINE, _WORD = "\n\n", "\n", " "
 
 
 def tokenize(documents: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
-    """Texts as int64 token ids, one array for each, without special tokens. Kept in the cache folder."""
+    """Texts as int64 token ids, one array for each. Kept in the cache folder.
 
-    def encoded() -> list[np.ndarray]:
-        ids = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
-        return [np.array(each, np.int64) for each in ids]
+    Special tokens are neither added nor read: a text that spells ``<|im_end|>`` has the tokens of these letters, where
+    the tokenizer can do so. A long text is read in slices that end with a paragraph.
+    """
+    key = _TokensKey(text_fingerprint(documents), encoding_fingerprint(tokenizer), _WAY)
+    return kept(key, lambda: _encoded(documents, tokenizer), partial(_unpacked, count=len(documents)), _packed)
 
-    key = _TokensKey(text_fingerprint(documents), encoding_fingerprint(tokenizer))
-    return kept(key, encoded, partial(_unpacked, count=len(documents)), _packed)
+
+def _encoded(documents: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
+    parts: list[list[np.ndarray]] = [[] for _ in documents]
+    batches = list(_batches(documents))
+    shown = track(
+        batches, "reading tokens", console=Console(stderr=True), transient=True, disable=len(batches) < _MANY_SLICES
+    )
+    for batch in shown:
+        encoded = _plain(tokenizer, [documents[number][place] for number, place in batch])
+        for (number, _), ids in zip(batch, encoded, strict=True):
+            parts[number].append(np.array(ids, np.int32))
+    return [np.concatenate([np.zeros(0, np.int64), *each]).astype(np.int64) for each in parts]
+
+
+_MANY_SLICES = 8
+
+
+def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    before = getattr(backend, "encode_special_tokens", None)
+    try:
+        return _first_way(tokenizer, texts)
+    finally:
+        if before is not None:  # the call below would leave it changed
+            backend.encode_special_tokens = before  # type: ignore[union-attr]
+
+
+def _first_way(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    ways: tuple[dict[str, bool], ...] = ({"split_special_tokens": True, "verbose": False}, {"verbose": False}, {})
+    for options in ways:  # not every tokenizer takes all options
+        try:
+            return tokenizer(texts, add_special_tokens=False, **options)["input_ids"]
+        except (TypeError, ValueError, NotImplementedError):
+            if not options:
+                raise
+    raise AssertionError
+
+
+def _batches(documents: Sequence[str]) -> Iterator[list[tuple[int, slice]]]:
+    """Slices of documents, by number and place, in batches of `_SLICE` characters or little more."""
+    batch: list[tuple[int, slice]] = []
+    size = 0
+    for number, text in enumerate(documents):
+        for place in _slices(text):
+            batch.append((number, place))
+            size += place.stop - place.start
+            if size >= _SLICE:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _slices(text: str) -> Iterator[slice]:
+    """Places that cover a text, before a paragraph's break, or else a line's or a word's."""
+    begin = 0
+    while len(text) - begin > _SLICE:
+        found = (text.rfind(mark, begin + 1, begin + _SLICE) for mark in (_PARAGRAPH, _LINE, _WORD))
+        stop = next((place for place in found if place > 0), begin + _SLICE)
+        yield slice(begin, stop)
+        begin = stop
+    yield slice(begin, len(text))
 
 
 def _packed(ids: Sequence[np.ndarray]) -> bytes:
@@ -86,6 +196,20 @@ def _unpacked(content: bytes, count: int) -> list[np.ndarray]:
     if len(lengths) != count or lengths.sum() != len(tokens):
         raise ValueError("not the tokens of these documents")
     return np.split(tokens, np.cumsum(lengths)[:-1])
+
+
+def control_ids(tokenizer: Any) -> list[int]:
+    """Ids that are no text: the special tokens, but for the one that stands for unknown words."""
+    special = set(getattr(tokenizer, "all_special_ids", ())) | set(ends_of_sequence(None, tokenizer))
+    return sorted(special - {getattr(tokenizer, "unk_token_id", None)})
+
+
+def texts_within(ids: np.ndarray, controls: Sequence[int]) -> list[np.ndarray]:
+    """The runs of tokens between control tokens, none empty: each is a text of its own."""
+    is_control = np.isin(ids, controls)
+    parts = np.split(ids, np.flatnonzero(is_control))
+    runs = (part[np.isin(part[:1], controls).sum() :] for part in parts)
+    return [run for run in runs if len(run)]
 
 
 def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
@@ -115,13 +239,52 @@ def pad_id(tokenizer: Any) -> int:
     return next(each for each in ids if each is not None)
 
 
-def padded(texts: Sequence[str], tokenizer: Any, device: Any, *, on_the_left: bool = True) -> dict[str, Tensor]:
-    """Texts as one batch, with the special tokens that the tokenizer adds. Leaves the tokenizer as it is.
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether a model is one to talk to."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def as_chats(texts: Sequence[str], tokenizer: Any) -> list[str]:
+    """What a user says, in the model's chat template, up to where the answer begins; special tokens written out.
+
+    Raises:
+        DecodingError: the tokenizer has no template, or one that cannot be filled in.
+    """
+    if not has_chat_template(tokenizer):
+        raise DecodingError("this model has no chat template: leave chat (--chat) out, and give a text to continue")
+    try:
+        return [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            )
+            for text in texts
+        ]
+    except Exception as error:  # templates are programs, and raise what they like
+        raise DecodingError(f"the model's chat template cannot be filled in: {error}") from error
+
+
+def padded(
+    texts: Sequence[str],
+    tokenizer: Any,
+    device: Any,
+    *,
+    on_the_left: bool = True,
+    add_special_tokens: bool = True,
+) -> dict[str, Tensor]:
+    """Texts as one batch. Leaves the tokenizer as it is.
+
+    Args:
+        texts: the rows.
+        tokenizer: the model's.
+        device: where to.
+        on_the_left: where rows are filled up.
+        add_special_tokens: whether to add those that the tokenizer adds.
 
     Returns:
         ``input_ids`` and ``attention_mask``, int64 [B, L] on the device, filled up with `pad_id`.
     """
-    rows = [torch.tensor(ids, dtype=torch.long) for ids in tokenizer(list(texts))["input_ids"]]
+    encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in encoded]
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad_id(tokenizer))
     mask = torch.zeros_like(ids)
@@ -145,8 +308,11 @@ def continuations(sequences: Tensor, width: int, tokenizer: Any) -> list[str]:
     return [text[len(first) :] for first, text in zip(before, after, strict=True)]
 
 
-def ends_of_sequence(model: Any, tokenizer: Any) -> list[int]:
-    """The ids that end a text: the tokenizer's, and those at which ``model.generate`` stops."""
-    held = model.generation_config.eos_token_id
-    stops = held if isinstance(held, list) else [] if held is None else [held]
-    return sorted({tokenizer.eos_token_id, *stops})
+def ends_of_sequence(model: Any | None, tokenizer: Any, asked: Any = None) -> list[int]:
+    """The ids that end a text: the tokenizer's, those at which ``model.generate`` stops, and those asked for."""
+    held = None if model is None else getattr(model.generation_config, "eos_token_id", None)
+    return sorted({int(each) for ids in (tokenizer.eos_token_id, held, asked) for each in np.ravel(_of_none(ids))})
+
+
+def _of_none(ids: Any) -> Any:
+    return [] if ids is None else ids.tolist() if isinstance(ids, Tensor) else ids

@@ -176,17 +176,26 @@ class Tables:
         """The same tables on another device."""
         return self._with(**{name: getattr(self, name).to(device) for name in TENSORS})
 
+    def fits(self, width: int) -> bool:
+        """Whether scores of ``width`` columns have every id that the n-grams have."""
+        return width >= self.vocab_size or not bool(self.seen[:, width:].any())
+
     def widened(self, width: int) -> Tables:
-        """The same tables for scores of ``width`` columns, V at least.
+        """The same tables for scores of ``width`` columns, which they fit.
 
         Columns from V on belong to no token: they get what the least probable token gets, so that they never gain on
-        any.
+        any. With fewer columns than V, ids without one are left out: a tokenizer may have more than its model scores.
         """
+        unigram = self.unigram[:, : min(width, self.vocab_size)]
+        if width > self.vocab_size:
+            floor = unigram.masked_fill(unigram == NEVER, 0).amin(1, keepdim=True)
+            unigram = torch.cat((unigram, floor.expand(-1, width - self.vocab_size)), 1)
         if width == self.unigram.shape[1]:
             return self
-        unigram = self.unigram[:, : self.vocab_size]
-        floor = unigram.masked_fill(unigram == NEVER, 0).amin(1, keepdim=True)
-        return self._with(unigram=torch.cat((unigram, floor.expand(-1, width - self.vocab_size)), 1))
+        changed = self._with(unigram=unigram.contiguous())
+        if width < self.vocab_size:
+            vars(changed).update(impossible=changed.impossible[changed.impossible < width])
+        return changed
 
     def with_unigram(self, row: Tensor) -> Tables:
         """The same tables with another row, float32 [V], in place of log p_1, if they hold one prior."""

@@ -9,7 +9,7 @@ import click
 from decoding.cli import options as shared
 from decoding.errors import DecodingError
 from decoding.style.registered import DEFAULT_STYLE
-from decoding.tokens import require_text
+from decoding.tokens import has_chat_template, require_text
 
 
 @click.command()
@@ -23,6 +23,7 @@ from decoding.tokens import require_text
 @shared.field
 @shared.order
 @shared.smoothing
+@shared.unwrap
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option(
     "--temperature",
@@ -31,11 +32,16 @@ from decoding.tokens import require_text
     type=shared.TemperatureOrAuto(),
     help='"auto" has it chosen for the prompt; 0 takes the most probable token at every step.',
 )
+@click.option(
+    "--chat/--no-chat",
+    default=None,
+    help="Answer PROMPT in the model's chat template, or continue it as it stands. By default as the model is made.",
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, shared.MOST_SEED))
 def generate(
     prompt: str, style: str, lambda_: float | str | None, seed: int, temperature: float | str, **options: Any
 ) -> None:
-    """Continues PROMPT in a style."""
+    """Answers PROMPT in a style, or continues it."""
     import torch
 
     from decoding import AutoTemperature, FixedTemperature
@@ -47,6 +53,7 @@ def generate(
     require_text(prompt, "the prompt")
     prior = shared.style_prior(style, lambda_, options)
     tokenizer = load_tokenizer(options["model"])
+    chat = has_chat_template(tokenizer) if options["chat"] is None else options["chat"]
     if not prior.needs_model:
         prior.bind(tokenizer)
     model = load_model(options["model"], options["dtype"])
@@ -60,6 +67,7 @@ def generate(
         tokenizer=tokenizer,
         logits_processor=processors,
         max_new_tokens=options["max_new_tokens"],
+        chat=chat,
         **({} if temperature else {"do_sample": False}),
     )
-    click.echo(prompt + text)
+    click.echo(text if chat else prompt + text)

@@ -14,8 +14,9 @@ import click
 from decoding.errors import DecodingError
 from decoding.files import require_writable
 from decoding.models import DEFAULT_MODEL
-from decoding.style.prior import Mode, StylePrior
+from decoding.style.prior import StylePrior
 from decoding.style.registered import registered_styles
+from decoding.style.settings import Mode
 
 
 class Numbers(click.ParamType):
@@ -123,7 +124,14 @@ lambda_or_auto = click.option(
     help='Strength of the style, or "auto". By default 0.1 in mode paper, 0.6 in mode ratio.',
 )
 mode = click.option(
-    "--mode", type=click.Choice(get_args(Mode)), default="paper", show_default=True, help="ratio is the better one."
+    "--mode",
+    type=click.Choice(get_args(Mode)),
+    help="paper by default, or a saved style's own; ratio is the better one.",
+)
+unwrap = click.option(
+    "--unwrap/--no-unwrap",
+    default=None,
+    help="Join the hard-wrapped lines of texts. By default where they are sure to be: in Project Gutenberg's frames.",
 )
 _STEERING = (
     mode,
@@ -131,8 +139,11 @@ _STEERING = (
     click.option("--plausibility", type=float, help="Move only tokens this likely, as a share of the likeliest."),
     click.option("--max-js", type=float, help="Most divergence a step, in nats."),
     click.option("--entropy-gate", type=float, help="Steer less where the entropy is below, in nats."),
+    click.option(
+        "--steer-stop/--leave-stop", default=None, help="Steer the ids that end a text too. Left alone by default."
+    ),
 )
-STEERING = ("mode", "background", "plausibility", "max_js", "entropy_gate")
+STEERING = ("mode", "background", "plausibility", "max_js", "entropy_gate", "steer_stop")
 """Names of the options of `steering`, which are parameters of `StylePrior`."""
 
 
@@ -151,6 +162,7 @@ def style_prior(style: str, lambda_: float | str | None, options: dict[str, Any]
         lambda_=lambda_,  # type: ignore[arg-type]  # "auto", if it is a text
         order=options["order"],
         smoothing=options["smoothing"],
+        unwrap=options.get("unwrap"),
         allow_any_lambda=options.get("allow_any_lambda", False),
         **{name: options[name] for name in STEERING},
     )

@@ -14,6 +14,7 @@ from decoding.cli import options as shared
 @click.option("--style", "styles", multiple=True, help=f"NAME=SPEC. SPEC: {shared.style_help} May repeat.")
 @shared.order
 @shared.smoothing
+@shared.unwrap
 @click.option("--temperature-selector", help='"default" (the embedded one), a folder or a hub id; none by default.')
 @click.option("--temperature-policy", type=click.Choice(["ability", "curve"]), help="Of the selector.")
 @click.option("--model-size", type=click.Choice(["small", "medium", "large"]), help="By its parameters by default.")
@@ -27,7 +28,7 @@ def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **
     {"temperature": "auto"}, and reads another number of tokens with {"kv_budget": 4096}, or all with "full".
     """
     from decoding.models import load_tokenizer, resolve_model
-    from decoding.style.source import require_distinct
+    from decoding.style.source import StyleSource, require_distinct
     from decoding.style.training import name_and_file
     from decoding.vllm import engine_args
     from decoding.vllm.server import serve as run_server
@@ -35,7 +36,8 @@ def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **
     path = resolve_model(model)
     tokenizer = load_tokenizer(model)
     trained = {"order": options["order"], "smoothing": options["smoothing"]}
-    named = [name_and_file(spec, tokenizer, **trained) for spec in styles]
+    sources = [StyleSource.parse(spec, unwrap=options["unwrap"]) for spec in styles]
+    named = [name_and_file(source, tokenizer, **trained) for source in sources]
     require_distinct([name for name, _ in named])
     selector = options["temperature_selector"]
     engine = engine_args(

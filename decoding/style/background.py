@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import LogitsProcessor
 
 from decoding.cache import Key, kept
 from decoding.models import TRUNCATIONS, input_device, model_fingerprint, undoing
-from decoding.tokens import encoding_fingerprint, ends_of_sequence, pad_id, padded
+from decoding.tokens import encoding_fingerprint, ends_of_sequence, id_count, pad_id, padded
 
 _TOKENS_PER_OPENING = 128
 
@@ -62,7 +63,7 @@ def _loaded(content: bytes) -> Tensor:
 def _measured_frequencies(model: Any, tokenizer: Any) -> Tensor:
     mean = MeanDistribution()
     sample_openings(model, tokenizer, _TOKENS_PER_OPENING, [Watcher(mean.add)])
-    return mean.frequencies(len(tokenizer))
+    return mean.frequencies(id_count(tokenizer))
 
 
 def sample_openings(model: Any, tokenizer: Any, tokens: int, processors: Sequence[LogitsProcessor]) -> Tensor:
@@ -128,7 +129,7 @@ class MeanDistribution:
         self._sum = mass if self._sum is None else self._sum + mass
 
     def frequencies(self, vocab_size: int) -> Tensor:
-        """The mean of all rows so far, float64 [V], ids from ``vocab_size`` on left out."""
+        """The mean of all rows so far, float64 [V]: ids from V on left out, and 0 for ids that have no score."""
         assert self._sum is not None  # there was a step
         kept = self._sum[:vocab_size].cpu()
-        return kept / kept.sum()
+        return pad(kept / kept.sum(), (0, vocab_size - len(kept)))

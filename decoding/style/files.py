@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -16,34 +15,33 @@ from torch import Tensor
 from decoding.errors import DecodingError
 from decoding.files import exists
 from decoding.hub import find_file
-from decoding.style.steering import GuardSettings
-from decoding.tokens import tokenizer_fingerprint
+from decoding.style.settings import Settings
+from decoding.tokens import id_count, tokenizer_fingerprint
 from ngram import NGramError, NGramModel
 from ngram.storage import write_atomically
 
 PRIOR_FILE = "prior.safetensors"
 CONFIG_FILE = "style_prior.json"
 RATIO_FILE = "ratio.safetensors"
-SETTINGS = ("orders", "weights", "combine", "mode", *GuardSettings._fields)
-"""Parameters of `StylePrior` that CONFIG_FILE keeps beside "lambda"; what an older file lacks has its default."""
 _WHAT = "style prior"
 
 
 class SavedStyle(NamedTuple):
-    """What a folder holds: the n-gram model, λ, the values of `SETTINGS`, and the row r of mode "ratio"."""
+    """What a folder holds. A file of `NGramModel.save` has the model alone."""
 
     model: NGramModel
-    lambda_: float
-    settings: Mapping[str, Any]
-    log_ratio: Tensor | None
+    lambda_: float | None = None
+    settings: Settings | None = None
+    log_ratio: Tensor | None = None  # the row r of mode "ratio", float32 [V]
 
 
 def write_folder(style: SavedStyle, folder: str | PathLike) -> None:
     """Writes a folder."""
+    assert style.settings is not None
     style.model.save(Path(folder) / PRIOR_FILE)
     if style.log_ratio is not None:
         write_atomically(Path(folder) / RATIO_FILE, save({"log_ratio": style.log_ratio}))
-    config = {"lambda": style.lambda_, **style.settings}
+    config = {"lambda": style.lambda_, **style.settings.as_dict()}
     write_atomically(Path(folder) / CONFIG_FILE, json.dumps(config, indent=2).encode())
 
 
@@ -62,10 +60,10 @@ def read_folder(name_or_path: str | PathLike, tokenizer: Any | None, hub: dict[s
     path = find_file(name_or_path, CONFIG_FILE, _WHAT, hub)
     try:
         config = json.loads(path.read_bytes())
-        lambda_, settings = config["lambda"], {key: config[key] for key in SETTINGS if key in config}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        lambda_, settings = config["lambda"], Settings.read(config)
+    except (OSError, ValueError, KeyError, TypeError, DecodingError) as error:
         raise DecodingError(f"{path} is damaged: {error!r}") from error
-    has_ratio = settings.get("mode") == "ratio"
+    has_ratio = settings.mode == "ratio"
     log_ratio = _log_ratio(find_file(name_or_path, RATIO_FILE, _WHAT, hub), model) if has_ratio else None
     return SavedStyle(model, lambda_, settings, log_ratio)
 
@@ -80,10 +78,11 @@ def _log_ratio(path: Path, model: NGramModel) -> Tensor:
     return row
 
 
-def is_saved_prior(style: str | PathLike) -> bool:
-    """Whether a path names a saved prior: a .safetensors file, or a folder with one named as we name it."""
-    path = Path(style)
-    return path.suffix == ".safetensors" or exists(path / PRIOR_FILE)
+def saved_kind(path: str | PathLike) -> Literal["prior", "style"] | None:
+    """Whether a path names a saved prior (a .safetensors file, or a folder with one alone), a saved style, or none."""
+    if exists(Path(path) / PRIOR_FILE):
+        return "style" if exists(Path(path) / CONFIG_FILE) else "prior"
+    return "prior" if Path(path).suffix == ".safetensors" else None
 
 
 def load_prior(path: str | PathLike, tokenizer: Any | None = None) -> NGramModel:
@@ -105,14 +104,16 @@ def load_prior(path: str | PathLike, tokenizer: Any | None = None) -> NGramModel
 def check_tokenizer(model: NGramModel, tokenizer: Any) -> None:
     """Refuses a prior whose token ids mean something else. A model without a fingerprint is taken at its word.
 
+    Ids that the tokenizer has above the prior's, such as a padding token added later, do not count.
+
     Raises:
         DecodingError: another tokenizer's prior, or one with more ids than the tokenizer.
     """
-    name, sha256 = tokenizer_fingerprint(tokenizer)
+    name, sha256 = tokenizer_fingerprint(tokenizer, model.vocab_size)
     if model.metadata.get("tokenizer_sha256", sha256) != sha256:
         raise DecodingError(
             f"the prior was trained with tokenizer {model.metadata.get('tokenizer')!r}, and this one is {name!r}: "
             "train it again with `decoding style train`"
         )
-    if model.vocab_size > len(tokenizer):
-        raise DecodingError(f"the prior has {model.vocab_size} token ids, tokenizer {name!r} has {len(tokenizer)}")
+    if model.vocab_size > (size := id_count(tokenizer)):
+        raise DecodingError(f"the prior has {model.vocab_size} token ids, tokenizer {name!r} has {size}")

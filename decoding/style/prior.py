@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from operator import index
+from collections.abc import Sequence
 from os import PathLike
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,13 +13,14 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from decoding.errors import DecodingError
-from decoding.hub import upload
-from decoding.late import LateAnswer
-from decoding.style.files import SavedStyle, is_saved_prior, read_folder, write_folder
+from decoding.models import model_fingerprint
+from decoding.style.bound import BoundStyle
+from decoding.style.files import SavedStyle, check_tokenizer, read_folder
 from decoding.style.ratio import MODEL, ratio_to
 from decoding.style.registered import DEFAULT_STYLE
-from decoding.style.source import Corpus, load_corpus
-from decoding.style.steering import Combine, Guards, GuardSettings, guards_of, mixture_of, steer
+from decoding.style.settings import Mode, Settings, taken
+from decoding.style.source import Corpus, StyleSource
+from decoding.style.steering import Combine, GuardSettings
 from decoding.style.strength import (
     DEFAULT_TOLERANCE,
     checked_lambda,
@@ -28,16 +28,12 @@ from decoding.style.strength import (
     chosen_strength,
     held_out_part,
 )
-from decoding.style.training import DEFAULT_ORDER, DEFAULT_SMOOTHING, prior_of_tokens, resolve_style
-from decoding.tokens import pad_id, tokenize
+from decoding.style.training import DEFAULT_ORDER, DEFAULT_SMOOTHING, prior_of_tokens, trained_file
+from decoding.tokens import encoding_fingerprint, ends_of_sequence, pad_id, tokenize
 from ngram import NGramModel
-from ngram.layout import unigram_tables
 from ngram.tables import Tables
 
-Mode = Literal["paper", "ratio"]
 DEFAULT_LAMBDAS = {"paper": 0.1, "ratio": 0.6}
-FIRST_SHARE = 0.6
-"""Of the first order, in mode "ratio"."""
 AUTO: Literal["auto"] = "auto"
 
 
@@ -66,7 +62,12 @@ class StylePrior(LogitsProcessor):
     Order 1 weighs 0.6 by default, the others share 0.4. The ratio moves style and does not sharpen; contexts sharpen a
     little, which makes up for the fluency that style costs.
 
+    In either mode the ids that end a text are left alone (`steering.steer` says how), or answers would get the length
+    of the style's texts; ``steer_stop=True`` steers them too, as the paper does.
     Guards hold either mode back: ``entropy_gate``, ``plausibility``, ``max_js`` (formulas: `steering.steer`).
+
+    This is a recipe, and does not change. What it becomes for a tokenizer and a model is a `BoundStyle`, made by
+    `bind`. As a processor it does what it was bound to last.
 
     Examples:
         >>> generate("path-or-hub-id", "The captain said", logits_processor=[StylePrior(λ=0.5, mode="ratio")])
@@ -75,37 +76,40 @@ class StylePrior(LogitsProcessor):
         >>> StylePrior(λ="auto", style="my.txt", mode="ratio", tokenizer=tokenizer, model=model).lambda_
 
     Args:
-        style: a registered name, a text file, a folder, a saved prior, or an `NGramModel` (needs no tokenizer).
+        style: a registered name, a text file, a folder of texts, a file with its field (``FILE.jsonl#FIELD``), a saved
+            prior, what `save_pretrained` or ``push_to_hub`` wrote, whose λ and settings apply where none are given
+            here, or an `NGramModel` (needs no tokenizer).
         λ: strength, in [0, 1], by default 0.1 in mode "paper" and 0.6 in mode "ratio"; also as ``lambda_``. 0 leaves
             the scores untouched, bit for bit. "auto" has it chosen for the bound model, by a held-out part of the
             style's text (`decoding.style.strength.choose_strength`).
         tokenizer: the generating model's. `decoding.generate` binds it; ``model.generate`` needs it here.
-        model: the generating model, which λ="auto" and the background "model" measure, once.
-            `decoding.generate` binds it.
-        mode: "paper" or "ratio".
+        model: the generating model, which λ="auto" and the background "model" measure, once, and which says at which
+            ids it stops. `decoding.generate` binds it.
+        mode: "paper" (the default) or "ratio".
         background: of mode "ratio": "model", what the model writes by itself; "corpus", the style's own frequencies,
             which leaves what contexts add; or a corpus, like ``style``.
-        log_ratio: the row r of mode "ratio", float32 [V], where it is known; then nothing is measured.
+        log_ratio: the row r of mode "ratio", float [V], where it is known; then nothing is measured.
         orders: n-gram orders to use, all of the model's by default. With (1,) nothing is looked up.
         weights: w_k of each of ``orders``; by default they sum to 1, equal ones in mode "paper", as above in mode
             "ratio". For "matching" only.
-        combine: "matching", as above, or "interpolated": λ · log p_n of the highest of ``orders``.
+        combine: "matching" (the default), as above, or "interpolated": λ · log p_n of the highest of ``orders``.
         plausibility: α in (0, 1]: only tokens with at least α times the probability of the likeliest are moved.
         max_js: budget of every step, in nats: λ is lowered until the Jensen-Shannon divergence is within.
         entropy_gate: in nats: λ is lowered in proportion where the model's entropy is below.
+        steer_stop: also steer the ids that end a text. False by default.
         tolerance: of λ="auto": the share by which base perplexity may rise. Distinct-2 may fall by a tenth.
         order, smoothing: of the n-gram model, where ``style`` is text.
+        unwrap: whether to join the lines of hard-wrapped paragraphs, where ``style`` is text. By default they are in a
+            Project Gutenberg frame and in scripts without spaces, and a warning says so.
         pad_token_id: leading tokens of this id are padding and no context; by default the tokenizer's.
         allow_any_lambda: accept λ outside [0, 1].
 
     Attributes:
-        model: the n-gram model, once there is a tokenizer.
-        log_ratio: the row r of mode "ratio", once it is known.
-        mixture: how the orders are weighted, for `ngram.tables.add_log_prior`; None for the plain interpolated prior.
+        source: where the style comes from, or None for an `NGramModel`.
+        settings: how the prior is added.
 
     Raises:
-        DecodingError: unusable parameters, or, when called, no tokenizer, NaN scores, or scores narrower than the
-            prior's vocabulary. On CUDA devices NaN is reported at a later step, so that no step waits for the device.
+        DecodingError: unusable parameters, or no such style; when called, no tokenizer, or as `BoundStyle`.
     """
 
     def __init__(
@@ -116,200 +120,262 @@ class StylePrior(LogitsProcessor):
         lambda_: float | Literal["auto"] | None = None,
         tokenizer: Any | None = None,
         model: Any | None = None,
-        mode: Mode = "paper",
+        mode: Mode | None = None,
         background: str | PathLike = MODEL,
         log_ratio: Tensor | np.ndarray | None = None,
         orders: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
-        combine: Combine = "matching",
+        combine: Combine | None = None,
         plausibility: float | None = None,
         max_js: float | None = None,
         entropy_gate: float | None = None,
+        steer_stop: bool | None = None,
         tolerance: float = DEFAULT_TOLERANCE,
         order: int = DEFAULT_ORDER,
         smoothing: str = DEFAULT_SMOOTHING,
+        unwrap: bool | None = None,
         pad_token_id: int | None = None,
         allow_any_lambda: bool = False,
     ):
         if λ is not None and lambda_ is not None:
             raise DecodingError("give λ or lambda_, not both: they are the same parameter")
-        for what, value, known in (("combine", combine, get_args(Combine)), ("mode", mode, get_args(Mode))):
-            if value not in known:
-                raise DecodingError(f"unknown {what} {value!r}: choose from {', '.join(known)}")
-        if weights is not None and combine == "interpolated":
-            raise DecodingError('weights are for combine="matching"; the interpolated prior has none')
-        given = next((value for value in (λ, lambda_) if value is not None), DEFAULT_LAMBDAS[mode])
-        self.lambda_: float | Literal["auto"] = AUTO if given == AUTO else checked_lambda(given, allow_any_lambda)
-        self.style = style
-        self.mode = mode
+        given: dict[str, Any] = {
+            "mode": mode,
+            "orders": orders,
+            "weights": weights,
+            "combine": combine,
+            "plausibility": plausibility,
+            "max_js": max_js,
+            "entropy_gate": entropy_gate,
+            "steer_stop": steer_stop,
+        }
+        asked = {name: value for name, value in given.items() if value is not None}
+        Settings(**asked)  # before anything is read
+        self.source = None if isinstance(style, NGramModel) else StyleSource.parse(style, unwrap=unwrap)
+        self._saved = _saved(style, self.source)
+        held = None if self._saved is None else self._saved.settings
+        self.settings = Settings(**((held.as_dict() if held else {}) | asked))
+        strength = next((value for value in (λ, lambda_) if value is not None), None)
+        if strength is None and held is not None and held.mode == self.settings.mode:
+            strength = self._saved.lambda_  # type: ignore[union-attr]  # where there are settings
+        strength = DEFAULT_LAMBDAS[self.settings.mode] if strength is None else strength
+        self._strength: float | Literal["auto"] = (
+            AUTO if strength == AUTO else checked_lambda(strength, allow_any_lambda)
+        )
+        self._allow_any_lambda = allow_any_lambda
+        self._log_ratio = taken("log_ratio", log_ratio, lambda row: torch.as_tensor(row).float())
+        if self._log_ratio is None and self._saved is not None:
+            self._log_ratio = self._saved.log_ratio
         self.background = str(background)
-        self.log_ratio = _taken("log_ratio", log_ratio, lambda row: torch.as_tensor(row).float())
-        self.orders = _taken("orders", orders, lambda values: [index(each) for each in values])
-        self.weights = _taken("weights", weights, lambda values: [float(each) for each in values])
-        self.combine = combine
-        self.guards = GuardSettings(plausibility, max_js, entropy_gate).checked()
         self.tolerance = checked_tolerance(tolerance)
         self.order = order
         self.smoothing = smoothing
-        self.pad_token_id = pad_token_id
-        self.model: NGramModel | None = None
-        self.mixture: Tensor | None = None
-        self._tables: Tables | None = None
-        self._guards: Guards | None = None
-        self._holds_nan = LateAnswer()
+        self._pad_token_id = pad_token_id
+        if self._needs_text and (self.source is None or not self.source.is_text):
+            wanted = 'λ="auto"' if self._strength == AUTO else 'mode="ratio"'
+            raise DecodingError(
+                f"{wanted} needs the style's text, not a trained n-gram model: give the text, a folder that "
+                "StylePrior.save_pretrained wrote in that mode, or a number for λ and the row log_ratio"
+            )
+        self._bound: BoundStyle | None = None
+        self._last: tuple[Any, BoundStyle] | None = None
         if tokenizer is not None:
             self.bind(tokenizer, model)
-        elif isinstance(style, NGramModel):
-            self._use(style)
+        elif self._saved is not None and not self._needs_text:
+            self._bound = self._of(self._saved.model, [self._saved.model.eos_id], pad_token_id)
 
     @property
-    def needs_model(self) -> bool:
-        """Whether `bind` will want the model, to measure it."""
-        needs_ratio = self.mode == "ratio" and self.log_ratio is None
-        return self.lambda_ == AUTO or (needs_ratio and self.background == MODEL)
+    def style(self) -> str | NGramModel:
+        """What ``style`` was."""
+        return self.source.where if self.source else self._saved.model  # type: ignore[union-attr]
 
-    def bind(self, tokenizer: Any, model: Any | None = None) -> StylePrior:
-        """Makes the prior for a tokenizer, and for a model where one is needed, or checks that it fits. Returns itself.
+    @property
+    def mode(self) -> Mode:
+        """As given, or as saved."""
+        return self.settings.mode
 
-        Raises:
-            DecodingError: the style cannot be read, or λ="auto" or a ratio wants a model, or the style's text, and has
-                none.
-        """
-        needs_ratio = self.mode == "ratio" and self.log_ratio is None
-        if self.lambda_ == AUTO or needs_ratio:
-            corpus = self._corpus()
-            documents = tokenize(corpus.documents, tokenizer)
-            if self.lambda_ == AUTO:
-                self.lambda_ = self._chosen_lambda(corpus, documents, tokenizer, model)
-            if needs_ratio:
-                self.log_ratio = ratio_to(self.background, documents, tokenizer, model)
-        style = self.style if self.model is None else self.model
-        self._use(resolve_style(style, tokenizer, order=self.order, smoothing=self.smoothing))
-        if self.pad_token_id is None:
-            self.pad_token_id = pad_id(tokenizer)
-        return self
+    @property
+    def guards(self) -> GuardSettings:
+        """What holds the prior back."""
+        return self.settings.guards
 
-    def _corpus(self) -> Corpus:
-        if isinstance(self.style, NGramModel) or is_saved_prior(self.style):
-            wanted = 'λ="auto"' if self.lambda_ == AUTO else 'mode="ratio"'
-            raise DecodingError(
-                f"{wanted} needs the style's text, not a trained n-gram model: give the text, or open a folder that "
-                "StylePrior.save_pretrained wrote with StylePrior.from_pretrained"
-            )
-        return load_corpus(str(self.style))
+    @property
+    def lambda_(self) -> float | Literal["auto"]:
+        """λ: of what this is bound to, else as given."""
+        return self._strength if self._bound is None else self._bound.lambda_
 
-    def _chosen_lambda(
-        self, corpus: Corpus, documents: Sequence[np.ndarray], tokenizer: Any, model: Any | None
-    ) -> float:
-        if model is None:
-            raise DecodingError('λ="auto" needs the model: StylePrior(λ="auto", tokenizer=tokenizer, model=model)')
-        kept, held_out = held_out_part(documents)
-        settings, row = self._settings(), self.log_ratio
-        if self.mode == "ratio" and row is None:
-            row = ratio_to(self.background, kept, tokenizer, model)
-        trained = prior_of_tokens(kept, corpus, tokenizer, self.order, self.smoothing)
+    @lambda_.setter
+    def lambda_(self, value: float) -> None:
+        """Another λ, from the next step on."""
+        self._strength, self._last = checked_lambda(value, self._allow_any_lambda), None
+        self._bound = None if self._bound is None else self._bound.at(self._strength)
 
-        def steered(value: float) -> StylePrior:
-            return StylePrior(trained, λ=value, tokenizer=tokenizer, log_ratio=row, **settings)
+    @property
+    def log_ratio(self) -> Tensor | None:
+        """The row r of mode "ratio", float32 [V], once it is known."""
+        return self._log_ratio if self._bound is None else self._bound.log_ratio
 
-        about = {"text": corpus.sha256, "order": self.order, "smoothing": self.smoothing, **settings}
-        about["log_ratio"] = None if row is None else hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()
-        return chosen_strength(steered, held_out, model, tokenizer, self.tolerance, about)
+    @property
+    def model(self) -> NGramModel | None:
+        """The n-gram model, once there is a tokenizer."""
+        return None if self._bound is None else self._bound.model
 
-    def _settings(self) -> dict[str, Any]:
-        """How the prior is added: what `save_pretrained` keeps beside λ."""
-        return {
-            "mode": self.mode,
-            "orders": self.orders,
-            "weights": self.weights,
-            "combine": self.combine,
-            **self.guards._asdict(),
-        }
+    @property
+    def mixture(self) -> Tensor | None:
+        """As of `BoundStyle`, once there is a tokenizer."""
+        return None if self._bound is None else self._bound.mixture
 
-    def _use(self, model: NGramModel) -> None:
-        first = FIRST_SHARE if self.mode == "ratio" else None
-        mixture = mixture_of(model.order, self.orders, self.weights, self.combine, first)
-        if self._highest_order(model) == 1:
-            mixture = None if mixture is None else mixture[:, :1, :1]
-        if self.log_ratio is not None and self.log_ratio.shape != (model.vocab_size,):
-            raise DecodingError(f"log_ratio must have the prior's {model.vocab_size} ids, not {len(self.log_ratio)}")
-        self.model, self.mixture, self._tables = model, mixture, None
-
-    def _highest_order(self, model: NGramModel) -> int:
-        return max(self.orders or [model.order])
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """As of `BoundStyle`, once there is a tokenizer."""
+        return () if self._bound is None else self._bound.stop_ids
 
     @property
     def tables(self) -> Tables:
-        """What is added, as `ngram.tables.add_log_prior` takes it: the n-gram model's, or with r for log p_1.
+        """As of `BoundStyle`.
 
         Raises:
             DecodingError: no tokenizer yet.
         """
-        if self.model is None:
+        return self._as_bound().tables
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether `bind` will want the model, to measure it."""
+        return self._strength == AUTO or (self._needs_ratio and self.background == MODEL)
+
+    @property
+    def _needs_ratio(self) -> bool:
+        return self.mode == "ratio" and self._log_ratio is None
+
+    @property
+    def _needs_text(self) -> bool:
+        return self._strength == AUTO or self._needs_ratio
+
+    @property
+    def _text(self) -> StyleSource:
+        assert self.source is not None and self.source.is_text  # checked at the start
+        return self.source
+
+    def bind(self, tokenizer: Any, model: Any | None = None) -> BoundStyle:
+        """Makes the prior for a tokenizer, and for a model where one is needed, and remembers it.
+
+        Costs nothing where neither changed since the last time.
+
+        Raises:
+            DecodingError: the style cannot be read, is another tokenizer's, or λ="auto" or a ratio wants a model, or
+                the style's text, and has none.
+        """
+        self._bound = self.bound(tokenizer, model)
+        return self._bound
+
+    def bound(self, tokenizer: Any, model: Any | None = None, stop_ids: Any = None) -> BoundStyle:
+        """As `bind`, for one call: whatever this is bound to stays so.
+
+        Args:
+            tokenizer: the generating model's.
+            model: the generating model.
+            stop_ids: more ids that end a text, in this call.
+        """
+        stops = ends_of_sequence(model, tokenizer, stop_ids)
+        pad = pad_id(tokenizer) if self._pad_token_id is None else self._pad_token_id
+        weights = None if model is None or not self.needs_model else model_fingerprint(model)
+        key = (encoding_fingerprint(tokenizer), weights, tuple(stops), pad)
+        last = self._last
+        if last is None or last[0] != key:
+            last = self._last = (key, self._made(tokenizer, model, stops, pad))
+        self._bound = self._bound or last[1]
+        return last[1]
+
+    def _made(self, tokenizer: Any, model: Any | None, stops: Sequence[int], pad: int) -> BoundStyle:
+        lambda_, row = self._strength, self._log_ratio
+        if not self._needs_text:
+            return self._of(self._prior(tokenizer), stops, pad)
+        corpus = self._text.corpus()
+        documents = tokenize(corpus.documents, tokenizer)
+        if lambda_ == AUTO:
+            lambda_ = self._chosen_lambda(corpus, documents, tokenizer, model, stops)
+        if self._needs_ratio:
+            row = ratio_to(self.background, documents, tokenizer, model)
+        return self._of(self._prior(tokenizer), stops, pad, lambda_, row)
+
+    def _of(
+        self,
+        model: NGramModel,
+        stops: Sequence[int | None],
+        pad: int | None,
+        lambda_: float | None = None,
+        row: Tensor | None = None,
+    ) -> BoundStyle:
+        return BoundStyle(
+            model,
+            float(self._strength) if lambda_ is None else lambda_,
+            self.settings,
+            self._log_ratio if row is None else row,
+            pad_token_id=pad,
+            stop_ids=[each for each in stops if each is not None],
+        )
+
+    def _prior(self, tokenizer: Any) -> NGramModel:
+        if self._saved is not None:
+            check_tokenizer(self._saved.model, tokenizer)
+            return self._saved.model
+        return NGramModel.load(trained_file(self._text.corpus(), tokenizer, self.order, self.smoothing))
+
+    def _chosen_lambda(
+        self,
+        corpus: Corpus,
+        documents: Sequence[np.ndarray],
+        tokenizer: Any,
+        model: Any | None,
+        stops: Sequence[int],
+    ) -> float:
+        if model is None:
+            raise DecodingError('λ="auto" needs the model: StylePrior(λ="auto", tokenizer=tokenizer, model=model)')
+        kept, held_out = held_out_part(documents)
+        row = self._log_ratio
+        if self._needs_ratio:
+            row = ratio_to(self.background, kept, tokenizer, model)
+        trained = prior_of_tokens(kept, corpus, tokenizer, self.order, self.smoothing)
+
+        def steered(value: float) -> BoundStyle:
+            return BoundStyle(trained, value, self.settings, row, pad_token_id=pad_id(tokenizer), stop_ids=stops)
+
+        about = {"text": corpus.sha256, "order": self.order, "smoothing": self.smoothing, **self.settings.as_dict()}
+        about["log_ratio"] = None if row is None else hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()
+        about["stop_ids"] = list(stops)
+        return chosen_strength(steered, held_out, model, tokenizer, self.tolerance, about)
+
+    def _as_bound(self) -> BoundStyle:
+        if self._bound is None and self._strength == AUTO:
+            raise DecodingError('λ="auto" was not chosen yet: bind(tokenizer, model) does, and decoding.generate')
+        if self._bound is None:
             raise DecodingError(
                 f"this StylePrior has no tokenizer: write StylePrior(λ={self.lambda_}, style={str(self.style)!r}, "
-                "tokenizer=tokenizer), or use decoding.generate, which binds it"
+                'tokenizer=tokenizer), and model=model for mode="ratio", or use decoding.generate, '
+                "which binds it"
             )
-        row = self.model.tables.unigram[0] if self.mode == "paper" else self.log_ratio
-        if row is None:
-            raise DecodingError('mode="ratio" needs bind(tokenizer, model), or log_ratio')
-        if self._highest_order(self.model) == 1:
-            return unigram_tables(row, self.model.seen)
-        return self.model.tables.with_unigram(row)
+        return self._bound
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Steers one step.
+        """Steers one step, as `BoundStyle` does.
 
         Args:
             input_ids: tokens so far, int64 [B, L].
-            scores: float [B, V'], before softmax, V' at least the prior's vocabulary.
+            scores: float [B, W], before softmax.
 
         Returns:
             ``scores`` itself at λ = 0, else a new tensor like it.
         """
-        if self.lambda_ == 0:
-            return scores
-        if self.lambda_ == AUTO:
-            raise DecodingError('λ="auto" was not chosen yet: bind(tokenizer, model) does')
-        if self._tables is None or self._tables.unigram.shape[1] != scores.shape[1]:
-            self._tables = self._widened(scores.shape[1])
-            self._guards = guards_of([self.guards], scores.device)
-        if self._tables.unigram.device != scores.device:
-            self._tables = self._tables.to(scores.device)
-            self.mixture = None if self.mixture is None else self.mixture.to(scores.device)
-        if self._holds_nan(scores.device, lambda: torch.isnan(scores.amax())):
-            raise DecodingError("the scores hold NaN before the style prior: the model or an earlier processor made it")
-        strength = torch.full((len(scores),), self.lambda_, device=scores.device)
-        history = self._history(input_ids, self._tables.order)
-        return steer(self._tables, scores, history, strength, self.mixture, self._guards)
-
-    def _widened(self, width: int) -> Tables:
-        tables = self.tables
-        if width < tables.vocab_size:
-            raise DecodingError(
-                f"the model scores {width} ids and the prior has {tables.vocab_size}: it belongs to another model"
-            )
-        return tables.widened(width)
-
-    def _history(self, input_ids: Tensor, order: int) -> Tensor:
-        """The tokens that can be context, int64 [B, ≤ n−1]: −1 for left padding."""
-        longest = max(order - 1, 1)
-        window = input_ids[:, -longest:]
-        if self.pad_token_id is None:
-            return window
-        is_pad = window == self.pad_token_id
-        leading = is_pad.cumprod(1).bool() & (input_ids[:, :-longest] == self.pad_token_id).all(1, keepdim=True)
-        return window.masked_fill(leading, -1)
+        return scores if self.lambda_ == 0 else self._as_bound()(input_ids, scores)
 
     def save_pretrained(self, save_directory: str | PathLike) -> None:
-        """Writes the bound prior and its settings to a folder."""
-        if self.model is None or self.lambda_ == AUTO:
-            raise DecodingError("only a bound StylePrior can be saved: give it a tokenizer")
-        write_folder(SavedStyle(self.model, self.lambda_, self._settings(), self.log_ratio), save_directory)
+        """Writes what the prior is bound to, with its settings, to a folder."""
+        self._as_bound().save_pretrained(save_directory)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Uploads what `save_pretrained` writes to a repository on the hub, made if needed, and returns its address."""
-        return upload(self.save_pretrained, "style prior", repo_id, private, token)
+        return self._as_bound().push_to_hub(repo_id, private=private, token=token)
 
     @classmethod
     def from_pretrained(
@@ -320,28 +386,23 @@ class StylePrior(LogitsProcessor):
         Args:
             name_or_path: a folder, or a repository on the Hugging Face hub.
             tokenizer: checked against the prior's fingerprint.
-            changes: parameters of `StylePrior` that replace the saved ones; ``revision`` and ``token`` go to the hub.
+            changes: parameters of `StylePrior` that replace the saved ones, None too; ``revision`` and ``token`` go to
+                the hub.
 
         Raises:
             DecodingError: nothing there, damaged, or of another tokenizer.
         """
         hub: dict[str, Any] = {key: changes.pop(key) for key in ("revision", "token") if key in changes}
         saved = read_folder(name_or_path, tokenizer, hub)
-        parameters = {"lambda_": saved.lambda_, "log_ratio": saved.log_ratio, **saved.settings}
+        assert saved.settings is not None
+        parameters = {"lambda_": saved.lambda_, "log_ratio": saved.log_ratio, **saved.settings.as_dict()}
         if "λ" in changes:
             changes["lambda_"] = changes.pop("λ")
         return cls(saved.model, tokenizer=tokenizer, **(parameters | changes))
 
 
-def _taken(name: str, given: Any, take: Callable[[Any], Any]) -> Any:
-    """A parameter's numbers, from whatever holds numbers; None stays None.
-
-    Raises:
-        DecodingError: anything else.
-    """
-    if given is None:
-        return None
-    try:
-        return take(given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DecodingError(f"{name} must hold numbers, whole ones for orders, not {given!r}") from error
+def _saved(style: Any, source: StyleSource | None) -> SavedStyle | None:
+    """What needs no training: a trained model, or a saved one."""
+    if source is None:
+        return SavedStyle(style)
+    return None if source.is_text else source.saved()

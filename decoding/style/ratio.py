@@ -16,7 +16,7 @@ from torch import Tensor
 from decoding.errors import DecodingError
 from decoding.style.background import model_frequencies
 from decoding.style.source import load_corpus
-from decoding.tokens import tokenize
+from decoding.tokens import control_ids, id_count, tokenize
 
 RARE = 5e-5
 """ε: tokens much rarer than this on both sides are left alone. One in 20,000."""
@@ -40,8 +40,10 @@ def log_ratio(style: Tensor, background: Tensor, most: float = MOST_LOG_RATIO) -
     return ratio.clamp_(-most, most).float()
 
 
-def frequencies(documents: Sequence[np.ndarray], vocab_size: int, left_out: int | None = None) -> Tensor:
-    """Relative frequencies of token ids, float64 [V], those of ``left_out`` (the end of sequence) not counted."""
+def frequencies(
+    documents: Sequence[np.ndarray], vocab_size: int, left_out: int | Sequence[int] | None = None
+) -> Tensor:
+    """Relative frequencies of token ids, float64 [V], those of ``left_out`` (which are no text) not counted."""
     counts = np.bincount(np.concatenate(documents), minlength=vocab_size).astype(np.float64)
     if left_out is not None:
         counts[left_out] = 0
@@ -68,7 +70,7 @@ def ratio_to(
     Raises:
         DecodingError: "model" without a model, or no such corpus.
     """
-    size, eos = len(tokenizer), tokenizer.eos_token_id
+    size, no_text = id_count(tokenizer), control_ids(tokenizer)
     if isinstance(background, str) and background == CORPUS:
         return torch.zeros(size)
     if isinstance(background, str) and background == MODEL:
@@ -80,5 +82,5 @@ def ratio_to(
         other = model_frequencies(model, tokenizer)
     else:
         texts = tokenize(load_corpus(background).documents, tokenizer) if isinstance(background, str) else background
-        other = frequencies(texts, size, eos)
-    return log_ratio(frequencies(documents, size, eos), other, most)
+        other = frequencies(texts, size, no_text)
+    return log_ratio(frequencies(documents, size, no_text), other, most)

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from decoding.errors import DecodingError
-from decoding.style.text import one_line_end, prose, read_text
+from decoding.style.text import is_hard_wrapped, one_line_end, prose, read_text, unwrap
 from decoding.tokens import require_text
 
 _NAMED = 3  # of the files left out of a folder
 
 
-def read_documents(path: Path, field: str | None) -> list[str]:
+def read_documents(path: Path, field: str | None, join_lines: bool | None = None) -> list[str]:
     """The texts of a file, or of the .txt files of a folder.
 
     Args:
         path: which.
         field: the field that holds the text, in formats that have fields.
+        join_lines: whether to join hard-wrapped lines; None as for `prose`, which is then reported. Never by itself in
+            fields.
 
     Raises:
         DecodingError: nothing that can be read, an unknown format, or no such field.
@@ -30,18 +32,49 @@ def read_documents(path: Path, field: str | None) -> list[str]:
     if path.is_dir():
         if field is not None:
             raise DecodingError(f"{path} is a folder of texts: its files have no field {field!r}")
-        return _read_folder(path)
+        return _read_folder(path, join_lines)
     suffix = _suffix(path)
     if suffix in _WITH_FIELDS:
         if field is None:
             raise DecodingError(f"{path} has fields: say with --field (or {path}#FIELD) which of them is the text")
-        return list(_texts(path, field, _WITH_FIELDS[suffix](path)))
+        texts = _texts(path, field, _WITH_FIELDS[suffix](path))
+        return [unwrap(text) if join_lines else text for text in texts]
     if field is not None:
         raise DecodingError(
             f"{path} is read as plain text and has no field {field!r}: known formats with fields are "
             f"{', '.join(sorted(_WITH_FIELDS))}, and .gz of these"
         )
-    return [prose(read_text(path))]
+    if suffix in _OTHER_FORMATS:
+        raise DecodingError(
+            f"{path} is no plain text ({suffix}): convert it to .txt, or to {', '.join(sorted(_WITH_FIELDS))}"
+        )
+    return [_read_prose(path, join_lines)]
+
+
+def has_known_suffix(where: str) -> bool:
+    """Whether a name is that of a file with text, or of one that should be."""
+    return _suffix(Path(where)) in {".txt", *_WITH_FIELDS, *_OTHER_FORMATS}
+
+
+_OTHER_FORMATS = frozenset(
+    [".html", ".htm", ".xhtml", ".xml", ".rtf", ".pdf", ".doc", ".docx", ".odt", ".epub", ".mobi", ".ipynb", ".xlsx"]
+    + [".arrow", ".feather", ".pkl", ".pt", ".bin", ".npy", ".npz", ".gguf"]
+    + [".zip", ".7z", ".tar", ".bz2", ".xz", ".zst"]
+)
+
+
+def _read_prose(path: Path, join_lines: bool | None) -> str:
+    text = read_text(path)
+    found = prose(text, join_lines)
+    if join_lines is None and found != (kept := prose(text, False)):
+        _report(f"joined the hard-wrapped lines of {path}: unwrap=False (--no-unwrap) keeps them")
+    elif join_lines is None and is_hard_wrapped(kept):
+        _report(f"{path} may have hard-wrapped lines, which were kept: unwrap=True (--unwrap) joins them")
+    return found
+
+
+def _report(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=2)
 
 
 def _suffix(path: Path) -> str:
@@ -49,7 +82,7 @@ def _suffix(path: Path) -> str:
     return (suffixes[:-1] or [""])[-1] if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
-def _read_folder(folder: Path) -> list[str]:
+def _read_folder(folder: Path, join_lines: bool | None) -> list[str]:
     found, left_out = [], []
     for path in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts) or path.is_dir():
@@ -58,13 +91,13 @@ def _read_folder(folder: Path) -> list[str]:
             left_out.append(f"{path.name} (no .txt file)")
             continue
         try:
-            found.append(prose(read_text(path)))
+            found.append(_read_prose(path, join_lines))
         except DecodingError as error:
             left_out.append(f"{path.name} ({str(error).removeprefix(f'{path} ')})")
     if not found:
         raise DecodingError(f"folder {folder} holds no .txt file that can be read{_named(left_out)}")
     if left_out:
-        warnings.warn(f"of folder {folder}, {len(left_out)} files were left out{_named(left_out)}", stacklevel=2)
+        _report(f"of folder {folder}, {len(left_out)} files were left out{_named(left_out)}")
     return found
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from decoding.errors import DecodingError
-from decoding.metrics import LN2, entropy
+from decoding.metrics import LN2
 from ngram.tables import Tables, add_log_prior, mixture_of_orders
 
 Combine = Literal["matching", "interpolated"]
 HALVINGS = 12
 """Of the interval in which the largest λ′ is searched for: it is found to 1/4096 of λ."""
+BINS = 1024
+"""Of a row's changes, for the search."""
 
 
 class GuardSettings(NamedTuple):
@@ -51,19 +54,17 @@ _ABSENT = {"plausibility": 0.0, "max_js": math.inf, "entropy_gate": 0.0}
 class Guards:
     """The guards of several priors, float32 [S] each (`_ABSENT` for priors without); None where no prior has one."""
 
-    plausibility: Tensor | None
-    max_js: Tensor | None
-    entropy_gate: Tensor | None
+    plausibility: Tensor | None = None
+    max_js: Tensor | None = None
+    entropy_gate: Tensor | None = None
 
     def of(self, prior: int | Tensor) -> Guards:
         """Those of one prior, [1, 1], or of each row's, [B, 1]."""
+        return Guards(**{name: None if each is None else _rows(each, prior) for name, each in vars(self).items()})
 
-        def rows(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
-            return (values.index_select(0, prior) if isinstance(prior, Tensor) else values[prior : prior + 1])[:, None]
 
-        return Guards(**{name: rows(values) for name, values in vars(self).items()})
+def _rows(values: Tensor, prior: int | Tensor) -> Tensor:
+    return (values.index_select(0, prior) if isinstance(prior, Tensor) else values[prior : prior + 1])[:, None]
 
 
 def guards_of(settings: Sequence[GuardSettings], device: torch.device | str) -> Guards | None:
@@ -78,6 +79,59 @@ def guards_of(settings: Sequence[GuardSettings], device: torch.device | str) -> 
 
     columns = {name: column(name) for name in GuardSettings._fields}
     return None if all(values is None for values in columns.values()) else Guards(**columns)
+
+
+@dataclass(frozen=True)
+class Stops:
+    """The ids that end a text, which priors leave alone.
+
+    Attributes:
+        ids: int64 [K], ascending.
+        leave: whether each prior does, bool [S]; None where all do.
+        between: the columns between them, as begin and end, on the host.
+    """
+
+    ids: Tensor
+    leave: Tensor | None
+    between: tuple[tuple[int, int], ...]
+
+    def likeliest(self, scores: Tensor) -> Tensor:
+        """The highest score of any other id, [B, 1]."""
+        tops = [scores[:, begin:end].amax(-1, keepdim=True) for begin, end in self.between]
+        return tops[0] if len(tops) == 1 else torch.cat(tops, 1).amax(-1, keepdim=True)
+
+    def undone(self, before: Tensor, top_before: Tensor, after: Tensor, prior: int | Tensor) -> Tensor:
+        """Gives these ids, in ``after`` [B, W] and in place, their odds of before against the likeliest other one.
+
+        Args:
+            before: their scores before, [B, K].
+            top_before: `likeliest` before.
+            after: the steered scores.
+            prior: each row's.
+        """
+        moved = self.likeliest(after) - top_before
+        kept = before + moved.masked_fill(top_before.isneginf(), 0)  # nothing else can be chosen
+        if self.leave is not None:
+            kept = torch.where(_rows(self.leave, prior), kept, after.index_select(1, self.ids))
+        return after.index_copy_(1, self.ids, kept.to(after.dtype))
+
+
+def stops_of(ids: Sequence[int], steer_stop: Sequence[bool], width: int, device: torch.device | str) -> Stops | None:
+    """The ids that end a text, or None if no prior leaves them alone.
+
+    Args:
+        ids: which; those from ``width`` on have no score.
+        steer_stop: whether each prior steers them too.
+        width: columns of the scores.
+        device: where the scores are.
+    """
+    within = sorted({each for each in ids if 0 <= each < width})
+    edges = [-1, *within, width]
+    between = tuple((a + 1, b) for a, b in pairwise(edges) if a + 1 < b)
+    if not within or not between or all(steer_stop):
+        return None
+    leave = torch.tensor([not each for each in steer_stop]).to(device) if any(steer_stop) else None
+    return Stops(torch.tensor(within).to(device), leave, between)
 
 
 def mixture_of(
@@ -134,6 +188,7 @@ def steer(
     strength: Tensor,
     mixture: Tensor | None = None,
     guards: Guards | None = None,
+    stops: Stops | None = None,
     *,
     prior: int | Tensor = 0,
     shift: bool = True,
@@ -146,54 +201,98 @@ def steer(
     - entropy gate h: λ becomes λ · min(1, H(p) / h). Where the model is sure, as within a name, it is left alone.
     - plausibility α: only tokens with p(w) ≥ α · max p are moved (the set of contrastive decoding, arXiv 2210.15097).
       Together they keep their probability: q(w) ∝ p(w) · exp(λ d(w)) among them, q(w) = p(w) for the others.
+    - the ids that end a text are left alone: they keep their odds against the likeliest other token, so that greedy
+      texts end where they would have ended.
     - divergence budget max_js: λ becomes the largest λ′ ≤ λ for which JS(p, q) ≤ max_js. JS grows with λ′, so λ′ is
       found by halving, a fixed number of times; nothing waits for the device.
 
     Args:
         tables, scores, history, strength, mixture, prior, shift, out: as for `ngram.tables.add_log_prior`.
         guards: of all priors in ``tables``; None adds the prior as it is.
+        stops: the ids that end a text; None steers them as any other.
 
     Returns:
         Float [B, W], in the dtype of ``scores``. Entries at −inf stay there.
     """
+    if stops is not None:
+        ends, top = scores.index_select(1, stops.ids), stops.likeliest(scores)
     if guards is None:
-        return add_log_prior(tables, scores, history, strength, mixture, prior=prior, shift=shift, out=out)
+        result = add_log_prior(tables, scores, history, strength, mixture, prior=prior, shift=shift, out=out)
+        return result if stops is None else stops.undone(ends, top, result, prior)
     held = guards.of(prior)
-    log_p = scores.float().log_softmax(-1)
+    p = scores.softmax(-1, dtype=torch.float32)
     if held.entropy_gate is not None:
         gate = held.entropy_gate[:, 0].clamp(min=torch.finfo(torch.float32).tiny)
-        share = torch.where(held.entropy_gate[:, 0] > 0, entropy(log_p) / gate, 1)
+        share = torch.where(held.entropy_gate[:, 0] > 0, _entropy(scores, p) / gate, 1)
         strength = strength * share.clamp(max=1)
-    change = add_log_prior(tables, torch.zeros_like(log_p), history, strength, mixture, prior=prior, shift=shift)
+        if held.plausibility is None and held.max_js is None:
+            result = add_log_prior(tables, scores, history, strength, mixture, prior=prior, shift=shift, out=out)
+            return result if stops is None else stops.undone(ends, top, result, prior)
+    change = add_log_prior(tables, torch.zeros_like(p), history, strength, mixture, prior=prior, shift=shift)
     if held.plausibility is not None:
-        change = _among_plausible(log_p, change, held.plausibility)
+        change = _among_plausible(p, change, held.plausibility, strength)
+    if stops is not None:
+        moved = stops.undone(ends, top, scores + change, prior).index_select(1, stops.ids)
+        change.index_copy_(1, stops.ids, (moved - ends).float().nan_to_num_(0))  # −inf stays −inf
     if held.max_js is not None:
-        change = change * _share_within(log_p, change, held.max_js)
+        change = change * _share_within(p, change, held.max_js, tables.impossible)
     return torch.add(scores, change.to(scores.dtype), out=out)
 
 
-def _among_plausible(log_p: Tensor, change: Tensor, plausibility: Tensor) -> Tensor:
-    plausible = log_p >= log_p.amax(-1, keepdim=True) + plausibility.log()  # log 0: all of them
-    before = log_p.masked_fill(~plausible, -torch.inf)
-    gained = (before + change).logsumexp(-1, keepdim=True) - before.logsumexp(-1, keepdim=True)
-    return torch.where(plausible, change - gained, 0)
+def _entropy(scores: Tensor, p: Tensor) -> Tensor:
+    """Of p = softmax(scores), in nats, float32 [B]: logsumexp(scores) − Σ p · scores, scores less their maximum."""
+    top, likeliest = scores.amax(-1, keepdim=True), p.amax(-1)
+    moved = (scores - top).float().clamp_(min=-1e4)  # −inf · 0 is NaN
+    return (-likeliest.log() - torch.einsum("bv,bv->b", p, moved)).clamp_(min=0)
 
 
-def _share_within(log_p: Tensor, change: Tensor, max_js: Tensor) -> Tensor:
-    """The largest share of each row's change that stays within its budget, float32 [B, 1]."""
-    p = log_p.exp()
-    low = torch.zeros(len(p), 1, device=p.device)
+def _among_plausible(p: Tensor, change: Tensor, plausibility: Tensor, strength: Tensor) -> Tensor:
+    """``change`` where p(w) ≥ α · max p, less what keeps their probability together, and 0 elsewhere; in place."""
+    is_other = p < p.amax(-1, keepdim=True) * plausibility  # at α = 0: none
+    change.masked_fill_(is_other, -torch.inf)
+    among = p.masked_fill(is_other, 0)
+    top = change.amax(-1, keepdim=True)
+    gained = torch.einsum("bv,bv->b", among, (change - top).exp_())[:, None].log() + top
+    change -= (gained - among.sum(-1, keepdim=True).log()).masked_fill(strength[:, None] == 0, 0)
+    return change.masked_fill_(is_other, 0)
+
+
+def _share_within(p: Tensor, change: Tensor, max_js: Tensor, impossible: Tensor | None = None) -> Tensor:
+    """The largest share of each row's change that stays within its budget, float32 [B, 1].
+
+    Ids that cannot occur afterwards, ``impossible``, may have any change; all others' are of a kind.
+
+    JS(p, q) with q ∝ p · exp(s · change) depends on how p is spread over changes alone: so p is gathered by change in
+    `BINS` bins, each with the mean of its changes, and the search looks at these.
+    """
+    p, change = _gathered(p, change, impossible)
+    low = torch.zeros(len(p), 1, dtype=p.dtype, device=p.device)
     high = torch.ones_like(low)
     whole = _divergence(p, change) <= max_js
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         within = _divergence(p, middle * change) <= max_js
         low, high = torch.where(within, middle, low), torch.where(within, high, middle)
-    return torch.where(whole, 1, low)
+    return torch.where(whole, 1, low).float()
+
+
+def _gathered(p: Tensor, change: Tensor, impossible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows over a vocabulary as rows over bins of the change: probabilities, and mean changes, float64 [B, BINS]."""
+    rows = len(p)
+    usual = change if impossible is None or not len(impossible) else change.index_fill(1, impossible, 0)
+    low, high = usual.amin(-1, keepdim=True), usual.amax(-1, keepdim=True)
+    per_bin = ((high - low) / (BINS - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    starts = torch.arange(0, rows * BINS, BINS, device=p.device)[:, None]
+    bins = ((change - low) / per_bin).clamp_(0, BINS - 1).to(torch.int64).add_(starts).view(-1)
+    mass, total = torch.zeros(2, rows * BINS, device=p.device)
+    mass.scatter_add_(0, bins, p.reshape(-1))
+    total.scatter_add_(0, bins, (p * change).view(-1))
+    means = total / mass.clamp(min=torch.finfo(torch.float32).tiny)
+    return mass.view(rows, BINS).double(), means.view(rows, BINS).double()  # few, and their differences are small
 
 
 def _divergence(p: Tensor, change: Tensor) -> Tensor:
-    """JS(p, q) with q ∝ p · exp(change), in nats, float32 [B, 1]: ½ Σ p · (r log r − (1 + r) log((1 + r) / 2)).
+    """JS(p, q) with q ∝ p · exp(change), in nats, [B, 1]: ½ Σ p · (r log r − (1 + r) log((1 + r) / 2)).
 
     Cheaper than `decoding.metrics.jensen_shannon`: p is at hand, and r = q / p takes few operations.
     """

@@ -26,7 +26,7 @@ from decoding.metrics import distinct_n, jensen_shannon
 from decoding.models import model_fingerprint
 from decoding.style.background import MeanDistribution, Watcher, openings, sample_openings
 from decoding.style.ratio import frequencies
-from decoding.tokens import encoding_fingerprint
+from decoding.tokens import control_ids, encoding_fingerprint, id_count
 
 ANY_LAMBDA_HINT = "; allow_any_lambda=True (--allow-any-lambda) lifts that"
 DEFAULT_TOLERANCE = 0.25
@@ -130,7 +130,7 @@ def chosen_strength(
     """
 
     def tried() -> list[Trial]:
-        wanted = frequencies(held_out, len(tokenizer), tokenizer.eos_token_id)
+        wanted = frequencies(held_out, id_count(tokenizer), control_ids(tokenizer))
         candidates = track(CANDIDATES, "choosing λ", console=Console(stderr=True), transient=True)
         return [_tried(value, steered(value), wanted, model, tokenizer) for value in candidates]
 
@@ -167,7 +167,7 @@ def _tried(lambda_: float, processor: LogitsProcessor, wanted: Tensor, model: An
         lambda_,
         cost.perplexity(),
         float(np.mean([distinct_n(ids, 2) for ids in texts])),
-        float(jensen_shannon(mean.frequencies(len(tokenizer)).log(), wanted.log())),
+        float(jensen_shannon(mean.frequencies(id_count(tokenizer)).log(), wanted.log())),
     )
 
 

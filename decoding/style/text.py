@@ -1,4 +1,4 @@
-"""Text files as prose: decoded by their mark, out of Project Gutenberg's frame, with paragraphs on one line each."""
+"""Text files: decoded by their mark, out of Project Gutenberg's frame, and with or without hard-wrapped lines."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _FRAME = re.compile(r"^\*\*\* ?START OF TH[^*]*\*\*\*[ \t]*\n(.*?)(?:^\*\*\* ?END OF TH|\Z)", re.DOTALL | re.MULTILINE)
+_MARKUP = (b"<!doctype html", b"<html", b"<?xml", b"{\\rtf", b"%pdf-")
 _WITHOUT_SPACES = r"[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]"
 
 
@@ -28,7 +29,7 @@ def read_text(path: Path) -> str:
     It must be UTF-8, or begin with the mark of UTF-16 or UTF-32; gzip is unpacked.
 
     Raises:
-        DecodingError: no such file, a binary one, one in another encoding, or a blank one.
+        DecodingError: no such file, a binary one, one with markup, one in another encoding, or a blank one.
     """
     try:
         content = path.read_bytes()
@@ -36,6 +37,8 @@ def read_text(path: Path) -> str:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise DecodingError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if content.lstrip()[:14].lower().startswith(_MARKUP):
+        raise DecodingError(f"{path} is HTML, XML, RTF or PDF, not plain text: convert it to text first")
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8-sig")
     if encoding == "utf-8-sig" and b"\0" in content:
         raise DecodingError(f"{path} is a binary file, not text")
@@ -56,17 +59,29 @@ def one_line_end(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def prose(text: str) -> str:
-    """A text without a Project Gutenberg frame, and with hard-wrapped paragraphs on one line each."""
+def prose(text: str, join_lines: bool | None = None) -> str:
+    """A text without a Project Gutenberg frame, and with hard-wrapped paragraphs on one line each, if wanted.
+
+    Args:
+        text: the text.
+        join_lines: None joins lines where they are sure to be broken by width, whatever that breaks: in a Gutenberg
+            frame, and within words, in scripts without spaces. Elsewhere they may be verse, or source code.
+    """
     frame = _FRAME.search(text)
-    text = frame[1] if frame else text
-    return unwrap(text) if is_hard_wrapped(text) else text
+    body = frame[1] if frame else text
+    if join_lines is None:
+        join_lines = is_hard_wrapped(body) and (frame is not None or _breaks_words(body))
+    return unwrap(body) if join_lines else body
 
 
 def is_hard_wrapped(text: str) -> bool:
-    """Whether lines are broken by width (as in Project Gutenberg's prose) and not by meaning (as in verse)."""
+    """Whether lines are as long as if they were broken by width (as in Project Gutenberg's prose)."""
     widths = [len(line) for line in text.split("\n") if line.strip()]
     return len(widths) > 20 and 55 <= statistics.median(widths) <= 80 and sum(w > 90 for w in widths) < len(widths) / 50
+
+
+def _breaks_words(text: str) -> bool:
+    return 2 * len(re.findall(rf"{_WITHOUT_SPACES}\n{_WITHOUT_SPACES}", text)) > text.strip().count("\n")
 
 
 def unwrap(text: str) -> str:

@@ -12,11 +12,17 @@ import numpy as np
 
 from decoding.cache import Key, kept_file
 from decoding.errors import DecodingError
-from decoding.hub import may_be_hub_id
-from decoding.style.files import check_tokenizer, is_saved_prior, load_prior
+from decoding.style.files import check_tokenizer
 from decoding.style.registered import DEFAULT_STYLE
-from decoding.style.source import Corpus, load_corpus, split_name
-from decoding.tokens import encoding_fingerprint, tokenize, tokenizer_fingerprint
+from decoding.style.source import Corpus, StyleSource
+from decoding.tokens import (
+    control_ids,
+    encoding_fingerprint,
+    id_count,
+    texts_within,
+    tokenize,
+    tokenizer_fingerprint,
+)
 from ngram import NGramError, NGramModel
 from ngram.storage import FORMAT
 
@@ -44,15 +50,15 @@ def prior_of_tokens(
 ) -> NGramModel:
     """`train_prior` for a corpus that is tokenized already."""
     name, sha256 = tokenizer_fingerprint(tokenizer)
-    eos = tokenizer.eos_token_id
-    documents = [ids[ids != eos] for ids in documents]
+    controls = control_ids(tokenizer)
+    texts = [text for ids in documents for text in texts_within(ids, controls)]
     try:
         return NGramModel.train(
-            documents,
-            vocab_size=len(tokenizer),
+            texts,
+            vocab_size=id_count(tokenizer),
             order=order,
             smoothing=smoothing,  # type: ignore[arg-type]  # checked there
-            eos_id=eos,
+            eos_id=tokenizer.eos_token_id,
             pad_vocab=True,
             metadata={
                 "style": corpus.name,
@@ -66,34 +72,47 @@ def prior_of_tokens(
 
 
 def name_and_file(
-    spec: str, tokenizer: Any, *, field: str | None = None, order: int, smoothing: str
+    spec: str | PathLike | StyleSource,
+    tokenizer: Any,
+    *,
+    order: int = DEFAULT_ORDER,
+    smoothing: str = DEFAULT_SMOOTHING,
 ) -> tuple[str, str]:
-    """A style's name, and the saved prior that holds it, for engines that open priors themselves.
+    """A style's name, and the saved prior or style that holds it, for engines that open these themselves.
 
     Args:
-        spec: a saved prior, a hub id, or anything `load_corpus` reads, which is trained once and kept in the cache
-            folder. ``NAME=SPEC`` names it.
+        spec: as for `StyleSource.parse`. A text is trained once, and kept in the cache folder.
         tokenizer: the generating model's.
-        field: as for `load_corpus`.
         order: as for `train_prior`.
         smoothing: as for `train_prior`.
 
     Raises:
         DecodingError: an unknown style, or a prior of another tokenizer.
     """
-    name, source = split_name(spec)
-    if is_saved_prior(source):
-        prior = load_prior(source, tokenizer)
-        return name or prior.metadata.get("style", Path(source).stem), source
-    if may_be_hub_id(source):
-        return name or source.split("/")[1], source
-    corpus = load_corpus(spec, field)
+    source = spec if isinstance(spec, StyleSource) else StyleSource.parse(spec)
+    if source.is_text:
+        return source.name, str(trained_file(source.corpus(), tokenizer, order, smoothing))
+    if source.kind == "hub":
+        return source.name, source.where
+    return source.name_of(source.saved(tokenizer).model), source.where
+
+
+def trained_file(corpus: Corpus, tokenizer: Any, order: int, smoothing: str) -> Path:
+    """The prior of a corpus, trained once and kept in the cache folder.
+
+    Raises:
+        DecodingError: as `train_prior`.
+    """
 
     def train(path: Path) -> None:
         train_prior(corpus, tokenizer, order, smoothing).save(path)
 
-    key = _PriorKey(FORMAT, corpus.name, corpus.sha256, encoding_fingerprint(tokenizer), order, smoothing)
-    return corpus.name, str(kept_file(key.path, train, _opens))
+    key = _PriorKey(FORMAT, _RULES, corpus.name, corpus.sha256, encoding_fingerprint(tokenizer), order, smoothing)
+    return kept_file(key.path, train, _opens)
+
+
+_RULES = "plain text, texts apart"
+"""How texts become tokens to count; another sentence where that changes."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,7 @@ class _PriorKey(Key):
     folder: ClassVar[str] = "priors"
     suffix: ClassVar[str] = ".safetensors"
     format: str
+    rules: str
     name: str
     text: str
     tokenizer: str
@@ -117,24 +137,24 @@ def _opens(path: Path) -> bool:
 
 
 def resolve_style(
-    style: str | PathLike | NGramModel = DEFAULT_STYLE,
+    style: str | PathLike | NGramModel | StyleSource = DEFAULT_STYLE,
     tokenizer: Any | None = None,
     *,
-    field: str | None = None,
     order: int = DEFAULT_ORDER,
     smoothing: str = DEFAULT_SMOOTHING,
 ) -> NGramModel:
-    """Turns what users call a style into a prior: a model, a saved prior, or anything `load_corpus` reads.
+    """The n-gram model of what users call a style: a model, or anything that `StyleSource.parse` takes.
 
     Raises:
-        DecodingError: an unknown style, or text without a tokenizer.
+        DecodingError: an unknown style, text without a tokenizer, or a prior of another tokenizer.
     """
     if isinstance(style, NGramModel):
         if tokenizer is not None:
             check_tokenizer(style, tokenizer)
         return style
-    if is_saved_prior(style):
-        return load_prior(style, tokenizer)
+    source = style if isinstance(style, StyleSource) else StyleSource.parse(style)
+    if not source.is_text:
+        return source.saved(tokenizer).model
     if tokenizer is None:
-        raise DecodingError(f"style {str(style)!r} needs a tokenizer to become a prior")
-    return train_prior(load_corpus(str(style), field), tokenizer, order, smoothing)
+        raise DecodingError(f"style {source.where!r} needs a tokenizer to become a prior")
+    return NGramModel.load(trained_file(source.corpus(), tokenizer, order, smoothing))

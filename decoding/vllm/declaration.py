@@ -20,8 +20,9 @@ import torch
 from chunkllm.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from chunkllm.selection import DEFAULT_BUDGET
 from decoding.errors import DecodingError
+from decoding.files import exists
 from decoding.hub import may_be_hub_id
-from decoding.style.files import is_saved_prior
+from decoding.style.source import StyleSource
 from decoding.temperature.abilities import SIZES
 from decoding.temperature.selector import CONFIG_FILE, Policy
 
@@ -75,8 +76,9 @@ def engine_args(
         >>> llm.generate(prompts, SamplingParams(extra_args={"kv_budget": 4096}))  # or "full"
 
     Args:
-        styles: a saved prior for every name: a file of ``decoding style train``, a folder of
-            `StylePrior.save_pretrained` (its settings apply, and its λ where a request gives none), or a hub id.
+        styles: a style for every name, as `StylePrior` takes it: a file of ``decoding style train``, a folder of
+            `StylePrior.save_pretrained` (its settings apply, and its λ where a request gives none), a hub id, or a
+            text, from which the engine trains a prior once.
         temperature: the selector: True for the embedded one, a folder of `TemperatureSelector.save_pretrained`, or a
             hub id.
         model_size: "small", "medium" or "large", as for `TemperatureSelector.select`; by default by the number of the
@@ -86,10 +88,10 @@ def engine_args(
         kv_budget: select chunks, with or without adapters, where a request has more tokens than these, 2048 by default.
 
     Raises:
-        DecodingError: a name without a saved prior, no selector or adapters there, or an unknown size, policy or
+        DecodingError: a name without a style, no selector or adapters there, or an unknown size, policy or
             budget.
     """
-    priors = None if styles is None else {name: _saved_prior(name, source) for name, source in styles.items()}
+    priors = None if styles is None else {name: _style(name, spec) for name, spec in styles.items()}
     selector = _selector(temperature, model_size, policy)
     _declare(STYLES_VARIABLE, priors)
     _declare(TEMPERATURE_VARIABLE, None if selector is None else selector._asdict())
@@ -125,12 +127,17 @@ def _saved_adapters(source: str | PathLike) -> str:
     return str(source)
 
 
-def _saved_prior(name: str, source: str | PathLike) -> str:
-    if is_saved_prior(source) and Path(source).exists():
-        return str(Path(source).resolve())
-    if not may_be_hub_id(str(source)):
-        raise DecodingError(f"style {name!r}: no saved prior at {source}; make one with `decoding style train`")
-    return str(source)
+def _style(name: str, spec: str | PathLike) -> str:
+    try:
+        source = StyleSource.parse(spec)
+        if source.is_text:
+            source.corpus()  # the engine reads it again, but could not tell the caller
+    except DecodingError as error:
+        raise DecodingError(f"style {name!r}: no saved prior, text or hub id: {error}") from error
+    if source.kind == "prior" and not exists(source.where):
+        raise DecodingError(f"style {name!r}: no saved prior at {spec}; make one with `decoding style train`")
+    where = str(Path(source.where).resolve()) if exists(source.where) else source.where
+    return where if source.field is None else f"{where}#{source.field}"
 
 
 def _selector(

@@ -16,6 +16,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
 from decoding.errors import DecodingError
+from decoding.tokens import ends_of_sequence
 from decoding.vllm.declaration import TEMPERATURE_VARIABLE, declared_selector, declared_styles
 from decoding.vllm.requests import LoadedStyles, check_request, load_styles
 from decoding.vllm.temperatures import PromptTemperatures, load_temperatures
@@ -132,15 +133,22 @@ class ChunkLogitsProcessor(_Processor):
 def _styles_of(vllm_config: VllmConfig, device: torch.device) -> LoadedStyles:
     config = vllm_config.model_config
     tokenizer = cached_tokenizer_from_config(config)
-    return _loaded_styles(tuple(declared_styles().items()), tokenizer, config.get_vocab_size(), str(device))
+    stops = _stop_ids(config, tokenizer)
+    return _loaded_styles(tuple(declared_styles().items()), tokenizer, config.get_vocab_size(), str(device), stops)
+
+
+def _stop_ids(config: Any, tokenizer: Any | None) -> tuple[int, ...]:
+    """The ids at which the engine ends a text by itself."""
+    held = config.try_get_generation_config().get("eos_token_id")
+    return () if tokenizer is None else tuple(ends_of_sequence(None, tokenizer, held))
 
 
 @lru_cache(maxsize=1)
 def _loaded_styles(
-    declared: tuple[tuple[str, str], ...], tokenizer: Any | None, width: int, device: str
+    declared: tuple[tuple[str, str], ...], tokenizer: Any | None, width: int, device: str, stop_ids: tuple[int, ...]
 ) -> LoadedStyles:
     """The styles of a process, loaded once."""
-    styles = load_styles(dict(declared), tokenizer, width, device)
+    styles = load_styles(dict(declared), tokenizer, width, device, stop_ids)
     logger.info("loaded %d style priors: %s", len(declared), ", ".join(name for name, _ in declared))
     return styles
 

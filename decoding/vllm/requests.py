@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from decoding.errors import DecodingError
-from decoding.style.files import CONFIG_FILE, is_saved_prior, load_prior
 from decoding.style.prior import StylePrior
-from decoding.style.steering import Guards, guards_of, steer
+from decoding.style.steering import Guards, Stops, guards_of, steer, stops_of
 from decoding.style.strength import checked_lambda
 from decoding.vllm.declaration import checked_budget, declared_chunks, declared_selector, declared_styles
 from ngram import NGramError
@@ -141,30 +139,40 @@ class LoadedStyles:
             the joined ones.
         width: columns of the model's logits.
         device: where the logits are.
+        stop_ids: more ids that end a text than the priors know of.
 
     Attributes:
         context: how many tokens back a prior looks.
     """
 
     def __init__(
-        self, names: Sequence[str], opened: Callable[[str], StylePrior], width: int, device: torch.device | str
+        self,
+        names: Sequence[str],
+        opened: Callable[[str], StylePrior],
+        width: int,
+        device: torch.device | str,
+        stop_ids: Sequence[int] = (),
     ):
         self._index = {name: i for i, name in enumerate(names)}
         self._lambdas: list[float] = []
         self._tables: Tables | None = None
         self._guards: Guards | None = None
+        self._stops: Stops | None = None
         self.context = 1
         if not names:
             return
-        shapes, mixtures, guards = [], [], []
+        shapes, mixtures, guards, steer_stop, stops = [], [], [], [], set(stop_ids)
         for name in names:
             prior = opened(name)
             self._lambdas.append(float(prior.lambda_))
             shapes.append(prior.tables.shape)
             mixtures.append(_mixture_of(prior))
             guards.append(prior.guards)
+            steer_stop.append(prior.settings.steer_stop)
+            stops.update(prior.stop_ids)
         self._tables = join(shapes, (opened(name).tables for name in names), width).to(device)
         self._guards = guards_of(guards, device)
+        self._stops = stops_of(sorted(stops), steer_stop, width, device)
         order = self._tables.order
         self._mixtures = torch.cat([pad(each, (0, order - each.shape[1]) * 2) for each in mixtures]).to(device)
         self.context = max(order - 1, 1)
@@ -194,6 +202,7 @@ class LoadedStyles:
                 strength,
                 self._mixtures,
                 self._guards,
+                self._stops,
                 prior=prior,
                 shift=False,
                 out=logits,
@@ -209,33 +218,34 @@ def _mixture_of(prior: StylePrior) -> Tensor:
     return pad(torch.ones(1, 1, order), (0, 0, 0, order - 1))
 
 
-def load_styles(declared: Mapping[str, str], tokenizer: Any | None, width: int, device: Any) -> LoadedStyles:
-    """Opens saved priors and checks them against the model.
+def load_styles(
+    declared: Mapping[str, str], tokenizer: Any | None, width: int, device: Any, stop_ids: Sequence[int] = ()
+) -> LoadedStyles:
+    """Opens styles and checks them against the model.
 
     Args:
-        declared: a saved prior for every name.
-        tokenizer: the model's; None to take the priors at their word.
+        declared: a style for every name, as `StyleSource.parse` takes it. Texts are trained once, and kept.
+        tokenizer: the model's; None to take saved priors at their word.
         width: columns of the model's logits.
         device: where the logits are.
+        stop_ids: as for `LoadedStyles`.
 
     Raises:
-        DecodingError: a prior that is missing, damaged, or of another tokenizer.
+        DecodingError: a style that is missing, damaged, or of another tokenizer.
     """
-    checked: set[str] = set()
 
     def opened(name: str) -> StylePrior:
         try:
-            prior = _opened(declared[name], None if name in checked else tokenizer)
+            prior = StylePrior(declared[name], tokenizer=tokenizer)
         except DecodingError as error:
             raise DecodingError(f"style {name!r}: {error}") from error
         size = prior.tables.vocab_size
-        if size > width:
+        if not prior.tables.fits(width):
             raise DecodingError(f"style {name!r} has {size} token ids, the model scores {width}: another model's")
-        checked.add(name)
         return prior
 
     try:
-        return LoadedStyles(list(declared), opened, width, device)
+        return LoadedStyles(list(declared), opened, width, device, stop_ids)
     except NGramError as error:
         raise DecodingError(str(error)) from error
     finally:
@@ -246,12 +256,6 @@ def _give_back_freed_memory() -> None:
     """Opening files leaves some 200 MB with glibc's allocator, which a server would hold for good."""
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-
-
-def _opened(source: str, tokenizer: Any | None) -> StylePrior:
-    if is_saved_prior(source) and not (Path(source) / CONFIG_FILE).is_file():
-        return StylePrior(load_prior(source, tokenizer))
-    return StylePrior.from_pretrained(source, tokenizer=tokenizer)
 
 
 def layers_of(rows: Sequence[Sequence[tuple[int, float]]], device: torch.device) -> list[Layer]:

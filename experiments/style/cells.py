@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from decoding import metrics
 from decoding.errors import DecodingError
-from decoding.style.files import is_saved_prior, load_prior
 from decoding.style.ratio import MODEL, ratio_to
-from decoding.style.source import load_corpus, require_distinct, split_name
+from decoding.style.settings import Settings
+from decoding.style.source import StyleSource, require_distinct
 from decoding.style.training import prior_of_tokens
 from decoding.tokens import tokenize
 from experiments.lab.cells import Cell
@@ -40,12 +39,13 @@ class SweepOptions:
 
 @dataclass(frozen=True)
 class Style:
-    """A prior, and its corpus where there is one (a saved prior has none)."""
+    """A prior, its corpus where there is one (a saved prior has none), and how it steers if a saved style says so."""
 
     name: str
     prior: NGramModel
     documents: list[np.ndarray] | None
     log_ratio: Tensor | None = None  # for mode "ratio"
+    settings: Settings | None = None
 
     @cached_property
     def index(self) -> metrics.CorpusIndex | None:
@@ -69,33 +69,55 @@ class SweepCell(Cell):
 
 
 def load_styles(
-    specs: Sequence[str], tokenizer: Any, field: str | None = None, order: int = 3, smoothing: str = "kneser-ney"
+    specs: Sequence[str],
+    tokenizer: Any,
+    field: str | None = None,
+    order: int = 3,
+    smoothing: str = "kneser-ney",
+    *,
+    unwrap: bool | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> list[Style]:
     """Reads corpora and trains their priors, or opens saved ones.
+
+    Args:
+        specs: as for `StyleSource.parse`.
+        tokenizer: the generating model's.
+        field, unwrap: of texts.
+        order, smoothing: of the priors that are trained.
+        asked: settings that replace those of a saved style.
 
     Raises:
         DecodingError: a style that cannot be read, or two of one name.
     """
     styles = []
     for spec in specs:
-        name, source = split_name(spec)
-        if is_saved_prior(source):
-            prior = load_prior(source, tokenizer)
-            styles.append(Style(name or prior.metadata.get("style", Path(source).stem), prior, None))
+        source = StyleSource.parse(spec, field, unwrap=unwrap)
+        if not source.is_text:
+            saved = source.saved(tokenizer)
+            settings = None if saved.settings is None else replace(saved.settings, **(asked or {}))
+            styles.append(Style(source.name_of(saved.model), saved.model, None, saved.log_ratio, settings))
             continue
-        corpus = load_corpus(spec, field)
+        corpus = source.corpus()
         documents = tokenize(corpus.documents, tokenizer)
         styles.append(Style(corpus.name, prior_of_tokens(documents, corpus, tokenizer, order, smoothing), documents))
     require_distinct([style.name for style in styles])
     return styles
 
 
-def with_ratio(style: Style, tokenizer: Any, model: Any) -> Style:
-    """A style with its ratio to what the model writes by itself.
+def with_ratio(style: Style, tokenizer: Any, model: Any, mode: str) -> Style:
+    """A style with its ratio to what the model writes by itself, if its mode is "ratio" and it has none.
+
+    Args:
+        style: from `load_styles`.
+        tokenizer, model: the generating model's.
+        mode: of styles that have none of their own.
 
     Raises:
         DecodingError: a saved prior, whose text is not known.
     """
+    if style.log_ratio is not None or (mode if style.settings is None else style.settings.mode) != "ratio":
+        return style
     if style.documents is None:
         raise DecodingError(f"mode ratio needs the text of style {style.name!r}, not a saved prior")
     return replace(style, log_ratio=ratio_to(MODEL, style.documents, tokenizer, model))

@@ -14,7 +14,7 @@ from decoding.cli.groups import Group
 from decoding.errors import DecodingError
 from decoding.files import require_writable
 from decoding.style.registered import DEFAULT_STYLE
-from decoding.style.source import load_corpus
+from decoding.style.source import StyleSource, load_corpus
 
 
 @click.group(cls=Group)
@@ -32,6 +32,7 @@ def style() -> None:
 @shared.field
 @shared.order
 @shared.smoothing
+@shared.unwrap
 @click.pass_context
 def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | None, **options: Any) -> None:
     """Trains a prior on CORPUS (a registered name, text file, folder, or file with fields) for a model's tokenizer.
@@ -50,7 +51,8 @@ def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | Non
     require_writable(out)
     tokenizer = load_tokenizer(options["model"])
     if out.suffix == ".safetensors":
-        prior = train_prior(load_corpus(corpus, options["field"]), tokenizer, options["order"], options["smoothing"])
+        text = load_corpus(corpus, options["field"], unwrap=options["unwrap"])
+        prior = train_prior(text, tokenizer, options["order"], options["smoothing"])
         prior.save(out)
         click.echo(f"{out}: {len(prior):,} n-grams, {out.stat().st_size / len(prior):.1f} bytes each")
         return
@@ -61,12 +63,11 @@ def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | Non
 
 
 @style.command()
-@click.argument("prior", type=click.Path(path_type=Path))
-def info(prior: Path) -> None:
+@click.argument("prior")
+def info(prior: str) -> None:
     """Prints what a saved PRIOR is, as JSON."""
-    from decoding.style.files import load_prior
-
-    model = load_prior(prior)
+    saved = StyleSource.parse(prior).saved()
+    model = saved.model
     counts = [int(model.seen.sum()), *model.tables.shape.ngrams[1:]]
     about = {
         "order": model.order,
@@ -74,6 +75,7 @@ def info(prior: Path) -> None:
         "vocab_size": model.vocab_size,
         "ngrams": {str(k): count for k, count in enumerate(counts, start=1)},
         **model.metadata,
+        **({} if saved.settings is None else {"lambda": saved.lambda_, **saved.settings.as_dict()}),
     }
     click.echo(json.dumps(about, indent=2, ensure_ascii=False))
 
@@ -85,15 +87,18 @@ def info(prior: Path) -> None:
 @shared.field
 @shared.order
 @shared.smoothing
-def evaluate(prior: str, text: str, model: str, field: str | None, order: int, smoothing: str) -> None:
+@shared.unwrap
+def evaluate(
+    prior: str, text: str, model: str, field: str | None, order: int, smoothing: str, unwrap: bool | None
+) -> None:
     """Perplexity of TEXT under PRIOR (saved, or trained now from a style), as JSON."""
     from decoding.models import load_tokenizer
     from decoding.style.training import resolve_style
     from decoding.tokens import tokenize
 
     tokenizer = load_tokenizer(model)
-    documents = [ids for ids in tokenize(load_corpus(text, field).documents, tokenizer) if len(ids)]
-    judge = resolve_style(prior, tokenizer, field=field, order=order, smoothing=smoothing)
+    documents = [ids for ids in tokenize(load_corpus(text, field, unwrap=unwrap).documents, tokenizer) if len(ids)]
+    judge = resolve_style(StyleSource.parse(prior, field, unwrap=unwrap), tokenizer, order=order, smoothing=smoothing)
     seen = judge.seen.numpy()
     unknown = sum(int((~seen[ids]).sum()) for ids in documents)
     result = {
@@ -115,6 +120,7 @@ def evaluate(prior: str, text: str, model: str, field: str | None, order: int, s
 @click.option("--lora-steps", default=300, show_default=True, type=click.IntRange(min=1))
 @shared.model
 @shared.dtype
+@shared.unwrap
 @shared.out
 @shared.resume
 def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) -> None:
@@ -137,7 +143,7 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
     out = shared.out_folder(options["out"], "comparisons")
     if not options["resume"]:
         check_unused(out)
-    corpora, more = ([load_corpus(spec) for spec in specs] for specs in (styles, others))
+    corpora, more = ([load_corpus(spec, unwrap=options["unwrap"]) for spec in specs] for specs in (styles, others))
     require_distinct([corpus.name for corpus in (*corpora, *more)])
     chosen = ways.CompareOptions(
         prompts=read_prompts(options["prompts"] or ways.HELD_OUT_PROMPTS),
@@ -177,7 +183,7 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
 @shared.prompts
 @click.option("--max-new-tokens", default=48, show_default=True, type=click.IntRange(min=1))
 @shared.batch_size
-@click.option("--combine", type=click.Choice(["matching", "interpolated"]), default="matching", show_default=True)
+@click.option("--combine", type=click.Choice(["matching", "interpolated"]), help="matching, but for saved styles.")
 @shared.mode
 @click.option("--engine", type=click.Choice(["transformers", "vllm"]), default="transformers", show_default=True)
 @shared.any_lambda
@@ -186,6 +192,7 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
 @shared.field
 @shared.order
 @shared.smoothing
+@shared.unwrap
 @shared.out
 @shared.resume
 def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int, ...], **options: Any) -> None:
@@ -209,8 +216,8 @@ def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int,
         seeds=tuple(dict.fromkeys(seeds)),
         max_new_tokens=options["max_new_tokens"],
         batch_size=options["batch_size"],
-        combine=options["combine"],
-        mode=options["mode"],
+        combine=options["combine"] or "matching",
+        mode=options["mode"] or "paper",
         allow_any_lambda=options["allow_any_lambda"],
     )
     run = _prepared_sweep(list(styles or DEFAULT_STYLES), chosen, options)
@@ -227,10 +234,11 @@ def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> 
     if not options["resume"]:
         check_unused(out)
     tokenizer = load_tokenizer(options["model"])
-    loaded = load_styles(styles, tokenizer, options["field"], options["order"], options["smoothing"])
+    asked = {name: options[name] for name in ("mode", "combine") if options.get(name) is not None}
+    trained = {"order": options["order"], "smoothing": options["smoothing"], "unwrap": options.get("unwrap")}
+    loaded = load_styles(styles, tokenizer, options["field"], **trained, asked=asked)
     model = load_model(options["model"], options["dtype"])
-    if chosen.mode == "ratio":
-        loaded = [with_ratio(style, tokenizer, model) for style in loaded]
+    loaded = [with_ratio(style, tokenizer, model, chosen.mode) for style in loaded]
     return Sweep(model, tokenizer, options["model"], loaded, chosen, out, options["resume"], options["engine"])
 
 
@@ -267,6 +275,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 @shared.dtype
 @shared.order
 @shared.smoothing
+@shared.unwrap
 @shared.out
 @shared.resume
 def reproduce_style(data: Path, **options: Any) -> None:

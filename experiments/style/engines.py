@@ -35,15 +35,10 @@ class Engine(Protocol):
 
 
 def prior_of(style: Style, options: SweepOptions, **more: Any) -> StylePrior:
-    """The processor of a style, as a sweep's options have it."""
-    return StylePrior(
-        style.prior,
-        mode=options.mode,  # type: ignore[arg-type]  # checked there
-        log_ratio=style.log_ratio,
-        combine=options.combine,  # type: ignore[arg-type]  # checked there
-        allow_any_lambda=options.allow_any_lambda,
-        **more,
-    )
+    """The processor of a style, as it was saved, or as a sweep's options have it."""
+    own = {"mode": options.mode, "combine": options.combine} if style.settings is None else style.settings.as_dict()
+    parameters = {"log_ratio": style.log_ratio, "allow_any_lambda": options.allow_any_lambda, **own, **more}
+    return StylePrior(style.prior, **parameters)
 
 
 class TransformersEngine:

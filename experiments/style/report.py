@@ -212,7 +212,7 @@ def _page(settings: dict[str, Any], rows: list[dict], points: Sequence[Point], o
     head, *body = table(rows)
     versions = ", ".join(f"{name} {number}" for name, number in settings["environments"][-1]["versions"].items())
     about = (
-        f"Model {settings['model']} ({settings['dtype']}), mode {settings['mode']}, {len(settings['prompts'])} prompts "
+        f"Model {settings['model']} ({settings['dtype']}), {_modes(settings)}, {len(settings['prompts'])} prompts "
         f"× {settings['max_new_tokens']} tokens × {rows[0]['seeds']} seeds, temperature 1. {versions}."
     )
     templates = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
@@ -224,6 +224,12 @@ def _page(settings: dict[str, Any], rows: list[dict], points: Sequence[Point], o
         body=body,
         data=_viewer_data(settings, points, decode),
     )
+
+
+def _modes(settings: dict[str, Any]) -> str:
+    own = {name: about["settings"]["mode"] for name, about in settings["styles"].items() if "settings" in about}
+    said = [f"mode {settings['mode']}"] if len(own) < len(settings["styles"]) else []
+    return ", ".join(said + [f"{name} as saved: mode {mode}" for name, mode in own.items()])
 
 
 def _viewer_data(settings: dict[str, Any], points: Sequence[Point], decode: Decode) -> dict[str, Any]:

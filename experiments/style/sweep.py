@@ -80,6 +80,7 @@ class Sweep:
                     "smoothing": style.prior.smoothing,
                     "corpus_sha256": style.prior.metadata.get("corpus_sha256"),
                     "ngrams": len(style.prior),
+                    **({} if style.settings is None else {"settings": style.settings.as_dict()}),
                 }
                 for name, style in self.styles.items()
             },

@@ -161,7 +161,7 @@ def test_a_prior_is_not_trained_into_an_unwritable_place(run, model_folder, styl
     assert (result.exit_code, ".safetensors" in result.output) == (2, True)
 
 
-def test_generate_binds_the_prior_and_takes_one_text_or_many(model, tokenizer, style_file):
+def test_generate_binds_the_prior_and_takes_one_text_or_many(model, tokenizer, style_file, tmp_path):
     from decoding import StylePrior
 
     torch.manual_seed(0)
@@ -175,7 +175,9 @@ def test_generate_binds_the_prior_and_takes_one_text_or_many(model, tokenizer, s
         generate(model, ["x", ""], tokenizer=tokenizer)
     with pytest.raises(DecodingError, match="tokenizer=tokenizer"):
         generate(model, "x")
-    with pytest.raises(DecodingError, match="tokenizer"):
+    processor.save_pretrained(tmp_path)
+    options["logits_processor"] = [StylePrior(tmp_path)]
+    with pytest.raises(DecodingError, match="was trained with tokenizer"):
         generate(model, "x", **options | {"tokenizer": make_tokenizer(["other"])})
 
 

@@ -77,7 +77,8 @@ def test_a_declaration_replaces_the_last_one(saved):
 
 
 def test_what_is_not_there_is_refused_and_nothing_declared(saved, tmp_path):
-    for source in (tmp_path / "no.safetensors", "no", tmp_path):
+    (tmp_path / "empty").mkdir()
+    for source in (tmp_path / "no.safetensors", "no", tmp_path / "empty"):
         with pytest.raises(DecodingError, match="style 'x': no saved prior"):
             engine_args({"x": source}, temperature=True)
     for source in (tmp_path / "no", "no", tmp_path):

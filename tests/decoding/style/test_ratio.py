@@ -71,7 +71,7 @@ def test_backgrounds(documents, model, tokenizer, style_file, short_openings):
 
 
 def test_mode_ratio_adds_the_row(documents, model, tokenizer, style_file, short_openings):
-    prior = StylePrior(style_file, λ=0.5, mode="ratio", orders=(1,), tokenizer=tokenizer, model=model)
+    prior = StylePrior(style_file, λ=0.5, mode="ratio", orders=(1,), steer_stop=True, tokenizer=tokenizer, model=model)
     row = ratio_to("model", documents, tokenizer, model)
     ids, scores = tokenizer("the captain", return_tensors="pt")["input_ids"], torch.randn(1, len(tokenizer))
     torch.testing.assert_close(prior(ids, scores), scores + 0.5 * row)

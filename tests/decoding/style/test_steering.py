@@ -49,7 +49,7 @@ def test_the_search_finds_the_largest_share_whatever_the_change(budget):
     generator = torch.Generator().manual_seed(1)
     log_p = (torch.randn(200, 1000, generator=generator) * torch.rand(200, 1, generator=generator) * 8).log_softmax(-1)
     change = torch.randn(200, 1000, generator=generator) * 10 ** (3 * torch.rand(200, 1, generator=generator) - 1)
-    share = steering._share_within(log_p, change, torch.full((1, 1), budget))
+    share = steering._share_within(log_p.exp(), change, torch.full((1, 1), budget))
     spent = jensen_shannon(log_p.double(), log_p.double() + share.double() * change.double())
     more = jensen_shannon(
         log_p.double(), log_p.double() + (share + 2 / 2**steering.HALVINGS).double() * change.double()
