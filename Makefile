@@ -21,7 +21,7 @@ PAIR := --no-print-directory --jobs 2 --output-sync=target
 ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
 # Tests that start engines, the longest first. One process for each: it can have but one engine at a time.
-ENGINES := engine server chunk_engine sweep temperature_engine
+ENGINES := engine server chunk_engine sweep temperature_engine mistral_tokenizer
 
 .PHONY: run test test-vllm test-lowest check wheel bench clean
 

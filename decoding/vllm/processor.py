@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.config import VllmConfig
-from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
@@ -20,6 +19,7 @@ from decoding.tokens import ends_of_sequence
 from decoding.vllm.declaration import TEMPERATURE_VARIABLE, declared_selector, declared_styles
 from decoding.vllm.requests import LoadedStyles, check_request, load_styles
 from decoding.vllm.temperatures import PromptTemperatures, load_temperatures
+from decoding.vllm.tokenizer import engine_tokenizer
 from decoding.vllm.v1 import BudgetRows, StyleRows, TemperatureRows, budget_rows
 from decoding.vllm.v2 import StyleSlots, TemperatureSlots
 
@@ -131,8 +131,7 @@ class ChunkLogitsProcessor(_Processor):
 
 
 def _styles_of(vllm_config: VllmConfig, device: torch.device) -> LoadedStyles:
-    config = vllm_config.model_config
-    tokenizer = cached_tokenizer_from_config(config)
+    config, tokenizer = vllm_config.model_config, engine_tokenizer(vllm_config)
     stops = _stop_ids(config, tokenizer)
     return _loaded_styles(tuple(declared_styles().items()), tokenizer, config.get_vocab_size(), str(device), stops)
 
@@ -154,7 +153,8 @@ def _loaded_styles(
 
 
 def _temperatures_of(vllm_config: VllmConfig, device: torch.device) -> PromptTemperatures:
-    declared, config = declared_selector(), vllm_config.model_config
+    declared = declared_selector()
     if declared is None:
         raise DecodingError(f"no temperature selector is declared: {TEMPERATURE_VARIABLE} is not set")
-    return load_temperatures(declared, cached_tokenizer_from_config(config), config.hf_text_config, str(device))
+    config = vllm_config.model_config.hf_text_config
+    return load_temperatures(declared, engine_tokenizer(vllm_config), config, str(device))
