@@ -3,11 +3,14 @@
 The k-grams of a corpus form a trie: level ``k`` holds the distinct k-grams in lexicographic order, each as a pair
 (index of its first k−1 tokens at level k−1, last token). Such a pair packs into one int64, so a level is one sort of
 one integer per corpus position, and no Python loop runs over tokens.
+
+Memory is what limits the corpus: a level is handed over before the next is counted, and nothing that lasts longer
+than a sort is wider than it must be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +20,9 @@ from numpy.typing import NDArray
 from ngram.errors import NGramError
 
 Ints = NDArray[np.int64]
+Indices = NDArray[np.signedinteger]
+"""Positions, ids and counts: int32, but int64 in a corpus of 2^31 tokens and more."""
+_NO_KEY = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -24,23 +30,23 @@ class Level:
     """The distinct k-grams of a corpus, sorted. Level 1 holds every id of the vocabulary, seen or not.
 
     Attributes:
-        words: last token of each k-gram, int64 [N].
-        parents: index at level k−1 of the first k−1 tokens, int64 [N] (zeros at level 1).
-        suffixes: index at level k−1 of the last k−1 tokens, int64 [N] (zeros at level 1).
-        counts: occurrences, int64 [N].
+        words: last token of each k-gram, `Indices` [N].
+        parents: index at level k−1 of the first k−1 tokens, ascending `Indices` [N] (zeros at level 1).
+        suffixes: index at level k−1 of the last k−1 tokens, `Indices` [N] (zeros at level 1).
+        counts: occurrences, `Indices` [N].
         opens_document: whether the k-gram stands at the start of some document, bool [N].
     """
 
-    words: Ints
-    parents: Ints
-    suffixes: Ints
-    counts: Ints
+    words: Indices
+    parents: Indices
+    suffixes: Indices
+    counts: Indices
     opens_document: NDArray[np.bool_]
 
 
 def count_ngrams(
     documents: Any, vocab_size: int, order: int, bos_id: int | None = None, eos_id: int | None = None
-) -> list[Level]:
+) -> Iterator[Level]:
     """Counts the 1- to ``order``-grams of a corpus. No n-gram spans two documents.
 
     Args:
@@ -50,47 +56,68 @@ def count_ngrams(
         bos_id: set before every document, if given.
         eos_id: set after every document, if given.
 
-    Returns:
+    Yields:
         One `Level` per order, shortest first.
 
     Raises:
         NGramError: no tokens, ids outside [0, V), marker ids inside a document, or no document as long as the order.
     """
-    tokens, remaining = _concatenate(documents_as_arrays(documents, vocab_size), order, bos_id, eos_id)
-    starts = np.flatnonzero(np.concatenate(([True], remaining[:-1] == 1)))
-    counts = np.bincount(tokens, minlength=vocab_size)
-    opens = np.zeros(vocab_size, bool)
-    opens[tokens[starts]] = True
-    zeros = np.zeros(vocab_size, np.int64)
-    levels = [Level(np.arange(vocab_size), zeros, zeros, counts, opens)]
-    nodes = tokens  # index of the (k−1)-gram that begins at each position
-    for k in range(2, order + 1):
-        here = np.flatnonzero(remaining >= k)
-        keys = nodes[here] * vocab_size + tokens[here + k - 1]
-        by_key = np.argsort(keys)
-        ordered = keys[by_key]
-        is_new = np.concatenate(([True], ordered[1:] != ordered[:-1]))
-        first = np.flatnonzero(is_new)
-        unique = ordered[first]
-        longer = np.full(len(tokens), -1)
-        longer[here[by_key]] = np.cumsum(is_new) - 1
-        opens = np.zeros(len(unique), bool)
-        opens[longer[starts[remaining[starts] >= k]]] = True
-        levels.append(
-            Level(
-                words=unique % vocab_size,
-                parents=unique // vocab_size,
-                suffixes=nodes[here[by_key[first]] + 1],
-                counts=np.diff(np.append(first, len(ordered))),
-                opens_document=opens,
-            )
-        )
-        nodes = longer
-    return levels
+    text, lengths = _concatenate(_documents(documents, vocab_size), order, bos_id, eos_id)
+    ends = np.cumsum(lengths)
+    nodes = text  # index of the k-gram that begins at each position
+    begins = np.ones(len(text), bool)  # whether one does
+    level = _first_level(text, vocab_size)
+    for k in range(1, order + 1):
+        level.opens_document[nodes[(ends - lengths)[lengths >= k]]] = True
+        yield level
+        del level  # the caller may let go of it before the next one takes room
+        if k < order:
+            begins[ends[lengths >= k] - k] = False  # a document's last k-gram has nothing after it
+            level, nodes = _longer(nodes, text[k:], begins, vocab_size)
+
+
+def _first_level(text: Indices, vocab_size: int) -> Level:
+    zeros = np.zeros(vocab_size, text.dtype)
+    counts = np.bincount(text, minlength=vocab_size).astype(text.dtype)
+    return Level(np.arange(vocab_size, dtype=text.dtype), zeros, zeros, counts, np.zeros(vocab_size, bool))
+
+
+def _longer(nodes: Indices, following: Indices, begins: NDArray[np.bool_], vocab_size: int) -> tuple[Level, Indices]:
+    """The (k+1)-grams, made of the k-grams.
+
+    Args:
+        nodes: index at level k of the k-gram that begins at each position [T].
+        following: the token after it [T − k].
+        begins: whether a (k+1)-gram begins there [T].
+        vocab_size: V.
+
+    Returns:
+        The level, with no documents opened, and ``nodes`` for the one after it.
+    """
+    keys = np.multiply(nodes, vocab_size, dtype=np.int64)
+    keys[: len(following)] += following
+    keys[~begins] = _NO_KEY
+    by_key = np.argsort(keys)[: np.count_nonzero(begins)]
+    keys = keys[by_key]
+    is_new = np.concatenate(([True], keys[1:] != keys[:-1]))
+    longer = np.zeros_like(nodes)
+    longer[by_key] = np.cumsum(is_new, dtype=nodes.dtype) - 1
+    suffixes = nodes[by_key[is_new] + 1]
+    del by_key
+    keys = keys[is_new]
+    parents = (keys // vocab_size).astype(nodes.dtype)
+    keys -= np.multiply(parents, vocab_size, dtype=np.int64)
+    counts = np.diff(np.flatnonzero(np.append(is_new, True))).astype(nodes.dtype)
+    return Level(keys.astype(nodes.dtype), parents, suffixes, counts, np.zeros(len(keys), bool)), longer
 
 
 def documents_as_arrays(documents: Any, vocab_size: int) -> list[Ints]:
     """Normalises a 1-D array, a list of ids or an iterable of either to int64 arrays of ids in [0, V), none empty."""
+    return [ids.astype(np.int64) for ids in _documents(documents, vocab_size)]
+
+
+def _documents(documents: Any, vocab_size: int) -> list[NDArray[np.integer]]:
+    """`documents_as_arrays`, but arrays stay as they are given: copies of a corpus take room."""
     if hasattr(documents, "detach"):
         documents = documents.detach().cpu().numpy()
     is_array = isinstance(documents, np.ndarray) and documents.ndim == 1 and documents.dtype != object
@@ -109,32 +136,31 @@ def documents_as_arrays(documents: Any, vocab_size: int) -> list[Ints]:
     return arrays
 
 
-def _as_ids(document: Any) -> Ints:
+def _as_ids(document: Any) -> NDArray[np.integer]:
     ids = np.asarray(document)
     if ids.ndim != 1:
         raise NGramError(f"a document must be one-dimensional, not of shape {ids.shape}")
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
         raise NGramError(f"a document must hold integer token ids, not {ids.dtype}: tokenize the text first")
-    return ids.astype(np.int64)
+    return ids
 
 
-def _concatenate(documents: list[Ints], order: int, bos_id: int | None, eos_id: int | None) -> tuple[Ints, Ints]:
-    """Joins the documents: token ids [T], and how many tokens of its document each position begins, itself one [T]."""
-    text = np.concatenate(documents)
-    for name, marker in (("bos_id", bos_id), ("eos_id", eos_id)):
-        if marker is None:
-            continue
-        if (text == marker).any():
-            raise NGramError(f"the documents hold {name} {marker}: leave the markers out, they are added here")
+def _concatenate(
+    documents: list[NDArray[np.integer]], order: int, bos_id: int | None, eos_id: int | None
+) -> tuple[Indices, Ints]:
+    """Joins the documents and the markers around them: token ids [T], and the length of each document."""
     before = np.array([] if bos_id is None else [bos_id], np.int64)
     after = np.array([] if eos_id is None else [eos_id], np.int64)
-    if before.size or after.size:
-        text = np.concatenate([part for ids in documents for part in (before, ids, after)])
     lengths = np.array([ids.size for ids in documents]) + before.size + after.size
+    dtype = np.result_type(np.int32, np.min_scalar_type(-int(lengths.sum()) - 1))
+    parts = [part for ids in documents for part in (before, ids, after)]
+    text = np.concatenate(parts, dtype=dtype, casting="unsafe")
+    for name, marker in (("bos_id", bos_id), ("eos_id", eos_id)):
+        if marker is not None and np.count_nonzero(text == marker) > len(documents):
+            raise NGramError(f"the documents hold {name} {marker}: leave the markers out, they are added here")
     if lengths.max() < order:
         raise NGramError(
             f"the longest document has {lengths.max()} tokens, fewer than the order {order}: "
             "give a longer corpus or a lower order"
         )
-    remaining = np.repeat(np.cumsum(lengths), lengths) - np.arange(lengths.sum())
-    return text, remaining
+    return text, lengths

@@ -14,12 +14,14 @@ from ngram.errors import NGramError
 from ngram.smoothing import Estimates
 from ngram.tables import MOST_NGRAMS, NEVER, RUN_BITS, SMALL_BIAS, SMALL_VOCAB, Shape, Tables
 
+_AT_A_TIME = 1 << 17
+
 
 class SortedNGrams(NamedTuple):
     """The k-grams of one order k ≥ 2, sorted by (index of the first k−1 tokens in their order, last token)."""
 
-    parents: NDArray[np.int64]  # that index [N]
-    words: NDArray[np.int64]  # that token [N]
+    parents: NDArray[np.integer]  # that index [N]
+    words: NDArray[np.integer]  # that token [N]
 
 
 def tables_from_estimates(seen: NDArray[np.bool_], ngrams: Sequence[SortedNGrams], estimates: Estimates) -> Tables:
@@ -41,15 +43,18 @@ def tables_from_estimates(seen: NDArray[np.bool_], ngrams: Sequence[SortedNGrams
     counts: list = [[0]]
     for length, gamma, longer in zip(lengths, estimates.backoffs, ngrams, strict=True):
         backoff += [gamma, [0.0]]
-        counts.append(np.bincount(longer.parents, minlength=length + 1))
-    book, codes = torch.from_numpy(_joined(backoff, np.float32)).unique(return_inverse=True)
-    words = _joined([each.words for each in ngrams], np.int64)
-    small = vocab_size <= SMALL_VOCAB
+        counts.append(np.bincount(longer.parents, minlength=length + 1).astype(np.int32))
+    book, codes = _coded(_joined(backoff, np.float32))
+    nodes = pack_nodes(torch.from_numpy(_joined(counts, np.int32)), torch.from_numpy(codes), [torch.from_numpy(book)])
+    words = _joined([each.words for each in ngrams], np.int32)
+    if vocab_size <= SMALL_VOCAB:
+        words -= SMALL_BIAS
+        words = words.astype(np.int16)
     return Tables(
         unigram=torch.from_numpy(np.maximum(estimates.unigram, NEVER).astype(np.float32))[None],
         seen=torch.from_numpy(seen)[None],
-        **pack_nodes(torch.from_numpy(_joined(counts, np.int64)), codes, [book]),
-        words=torch.from_numpy((words - SMALL_BIAS).astype(np.int16) if small else words.astype(np.int32)),
+        **nodes,
+        words=torch.from_numpy(words),
         deltas=torch.from_numpy(_joined(estimates.deltas, np.float32)),
         lengths=lengths,
     )
@@ -75,7 +80,17 @@ def unigram_tables(row: Tensor, seen: Tensor) -> Tables:
 
 
 def _joined(parts: list, dtype: type) -> np.ndarray:
-    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+    return np.concatenate(parts, dtype=dtype, casting="unsafe") if parts else np.zeros(0, dtype)
+
+
+def _coded(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values, ascending, and where each value stands among them, int32; without an index of all."""
+    book = np.unique(values)
+    codes = np.empty(len(values), np.int32)
+    for begin in range(0, len(values), _AT_A_TIME):
+        some = slice(begin, begin + _AT_A_TIME)
+        codes[some] = np.searchsorted(book, values[some])
+    return book, codes
 
 
 class NodeFields(TypedDict):

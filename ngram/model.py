@@ -90,11 +90,10 @@ class NGramModel:
         _check_size(vocab_size, order)
         _check_markers(vocab_size, bos_id, eos_id)
         levels = count_ngrams(documents, vocab_size, order, bos_id, eos_id)
-        estimates = estimate(
-            levels, smoothing, bos_id=bos_id, pad_vocab=pad_vocab, delta=delta, interpolation=interpolation
+        seen, ngrams, estimates = estimate(
+            levels, order, smoothing, bos_id=bos_id, pad_vocab=pad_vocab, delta=delta, interpolation=interpolation
         )
-        ngrams = [SortedNGrams(level.parents, level.words) for level in levels[1:]]
-        tables = tables_from_estimates(levels[0].counts > 0, ngrams, estimates)
+        tables = tables_from_estimates(seen, [SortedNGrams(*each) for each in ngrams], estimates)
         return cls(tables, smoothing=smoothing, bos_id=bos_id, eos_id=eos_id, metadata=metadata)
 
     @property

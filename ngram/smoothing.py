@@ -14,19 +14,22 @@ so that a row over the vocabulary is the unigram row, plus one number, plus spar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise, starmap
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ngram.counts import Level
+from ngram.counts import Indices, Level
 from ngram.errors import NGramError
 
 Smoothing = Literal["kneser-ney", "witten-bell", "additive"]
 Floats = NDArray[np.float64]
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
+_AT_A_TIME = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,21 @@ class Estimates:
 
     Attributes:
         unigram: log p_1 of every id, float64 [V]; −inf for ``bos_id``, which is never predicted.
-        backoffs: for the contexts of length 1 … n−1, log γ, each float64 [N_k].
-        deltas: for the 2- … n-grams, log p_k − (log γ + log p_{k−1}), each float64 [N_k].
+        backoffs: for the contexts of length 1 … n−1, log γ, each float [N_k].
+        deltas: for the 2- … n-grams, log p_k − (log γ + log p_{k−1}), each float [N_k].
     """
 
     unigram: Floats
-    backoffs: list[Floats]
-    deltas: list[Floats]
+    backoffs: list[NDArray[np.floating]]
+    deltas: list[NDArray[np.floating]]
+
+
+class Smoothed(NamedTuple):
+    """What is left of the counts, and what they came to."""
+
+    seen: NDArray[np.bool_]  # ids that occur [V]
+    ngrams: list[tuple[Indices, Indices]]  # parents and words of the orders 2 … n, as in `Level`
+    estimates: Estimates  # back-offs and deltas float32
 
 
 class _Terms(NamedTuple):
@@ -49,19 +60,25 @@ class _Terms(NamedTuple):
     gamma: Floats  # of each (k−1)-gram as a context [N_{k−1}]; 1 where it is none
 
 
+_Formula = Callable[[Indices, Indices, int], _Terms]
+"""Terms from the parents of k-grams, their counts, and the number of (k−1)-grams among which the parents count."""
+
+
 def estimate(
-    levels: list[Level],
+    levels: Iterator[Level],
+    order: int,
     smoothing: Smoothing,
     *,
     bos_id: int | None = None,
     pad_vocab: bool = False,
     delta: float = 0.1,
     interpolation: Sequence[float] | None = None,
-) -> Estimates:
-    """Smooths counted n-grams.
+) -> Smoothed:
+    """Smooths n-grams while they are counted, so that few levels are in memory at a time.
 
     Args:
         levels: from `count_ngrams`.
+        order: number of levels.
         smoothing: see `NGramModel.train`, which documents these parameters.
         bos_id: a context only, never predicted.
         pad_vocab: what the uniform distribution below a Kneser-Ney unigram ranges over.
@@ -73,35 +90,72 @@ def estimate(
     """
     if smoothing not in get_args(Smoothing):
         raise NGramError(f"unknown smoothing {smoothing!r}: choose from {', '.join(get_args(Smoothing))}")
-    counts = [level.counts for level in levels]
-    if smoothing == "kneser-ney":
-        counts = _adjusted_counts(levels, bos_id)
-    counts[0] = _without_bos(counts[0], bos_id)
-    widths = [1, *(len(level.words) for level in levels)]
-    inputs = list(zip(levels, counts, widths, strict=False))
-    if smoothing == "kneser-ney":
-        terms = [_kneser_ney(*each) for each in inputs]
-    elif smoothing == "witten-bell":
-        terms = [_witten_bell(*each) for each in inputs]
+    weights = _checked_weights(interpolation, order, delta) if smoothing == "additive" else np.ones(order)
+    counted = _with_adjusted_counts(levels, bos_id) if smoothing == "kneser-ney" else map(_with_counts, levels)
+    level, counts = next(counted)
+    seen = level.counts > 0
+    counts = _without_bos(counts, bos_id)
+    if smoothing == "additive":
+        terms = _additive_unigram(counts, bos_id, delta)
     else:
-        weights = _checked_weights(interpolation, len(levels), delta)
-        terms = [_additive_unigram(counts[0], bos_id, delta)]
-        terms += [_fixed(*each, weights[: k + 1]) for k, each in enumerate(inputs) if k]
-
-    one_unknown = smoothing == "kneser-ney" and not pad_vocab
-    probability = _unigram(terms[0], counts[0], bos_id, one_unknown)
+        terms = _formula(smoothing, counts, weights)(level.parents, counts, 1)
+    probability = _unigram(terms, counts, bos_id, one_unknown=smoothing == "kneser-ney" and not pad_vocab)
     with np.errstate(divide="ignore"):
-        unigram = np.log(probability)
-    backoffs, deltas = [], []
-    for level, (mass, gamma) in zip(levels[1:], terms[1:], strict=True):
-        lower = gamma[level.parents] * probability[level.suffixes]
-        probability = mass + lower
-        backoffs.append(np.log(gamma))
-        deltas.append(np.log(probability / lower))
-    return Estimates(unigram, backoffs, deltas)
+        estimates = Estimates(np.log(probability), [], [])
+    ngrams: list[tuple[Indices, Indices]] = []
+    for level, counts in counted:
+        formula = _formula(smoothing, counts, weights[: len(ngrams) + 2])
+        backoffs, deltas, probability = _smoothed(level, counts, probability, formula)
+        ngrams.append((level.parents, level.words))
+        estimates.backoffs.append(backoffs)
+        estimates.deltas.append(deltas)
+        del level, counts, formula  # before the next level takes room
+    return Smoothed(seen, ngrams, estimates)
 
 
-def _without_bos(counts: NDArray[np.int64], bos_id: int | None) -> NDArray[np.int64]:
+def _formula(smoothing: Smoothing, counts: Indices, weights: Floats) -> _Formula:
+    """Of the order of ``counts`` and as many weights."""
+    if smoothing == "kneser-ney":
+        return partial(_kneser_ney, discounts=_discounts(counts))
+    if smoothing == "witten-bell":
+        return _witten_bell
+    return partial(_fixed, weights=weights)
+
+
+def _smoothed(
+    level: Level, counts: Indices, below: Floats, formula: _Formula
+) -> tuple[NDArray[np.float32], NDArray[np.float32], Floats]:
+    """One order k ≥ 2, some contexts at a time.
+
+    Args:
+        level: its k-grams.
+        counts: theirs, as the smoothing has them.
+        below: p_{k−1} [N_{k−1}].
+        formula: the smoothing.
+
+    Returns:
+        log γ [N_{k−1}], the deltas [N_k], and p_k [N_k].
+    """
+    backoffs, deltas = np.empty(len(below), np.float32), np.empty(len(counts), np.float32)
+    probability = np.empty(len(counts))
+    for contexts, ngrams in _blocks(level.parents, len(below)):
+        parents = level.parents[ngrams] - contexts.start
+        mass, gamma = formula(parents, counts[ngrams], contexts.stop - contexts.start)
+        lower = gamma[parents] * below[level.suffixes[ngrams]]
+        probability[ngrams] = mass + lower
+        backoffs[contexts] = np.log(gamma)
+        deltas[ngrams] = np.log(probability[ngrams] / lower)
+    return backoffs, deltas, probability
+
+
+def _blocks(parents: Indices, contexts: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of contexts and of their n-grams, which ``parents`` [N] sorts: about `_AT_A_TIME` n-grams each."""
+    edges = sorted({0, *parents[_AT_A_TIME::_AT_A_TIME].tolist(), contexts})
+    starts = np.searchsorted(parents, np.array(edges, parents.dtype)).tolist()  # of another dtype, parents were copied
+    yield from zip(starmap(slice, pairwise(edges)), starmap(slice, pairwise(starts)), strict=True)
+
+
+def _without_bos(counts: Indices, bos_id: int | None) -> Indices:
     if bos_id is None:
         return counts
     counts = counts.copy()
@@ -109,7 +163,7 @@ def _without_bos(counts: NDArray[np.int64], bos_id: int | None) -> NDArray[np.in
     return counts
 
 
-def _unigram(terms: _Terms, counts: NDArray[np.int64], bos_id: int | None, one_unknown: bool) -> Floats:
+def _unigram(terms: _Terms, counts: Indices, bos_id: int | None, one_unknown: bool) -> Floats:
     """p_1 = mass + γ · uniform. With ``one_unknown``, all unseen ids together have the share of one seen type."""
     predicted = np.ones(len(counts), bool)
     if bos_id is not None:
@@ -123,45 +177,48 @@ def _unigram(terms: _Terms, counts: NDArray[np.int64], bos_id: int | None, one_u
     return terms.mass * predicted + terms.gamma[0] * uniform
 
 
-def _totals(level: Level, values: NDArray[Any], below: int) -> Floats:
-    """Sums of ``values`` over the continuations of each context, float64 [below]."""
-    return np.bincount(level.parents, weights=values, minlength=below).astype(float)
+def _totals(parents: Indices, values: NDArray[Any], contexts: int) -> Floats:
+    """Sums of ``values`` over the continuations of each context, float64 [contexts]."""
+    return np.bincount(parents, weights=values, minlength=contexts).astype(float, copy=False)
 
 
-def _terms(level: Level, numerators: Floats, left_over: Floats, denominators: Floats) -> _Terms:
+def _terms(parents: Indices, numerators: Floats, left_over: Floats, denominators: Floats) -> _Terms:
     is_context = denominators > 0
     safe = np.where(is_context, denominators, 1.0)
-    return _Terms(numerators / safe[level.parents], np.where(is_context, left_over / safe, 1.0))
+    return _Terms(numerators / safe[parents], np.where(is_context, left_over / safe, 1.0))
 
 
-def _adjusted_counts(levels: list[Level], bos_id: int | None) -> list[NDArray[np.int64]]:
+def _with_counts(level: Level) -> tuple[Level, Indices]:
+    return level, level.counts
+
+
+def _with_adjusted_counts(levels: Iterator[Level], bos_id: int | None) -> Iterator[tuple[Level, Indices]]:
     """Kneser-Ney's counts: below the highest order, the number of distinct tokens that precede.
 
     As in lmplz, n-grams that begin with bos_id keep their occurrences (nothing can precede them), and bos_id itself
     counts nothing. Without bos_id the start of a document counts as one more preceding token, so that no n-gram that
     was seen is left without a count.
     """
-    adjusted = []
-    begins_with_bos = np.zeros(len(levels[0].words), bool)
-    if bos_id is not None:
-        begins_with_bos[bos_id] = True
-    for k, (level, longer) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
-        if k:
-            begins_with_bos = begins_with_bos[level.parents]
-        preceding = np.bincount(longer.suffixes, minlength=len(level.words))
+    level = next(levels)
+    begins_with_bos = level.words == (-1 if bos_id is None else bos_id)
+    for longer in levels:
+        preceding = np.bincount(longer.suffixes, minlength=len(level.words)).astype(level.counts.dtype)
         if bos_id is None:
-            preceding = preceding + level.opens_document
-        adjusted.append(np.where(begins_with_bos, level.counts, preceding))
-    return [*adjusted, levels[-1].counts]
+            preceding += level.opens_document
+        yield level, np.where(begins_with_bos, level.counts, preceding)
+        begins_with_bos = begins_with_bos[longer.parents]
+        level = longer
+    yield level, level.counts
 
 
-def _kneser_ney(level: Level, counts: NDArray[np.int64], below: int) -> _Terms:
+def _kneser_ney(parents: Indices, counts: Indices, contexts: int, discounts: Sequence[float]) -> _Terms:
     """Interpolated modified Kneser-Ney with three discounts per order (Chen & Goodman 1998, section 4.1.6)."""
-    discount = np.array((0.0, *_discounts(counts)))[np.minimum(counts, 3)]
-    return _terms(level, counts - discount, _totals(level, discount, below), _totals(level, counts, below))
+    discount = np.array((0.0, *discounts))[np.minimum(counts, 3)]
+    left_over, totals = _totals(parents, discount, contexts), _totals(parents, counts, contexts)
+    return _terms(parents, counts - discount, left_over, totals)
 
 
-def _discounts(counts: NDArray[np.int64]) -> tuple[float, float, float]:
+def _discounts(counts: Indices) -> tuple[float, float, float]:
     """D_i = i − (i+1) · Y · t_{i+1} / t_i with Y = t_1 / (t_1 + 2 t_2), where t_i n-grams have count i.
 
     Small or odd corpora give no valid discounts (0 < D_i ≤ i); they get those of ``lmplz --discount_fallback``.
@@ -176,20 +233,20 @@ def _discounts(counts: NDArray[np.int64]) -> tuple[float, float, float]:
     return d1, d2, d3
 
 
-def _witten_bell(level: Level, counts: NDArray[np.int64], below: int) -> _Terms:
+def _witten_bell(parents: Indices, counts: Indices, contexts: int) -> _Terms:
     """γ(h) = T(h) / (c(h) + T(h)), with T(h) distinct continuations (Witten & Bell 1991, method C)."""
-    types = _totals(level, counts > 0, below)
-    return _terms(level, counts.astype(float), types, _totals(level, counts, below) + types)
+    types = _totals(parents, counts > 0, contexts)
+    return _terms(parents, counts.astype(float), types, _totals(parents, counts, contexts) + types)
 
 
-def _fixed(level: Level, counts: NDArray[np.int64], below: int, weights: Floats) -> _Terms:
+def _fixed(parents: Indices, counts: Indices, contexts: int, weights: Floats) -> _Terms:
     """γ = (w_1 + … + w_{k−1}) / (w_1 + … + w_k): the mean of the orders whose context was seen, by their weights."""
-    totals = _totals(level, counts, below)
+    totals = _totals(parents, counts, contexts)
     share = weights[-1] / weights.sum()
-    return _terms(level, share * counts, (1 - share) * totals, totals)
+    return _terms(parents, share * counts, (1 - share) * totals, totals)
 
 
-def _additive_unigram(counts: NDArray[np.int64], bos_id: int | None, delta: float) -> _Terms:
+def _additive_unigram(counts: Indices, bos_id: int | None, delta: float) -> _Terms:
     """p_1(w) = (c(w) + δ) / (N + δ V)."""
     added = delta * (len(counts) - (bos_id is not None))
     total = counts.sum() + added

@@ -22,16 +22,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import repeat
-from math import isqrt
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ngram.walk import Walk
+from ngram.search import search
+from ngram.walk import Walk, shares_of
 
 NEVER = -1e30
 """Log-probability of what cannot occur. Finite, so that a weight of 0 leaves scores as they are (0 · −inf is NaN)."""
@@ -43,7 +43,6 @@ SMALL_VOCAB = 1 << 16
 SMALL_BIAS = 1 << 15
 RUN_BITS = 4
 """Nodes stand in runs of 2^4; a node's first continuation is kept as its distance from the run's first one."""
-FEW_PROBES = 1 << 15
 MOST_ROWS_WALKED = 64
 TENSORS = ("unigram", "seen", "nodes", "runs", "backoff_book", "book_starts", "words", "deltas")
 
@@ -225,7 +224,7 @@ class Tables:
             history: token ids, int64 [B, H]; −1 where there is no token. Ids from V on match nothing.
             prior: whose contexts: one for all rows, or int64 [B].
         """
-        if len(history) <= MOST_ROWS_WALKED and counts_on_host(history.device):
+        if is_walked(history):
             priors = prior.tolist() if isinstance(prior, Tensor) else repeat(prior)
             found = self._walk.find(history[:, 1 - self.order :].tolist(), priors)
             return Contexts(*torch.tensor(found, dtype=torch.int32).view(-1, 3).unbind(1))
@@ -252,11 +251,14 @@ class Tables:
 
     @cached_property
     def _walk(self) -> Walk:
-        nodes, runs, words = (each.reshape(-1).numpy().data for each in (self.nodes, self.runs, self.words))
+        nodes, runs = (each.reshape(-1).numpy() for each in (self.nodes, self.runs))
         return Walk(
-            nodes=nodes,
-            runs=runs,
-            words=words,
+            nodes=nodes.data,
+            runs=runs.data,
+            words=self.words.numpy().data,
+            ids=self.words.numpy(),
+            deltas=self.deltas.numpy(),
+            backoff_book=self.backoff_book.numpy(),
             book_starts=self.book_starts.tolist(),
             first_nodes=self.first_nodes,
             first_ngrams=self.first_ngrams,
@@ -277,43 +279,9 @@ class Tables:
     def _children(self, length: int, parents: Tensor, tokens: Tensor) -> Tensor:
         """The nodes of ``length`` that continue ``parents`` with ``tokens``, all counted within their length."""
         starts, ends, _ = self._records((parents + self.first_nodes[length - 2]).reshape(-1))
-        position, found = self._search(starts, ends, tokens.reshape(-1), self.widest[length - 2])
+        position, found = search(self.words, starts, ends, tokens.reshape(-1) - self.word_bias, self.widest[length - 2])
         within = position - self.first_ngrams[length - 2]
         return within.where(found, self.lengths[length - 1]).view(parents.shape)
-
-    def _search(self, starts: Tensor, ends: Tensor, tokens: Tensor, widest: int) -> tuple[Tensor, Tensor]:
-        """Where each token stands among the words from its start to its end, and whether it is there.
-
-        A search in wide steps, since few operations count: for a batch of rows, two rounds of about √widest probes. For
-        many rows the probes count, and there are more rounds of fewer.
-
-        Args:
-            starts, ends: int [N].
-            tokens: int64 [N].
-            widest: upper bound of ends − starts.
-
-        Returns:
-            int64 [N], 0 where the token is missing, and bool [N].
-        """
-        wanted, ends = (tokens - self.word_bias)[:, None], ends[:, None]
-        begin = starts[:, None].to(torch.int64)
-        size = max(widest, 1)
-        root = isqrt(size - 1) + 1
-        branches = root if root * len(tokens) <= FEW_PROBES else 4
-        while size > branches:
-            step = -(-size // branches)
-            probes = begin + torch.arange(step, size, step, device=begin.device)
-            reached = (self._words_at(probes) <= wanted) & (probes < ends)
-            begin = torch.add(begin, reached.sum(1, keepdim=True), alpha=step)
-            size = step
-        probes = begin + torch.arange(size, device=begin.device)
-        found, at = ((self._words_at(probes) == wanted) & (probes < ends)).max(1)
-        return (begin[:, 0] + at) * found, found
-
-    def _words_at(self, positions: Tensor) -> Tensor:
-        last = max(len(self.words) - 1, 0)
-        words = self.words if len(self.words) else self.words.new_zeros(1)
-        return words.index_select(0, positions.clamp(max=last).view(-1)).view(positions.shape)
 
     def score(self, history: Tensor, tokens: Tensor) -> Tensor:
         """log p of one token per row, without building rows over the vocabulary, if the tables hold one prior.
@@ -332,7 +300,8 @@ class Tables:
         total = total + self.backoff_book[contexts.codes].sum(1)
         for column, widest in enumerate(self.widest):
             if widest:
-                at, found = self._search(contexts.starts[:, column], contexts.ends[:, column], tokens, widest)
+                spans = contexts.starts[:, column], contexts.ends[:, column]
+                at, found = search(self.words, *spans, tokens - self.word_bias, widest)
                 total = total + self.deltas[at].where(found, 0)
         return total
 
@@ -404,19 +373,67 @@ def _added(
         share = strength if mixture is None else strength * mixture[..., 0]
         return _add_unigram(tables, scores, share, prior, out)
 
+    walked = is_walked(history)
+    terms = (_terms_on_host if walked else _terms)(tables, history, strength, mixture, prior, scores.shape, shift)
+    result = _add_unigram(tables, scores, terms.share, prior, out)
+    if shift:
+        result += terms.shift
+    result.view(-1).index_add_(0, terms.at, terms.amounts.to(result.dtype))
+    return result
+
+
+class _AddedTerms(NamedTuple):
+    """What is added to a batch of scores."""
+
+    share: Tensor  # of the unigram row, float [B, 1]
+    shift: Tensor  # the back-offs, float [B, 1]
+    at: Tensor  # of the continuations, int flat positions [N]
+    amounts: Tensor  # float32 [N]
+
+
+def _terms(
+    tables: Tables,
+    history: Tensor,
+    strength: Tensor,
+    mixture: Tensor | None,
+    prior: int | Tensor,
+    shape: torch.Size,
+    shift: bool,
+) -> _AddedTerms:
     contexts = tables.find(history, prior)
     if mixture is None:
         shares = strength.expand(-1, tables.order)
     else:
         shares = _order_shares(contexts, mixture).mul_(strength)
-    result = _add_unigram(tables, scores, shares[:, :1], prior, out)
-    shares = shares[:, 1:].reshape(-1)
-    if shift:
-        backoffs = tables.backoff_book.index_select(0, contexts.codes)
-        result += (shares * backoffs).view(len(scores), -1).sum(1, keepdim=True)
-    at, amounts = _continuations(tables, contexts, shares, result.shape)
-    result.view(-1).index_add_(0, at, amounts.to(scores.dtype))
-    return result
+    first, others = shares[:, :1], shares[:, 1:].reshape(-1)
+    backoffs = tables.backoff_book.index_select(0, contexts.codes) if shift else torch.zeros_like(others)
+    at, amounts = _continuations(tables, contexts, others, shape)
+    return _AddedTerms(first, (others * backoffs).view(len(first), -1).sum(1, keepdim=True), at, amounts)
+
+
+def _terms_on_host(
+    tables: Tables,
+    history: Tensor,
+    strength: Tensor,
+    mixture: Tensor | None,
+    prior: int | Tensor,
+    shape: torch.Size,
+    shift: bool,
+) -> _AddedTerms:
+    """The same for a few rows on the host, with few tensor operations: they would cost more than what they do."""
+    walk, order = tables._walk, tables.order
+    priors = prior.tolist() if isinstance(prior, Tensor) else repeat(prior)
+    found = walk.find(history[:, 1 - order :].tolist(), priors)
+    mixtures = None if mixture is None else mixture.view(-1, order, order).tolist()
+    first, others = shares_of(found, strength[:, 0].tolist(), mixtures, order)
+    positions, amounts, shifts = walk.sparse(found, others, shape[1], shift)
+    column = torch.tensor((first, shifts), dtype=strength.dtype)[..., None]
+    return _AddedTerms(column[0], column[1], torch.from_numpy(positions), torch.from_numpy(amounts))
+
+
+def is_walked(history: Tensor) -> bool:
+    """Whether rows are few, and on the host."""
+    return len(history) <= MOST_ROWS_WALKED and counts_on_host(history.device)
 
 
 def _of_prior(values: Tensor, prior: int | Tensor) -> Tensor:
@@ -462,7 +479,7 @@ def _continuations(tables: Tables, contexts: Contexts, shares: Tensor, shape: to
     stop = counts.cumsum(0, dtype=index)
     total = int(stop[-1]) if on_host else rows * sum(tables.widest)
     if on_host:
-        slots = _host_slots(1 << total.bit_length(), index)[:total]
+        slots = torch.arange(total, dtype=index)
         owner = torch.repeat_interleave(counts, output_size=total)
     else:
         slots = torch.arange(total, dtype=index, device=shares.device)
@@ -472,8 +489,7 @@ def _continuations(tables: Tables, contexts: Contexts, shares: Tensor, shape: to
     if not on_host:
         position = position.masked_fill(slots >= stop[-1], 0)
         amounts = amounts.masked_fill(slots >= stop[-1], 0)
-    row_starts = _host_row_starts if on_host else _row_starts
-    at = row_starts(rows, width, tables.order - 1, tables.word_bias, index, shares.device).index_select(0, owner)
+    at = _row_starts(rows, width, tables.order - 1, tables.word_bias, index, shares.device).index_select(0, owner)
     at += tables.words.index_select(0, position)
     return at, amounts.mul_(tables.deltas.index_select(0, position))
 
@@ -482,12 +498,3 @@ def _row_starts(rows: int, width: int, contexts: int, bias: int, dtype: torch.dt
     """For each context of each row, where the row begins in a flat [rows, width], plus the bias of stored words."""
     starts = torch.arange(bias, bias + rows * width, width, dtype=dtype, device=device)
     return starts[:, None].expand(-1, contexts).reshape(-1)
-
-
-# Constants that the host need not make again at every step.
-_host_row_starts = lru_cache(maxsize=64)(_row_starts)
-
-
-@lru_cache(maxsize=64)
-def _host_slots(count: int, dtype: torch.dtype) -> Tensor:
-    return torch.arange(count, dtype=dtype)

@@ -108,11 +108,13 @@ class BoundStyle(LogitsProcessor):
         if self.lambda_ == 0:
             return scores
         tables, mixture, guards, stops, holds_nan = self._placed_for(scores)
-        if holds_nan(scores.device, lambda: torch.isnan(scores.amax())):
+        before = None if stops is None else stops.before(scores)
+        highest = scores if before is None else before.top  # NaN is the highest of all
+        if holds_nan(scores.device, lambda: torch.isnan(highest.amax())):
             raise DecodingError("the scores hold NaN before the style prior: the model or an earlier processor made it")
         strength = torch.full((len(scores),), self.lambda_, device=scores.device)
         history = self._history(input_ids, max(tables.order - 1, 1)).to(scores.device)
-        return steer(tables, scores, history, strength, mixture, guards, stops)
+        return steer(tables, scores, history, strength, mixture, guards, stops, before=before)
 
     def _placed_for(self, scores: Tensor) -> _Placed:
         key = (scores.shape[1], scores.device)

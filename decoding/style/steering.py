@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from decoding.errors import DecodingError
 from decoding.metrics import LN2
-from ngram.tables import Tables, add_log_prior, mixture_of_orders
+from ngram.tables import Tables, add_log_prior, counts_on_host, mixture_of_orders
 
 Combine = Literal["matching", "interpolated"]
 HALVINGS = 12
 """Of the interval in which the largest λ′ is searched for: it is found to 1/4096 of λ."""
-BINS = 1024
+BINS = 512
 """Of a row's changes, for the search."""
 
 
@@ -81,6 +82,13 @@ def guards_of(settings: Sequence[GuardSettings], device: torch.device | str) -> 
     return None if all(values is None for values in columns.values()) else Guards(**columns)
 
 
+class BeforeStops(NamedTuple):
+    """The scores of the ids that end a text, [B, K], and the highest one of any other, [B, 1]."""
+
+    scores: Tensor
+    top: Tensor
+
+
 @dataclass(frozen=True)
 class Stops:
     """The ids that end a text, which priors leave alone.
@@ -95,24 +103,25 @@ class Stops:
     leave: Tensor | None
     between: tuple[tuple[int, int], ...]
 
-    def likeliest(self, scores: Tensor) -> Tensor:
-        """The highest score of any other id, [B, 1]."""
+    def before(self, scores: Tensor) -> BeforeStops:
+        """What `undone` needs to know of scores before they are steered."""
         tops = [scores[:, begin:end].amax(-1, keepdim=True) for begin, end in self.between]
-        return tops[0] if len(tops) == 1 else torch.cat(tops, 1).amax(-1, keepdim=True)
+        top = tops[0] if len(tops) == 1 else torch.cat(tops, 1).amax(-1, keepdim=True)
+        return BeforeStops(scores.index_select(1, self.ids), top)
 
-    def undone(self, before: Tensor, top_before: Tensor, after: Tensor, prior: int | Tensor) -> Tensor:
+    def undone(self, before: BeforeStops, after: Tensor, prior: int | Tensor) -> Tensor:
         """Gives these ids, in ``after`` [B, W] and in place, their odds of before against the likeliest other one.
 
         Args:
-            before: their scores before, [B, K].
-            top_before: `likeliest` before.
+            before: of the scores before.
             after: the steered scores.
             prior: each row's.
         """
-        moved = self.likeliest(after) - top_before
-        kept = before + moved.masked_fill(top_before.isneginf(), 0)  # nothing else can be chosen
-        if self.leave is not None:
-            kept = torch.where(_rows(self.leave, prior), kept, after.index_select(1, self.ids))
+        steered = after.index_select(1, self.ids) if self.leave is not None else None
+        moved = after.index_fill_(1, self.ids, -torch.inf).amax(-1, keepdim=True) - before.top
+        kept = before.scores + moved.masked_fill_(before.top.isneginf(), 0)  # nothing else can be chosen
+        if steered is not None and self.leave is not None:
+            kept = torch.where(_rows(self.leave, prior), kept, steered)
         return after.index_copy_(1, self.ids, kept.to(after.dtype))
 
 
@@ -190,6 +199,7 @@ def steer(
     guards: Guards | None = None,
     stops: Stops | None = None,
     *,
+    before: BeforeStops | None = None,
     prior: int | Tensor = 0,
     shift: bool = True,
     out: Tensor | None = None,
@@ -210,94 +220,131 @@ def steer(
         tables, scores, history, strength, mixture, prior, shift, out: as for `ngram.tables.add_log_prior`.
         guards: of all priors in ``tables``; None adds the prior as it is.
         stops: the ids that end a text; None steers them as any other.
+        before: ``stops.before(scores)``, where it is known.
 
     Returns:
         Float [B, W], in the dtype of ``scores``. Entries at −inf stay there.
     """
-    if stops is not None:
-        ends, top = scores.index_select(1, stops.ids), stops.likeliest(scores)
+    if stops is not None and before is None:
+        before = stops.before(scores)
     if guards is None:
         result = add_log_prior(tables, scores, history, strength, mixture, prior=prior, shift=shift, out=out)
-        return result if stops is None else stops.undone(ends, top, result, prior)
+        return result if stops is None or before is None else stops.undone(before, result, prior)
     held = guards.of(prior)
-    p = scores.softmax(-1, dtype=torch.float32)
-    if held.entropy_gate is not None:
+    p = scores.softmax(-1, dtype=torch.float32) if held.entropy_gate is not None or held.max_js is not None else None
+    if held.entropy_gate is not None and p is not None:
         gate = held.entropy_gate[:, 0].clamp(min=torch.finfo(torch.float32).tiny)
         share = torch.where(held.entropy_gate[:, 0] > 0, _entropy(scores, p) / gate, 1)
         strength = strength * share.clamp(max=1)
-        if held.plausibility is None and held.max_js is None:
-            result = add_log_prior(tables, scores, history, strength, mixture, prior=prior, shift=shift, out=out)
-            return result if stops is None else stops.undone(ends, top, result, prior)
-    change = add_log_prior(tables, torch.zeros_like(p), history, strength, mixture, prior=prior, shift=shift)
+    if held.plausibility is None and held.max_js is None:
+        result = add_log_prior(tables, scores, history, strength, mixture, prior=prior, shift=shift, out=out)
+        return result if stops is None or before is None else stops.undone(before, result, prior)
+    nothing = torch.zeros(scores.shape, device=scores.device)
+    change = add_log_prior(tables, nothing, history, strength, mixture, prior=prior, shift=shift, out=nothing)
     if held.plausibility is not None:
-        change = _among_plausible(p, change, held.plausibility, strength)
-    if stops is not None:
-        moved = stops.undone(ends, top, scores + change, prior).index_select(1, stops.ids)
-        change.index_copy_(1, stops.ids, (moved - ends).float().nan_to_num_(0))  # −inf stays −inf
-    if held.max_js is not None:
-        change = change * _share_within(p, change, held.max_js, tables.impossible)
-    return torch.add(scores, change.to(scores.dtype), out=out)
+        change = _among_plausible(scores, change, held.plausibility, strength)
+    if held.max_js is None or p is None:
+        result = torch.add(scores, change.to(scores.dtype), out=out)
+        return result if stops is None or before is None else stops.undone(before, result, prior)
+    if stops is not None and before is not None:
+        moved = stops.undone(before, scores + change, prior).index_select(1, stops.ids)
+        change.index_copy_(1, stops.ids, (moved - before.scores).float().nan_to_num_(0))  # −inf stays −inf
+    share = _share_within(p, change, held.max_js, tables.impossible)
+    return torch.add(scores, change.mul_(share).to(scores.dtype), out=out)
 
 
 def _entropy(scores: Tensor, p: Tensor) -> Tensor:
-    """Of p = softmax(scores), in nats, float32 [B]: logsumexp(scores) − Σ p · scores, scores less their maximum."""
-    top, likeliest = scores.amax(-1, keepdim=True), p.amax(-1)
-    moved = (scores - top).float().clamp_(min=-1e4)  # −inf · 0 is NaN
-    return (-likeliest.log() - torch.einsum("bv,bv->b", p, moved)).clamp_(min=0)
+    """Of p = softmax(scores), in nats, float32 [B]: logsumexp(scores) − Σ p · scores."""
+    log_sum = scores.amax(-1).float() - p.amax(-1).log()
+    finite = scores.float().clamp(min=_LEAST)  # −inf · 0 is NaN
+    return (log_sum - finite.mul_(p).sum(-1)).clamp_(min=0)
 
 
-def _among_plausible(p: Tensor, change: Tensor, plausibility: Tensor, strength: Tensor) -> Tensor:
-    """``change`` where p(w) ≥ α · max p, less what keeps their probability together, and 0 elsewhere; in place."""
-    is_other = p < p.amax(-1, keepdim=True) * plausibility  # at α = 0: none
-    change.masked_fill_(is_other, -torch.inf)
-    among = p.masked_fill(is_other, 0)
-    top = change.amax(-1, keepdim=True)
-    gained = torch.einsum("bv,bv->b", among, (change - top).exp_())[:, None].log() + top
-    change -= (gained - among.sum(-1, keepdim=True).log()).masked_fill(strength[:, None] == 0, 0)
+_LEAST = -1e30
+
+
+def _among_plausible(scores: Tensor, change: Tensor, plausibility: Tensor, strength: Tensor) -> Tensor:
+    """``change`` where p(w) ≥ α · max p, less what keeps their probability together, and 0 elsewhere.
+
+    Args:
+        scores: float [B, W].
+        change: float32 [B, W]; may be changed.
+        plausibility: α, float32 [1, 1] or [B, 1]; 0 for all.
+        strength: float32 [B]; rows with 0 stay as they are.
+    """
+    top = scores.amax(-1, keepdim=True).float()
+    least = top + plausibility.log()
+    if counts_on_host(scores.device):
+        return _among_few(scores, change, top, least, strength)
+    is_other = scores < least
+    own = (scores - top).masked_fill_(is_other, -torch.inf)
+    gained = (own + change).logsumexp(-1, keepdim=True) - own.logsumexp(-1, keepdim=True)
+    change = change - gained.masked_fill_(strength[:, None] == 0, 0)
     return change.masked_fill_(is_other, 0)
+
+
+def _among_few(scores: Tensor, change: Tensor, top: Tensor, least: Tensor, strength: Tensor) -> Tensor:
+    """The same on the host, which can see that few tokens are plausible, and look at these alone."""
+    where = torch.from_numpy(np.flatnonzero(scores.float().numpy() >= least.numpy()))
+    rows = where.div(scores.shape[1], rounding_mode="floor")
+    moves = change.view(-1).index_select(0, where)
+    own = (scores.view(-1).index_select(0, where).float() - top[:, 0].index_select(0, rows)).exp_()
+    highest = torch.full((len(scores),), _LEAST).scatter_reduce_(0, rows, moves, "amax")
+    sums = torch.zeros(2, len(scores))
+    sums[0].index_add_(0, rows, own)
+    sums[1].index_add_(0, rows, own * (moves - highest.index_select(0, rows)).exp_())
+    gained = (sums[1] / sums[0]).log_() + highest
+    moves -= gained.masked_fill_(strength == 0, 0).index_select(0, rows)
+    return change.zero_().view(-1).index_copy_(0, where, moves).view(change.shape)
 
 
 def _share_within(p: Tensor, change: Tensor, max_js: Tensor, impossible: Tensor | None = None) -> Tensor:
     """The largest share of each row's change that stays within its budget, float32 [B, 1].
 
-    Ids that cannot occur afterwards, ``impossible``, may have any change; all others' are of a kind.
-
     JS(p, q) with q ∝ p · exp(s · change) depends on how p is spread over changes alone: so p is gathered by change in
     `BINS` bins, each with the mean of its changes, and the search looks at these.
+    Ids that cannot occur afterwards, ``impossible``, may have any change; all others' are of a kind. Overwrites ``p``.
     """
     p, change = _gathered(p, change, impossible)
-    low = torch.zeros(len(p), 1, dtype=p.dtype, device=p.device)
-    high = torch.ones_like(low)
     whole = _divergence(p, change) <= max_js
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        within = _divergence(p, middle * change) <= max_js
-        low, high = torch.where(within, middle, low), torch.where(within, high, middle)
-    return torch.where(whole, 1, low).float()
+    low, quarters = torch.zeros(len(p), 1, device=p.device), torch.arange(1, 4, device=p.device) / 4
+    for depth in range(HALVINGS // 2):  # two at once: a few numbers cost as little as one
+        tried = (low + quarters * 0.25**depth)[..., None]
+        within = _divergence(p[:, None], tried * change[:, None])[..., 0] <= max_js
+        low += within.sum(1, keepdim=True) * 0.25 ** (depth + 1)
+    return torch.where(whole, 1, low)
 
 
 def _gathered(p: Tensor, change: Tensor, impossible: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows over a vocabulary as rows over bins of the change: probabilities, and mean changes, float64 [B, BINS]."""
+    """Rows over a vocabulary as rows over bins of the change: probabilities, and mean changes, float64 [B, BINS].
+
+    Changes are less the highest one. The bins are few, and their differences small: hence float64. Overwrites ``p``.
+    """
     rows = len(p)
     usual = change if impossible is None or not len(impossible) else change.index_fill(1, impossible, 0)
     low, high = usual.amin(-1, keepdim=True), usual.amax(-1, keepdim=True)
     per_bin = ((high - low) / (BINS - 1)).clamp(min=torch.finfo(torch.float32).tiny)
-    starts = torch.arange(0, rows * BINS, BINS, device=p.device)[:, None]
-    bins = ((change - low) / per_bin).clamp_(0, BINS - 1).to(torch.int64).add_(starts).view(-1)
+    starts = torch.arange(0, rows * BINS, BINS, dtype=torch.int32, device=p.device)[:, None]
+    bins = (change - low).div_(per_bin).clamp_(0, BINS - 1).to(torch.int32).add_(starts).to(torch.int64).view(-1)
     mass, total = torch.zeros(2, rows * BINS, device=p.device)
-    mass.scatter_add_(0, bins, p.reshape(-1))
-    total.scatter_add_(0, bins, (p * change).view(-1))
-    means = total / mass.clamp(min=torch.finfo(torch.float32).tiny)
-    return mass.view(rows, BINS).double(), means.view(rows, BINS).double()  # few, and their differences are small
+    mass.scatter_add_(0, bins, p.view(-1))
+    total.scatter_add_(0, bins, p.mul_(change).view(-1))
+    means = (total / mass.clamp(min=torch.finfo(torch.float32).tiny)).view(rows, BINS).double()
+    return mass.view(rows, BINS).double(), means - means.amax(-1, keepdim=True)
 
 
 def _divergence(p: Tensor, change: Tensor) -> Tensor:
-    """JS(p, q) with q ∝ p · exp(change), in nats, [B, 1]: ½ Σ p · (r log r − (1 + r) log((1 + r) / 2)).
+    """JS(p, q) with q ∝ p · exp(change), in nats, [B, 1]: ½ (Σ q · log r − Σ (p + q) · log((1 + r) / 2)), r = q / p.
 
-    Cheaper than `decoding.metrics.jensen_shannon`: p is at hand, and r = q / p takes few operations.
+    Cheaper than `decoding.metrics.jensen_shannon`: p is at hand, and r takes few operations.
+
+    Args:
+        p: [B, N].
+        change: [B, N], at most 0, or not much above.
     """
-    log_r = change - change.amax(-1, keepdim=True)
-    log_r = log_r - (p * log_r.exp()).sum(-1, keepdim=True).log()
-    r = log_r.exp()
-    each = r * log_r - (1 + r) * (torch.log1p(r) - LN2)
-    return (p * each).sum(-1, keepdim=True).clamp_(min=0) / 2
+    grown = change.exp()
+    total = (p * grown).sum(-1, keepdim=True)
+    r = grown / total
+    q = p * r
+    mean = (q * change).sum(-1, keepdim=True) - total.log()
+    return (mean - ((p + q) * (r.log1p() - LN2)).sum(-1, keepdim=True)).clamp_(min=0) / 2

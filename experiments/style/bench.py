@@ -10,6 +10,7 @@ import importlib.util
 import subprocess
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -166,7 +167,8 @@ def _training(ids: np.ndarray, vocab: int, lmplz: Path | None) -> list[Figure]:
     seconds = [seconds_of(lambda: NGramModel.train(ids, vocab, order=3)) for _ in range(5)]
     rate = len(ids) / float(np.median(seconds))
     figures = [
-        Figure("training, order 3, tokens per second and core", rate, f"{rate / 1e6:.1f} M", "≥ 1 M", rate >= 1e6)
+        Figure("training, order 3, tokens per second and core", rate, f"{rate / 1e6:.1f} M", "≥ 1 M", rate >= 1e6),
+        _training_memory(ids, vocab),
     ]
     what, target = "training end to end (ids as text to a saved model) against lmplz", "< 1×"
     if lmplz is None:
@@ -193,6 +195,15 @@ def _training(ids: np.ndarray, vocab: int, lmplz: Path | None) -> list[Figure]:
         own, other = interleaved([ours, theirs], 5)
     ratio, shown = ratio_of(own, other)
     return [*figures, Figure(what, ratio, shown, target, ratio < 1)]
+
+
+def _training_memory(ids: np.ndarray, vocab: int) -> Figure:
+    tracemalloc.start()
+    NGramModel.train(ids, vocab, order=5, pad_vocab=True)
+    peak = tracemalloc.get_traced_memory()[1] / len(ids)
+    tracemalloc.stop()
+    what, target = "training, order 5, peak of memory beside the corpus", "≤ 120 bytes a token"
+    return Figure(what, peak, f"{peak:.0f} bytes a token", target, peak <= 120)
 
 
 def _file(prior: NGramModel) -> list[Figure]:

@@ -1,5 +1,7 @@
 import os
 import time
+import tracemalloc
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -7,8 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import ngram.layout
+import ngram.smoothing
 from ngram import NGramError, NGramModel
 from ngram.layout import join
+from ngram.smoothing import Smoothing
 from ngram.tables import TENSORS, add_log_prior, mixture_of_orders
 
 IDS = np.random.default_rng(0).integers(0, 40, 3000)
@@ -292,3 +297,23 @@ def best_of_five(work):
         work()
         seconds.append(time.perf_counter() - began)
     return min(seconds)
+
+
+@pytest.mark.parametrize("smoothing", get_args(Smoothing))
+def test_training_takes_at_most_120_bytes_a_token_beside_the_corpus(smoothing):
+    ids = np.random.default_rng(0).zipf(1.2, 200_000) % 2000
+    tracemalloc.start()
+    NGramModel.train(ids, 2001, order=5, smoothing=smoothing, eos_id=2000, pad_vocab=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak / len(ids) < 120
+
+
+@pytest.mark.parametrize("smoothing", get_args(Smoothing))
+def test_how_much_is_smoothed_at_a_time_changes_nothing(smoothing, monkeypatch):
+    documents = [IDS[:1000], IDS[1000:1002], IDS[1002:]]
+    whole = NGramModel.train(documents, 50, order=4, smoothing=smoothing)
+    for module in (ngram.smoothing, ngram.layout):
+        monkeypatch.setattr(module, "_AT_A_TIME", 7)
+    pieces = NGramModel.train(documents, 50, order=4, smoothing=smoothing)
+    assert all(torch.equal(getattr(pieces.tables, name), getattr(whole.tables, name)) for name in TENSORS)
