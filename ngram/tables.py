@@ -427,8 +427,8 @@ def _terms_on_host(
     mixtures = None if mixture is None else mixture.view(-1, order, order).tolist()
     first, others = shares_of(found, strength[:, 0].tolist(), mixtures, order)
     positions, amounts, shifts = walk.sparse(found, others, shape[1], shift)
-    column = torch.tensor((first, shifts), dtype=strength.dtype)[..., None]
-    return _AddedTerms(column[0], column[1], torch.from_numpy(positions), torch.from_numpy(amounts))
+    columns = torch.tensor(first).unsqueeze_(1), torch.tensor(shifts).unsqueeze_(1)
+    return _AddedTerms(*columns, torch.from_numpy(positions), torch.from_numpy(amounts))
 
 
 def is_walked(history: Tensor) -> bool:

@@ -63,11 +63,26 @@ class Walk:
             history: each row's last 1 … n−1 tokens; −1 where there is none.
             priors: whose contexts, one for each row.
         """
+        nodes, runs, words, bits = self.nodes, self.runs, self.words, self.run_bits
         found: list[Context] = []
         for tokens, prior in zip(history, priors, strict=False):
+            book, first = self.book_starts[prior], 1 + prior * self.stride
             for length in range(1, len(self.first_nodes) + 1):
-                node = self._node(tokens[-length:], length, prior)
-                found.append((*self._span(node), self.nodes[2 * node + 1] + self.book_starts[prior]))
+                context = tokens[-length:]
+                known = len(context) == length and 0 <= context[0] < self.vocab_size
+                node = first + context[0] if known else 0  # 0 is the empty node
+                begin, end = self._span(node)
+                for k in range(1, length if known else 0):
+                    wanted = context[k] - self.word_bias
+                    at = bisect_left(words, wanted, begin, end)
+                    if at == end or words[at] != wanted:
+                        node, (begin, end) = 0, self._span(0)
+                        break
+                    node = self.first_nodes[k] + at - self.first_ngrams[k - 1]
+                    after = node + 1
+                    begin = runs[node >> bits] + nodes[2 * node]
+                    end = runs[after >> bits] + nodes[2 * after]
+                found.append((begin, end, nodes[2 * node + 1] + book))
         return found
 
     def sparse(self, found: Sequence[Context], shares: Sequence[float], width: int, shift: bool) -> Sparse:
@@ -100,19 +115,6 @@ class Walk:
         added = np.concatenate(amounts)
         added *= np.repeat(np.array(weights, np.float32), counts)
         return Sparse(positions, added, shifts)
-
-    def _node(self, context: Sequence[int], length: int, prior: int) -> int:
-        """The number of a context, or 0, the empty node, if the prior lacks it."""
-        if len(context) < length or not 0 <= context[0] < self.vocab_size:
-            return 0
-        node = 1 + prior * self.stride + context[0]
-        for k, token in enumerate(context[1:], start=1):
-            begin, end = self._span(node)
-            at = bisect_left(self.words, token - self.word_bias, begin, end)
-            if at == end or self.words[at] != token - self.word_bias:
-                return 0
-            node = self.first_nodes[k] + at - self.first_ngrams[k - 1]
-        return node
 
     def _span(self, node: int) -> tuple[int, int]:
         nodes, runs, after = self.nodes, self.runs, node + 1

@@ -19,7 +19,7 @@ from decoding.style.settings import Settings
 from decoding.style.steering import Guards, Stops, guards_of, mixture_of, steer, stops_of
 from ngram import NGramModel
 from ngram.layout import unigram_tables
-from ngram.tables import Tables
+from ngram.tables import Tables, counts_on_host
 
 FIRST_SHARE = 0.6
 """Of the first order, in mode "ratio"."""
@@ -136,9 +136,9 @@ class BoundStyle(LogitsProcessor):
         window = input_ids[:, -longest:]
         if self.pad_token_id is None:
             return window
-        is_pad = window == self.pad_token_id
-        if input_ids.device.type == "cpu" and not is_pad.any():
+        if counts_on_host(input_ids.device) and not any(self.pad_token_id in row for row in window.tolist()):
             return window
+        is_pad = window == self.pad_token_id
         leading = is_pad.cumprod(1).bool() & (input_ids[:, :-longest] == self.pad_token_id).all(1, keepdim=True)
         return window.masked_fill(leading, -1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -105,8 +106,8 @@ class Stops:
 
     def before(self, scores: Tensor) -> BeforeStops:
         """What `undone` needs to know of scores before they are steered."""
-        tops = [scores[:, begin:end].amax(-1, keepdim=True) for begin, end in self.between]
-        top = tops[0] if len(tops) == 1 else torch.cat(tops, 1).amax(-1, keepdim=True)
+        tops = (scores[:, begin:end].amax(-1, keepdim=True) for begin, end in self.between)
+        top = reduce(torch.maximum, tops)
         return BeforeStops(scores.index_select(1, self.ids), top)
 
     def undone(self, before: BeforeStops, after: Tensor, prior: int | Tensor) -> Tensor:
@@ -118,8 +119,8 @@ class Stops:
             prior: each row's.
         """
         steered = after.index_select(1, self.ids) if self.leave is not None else None
-        moved = after.index_fill_(1, self.ids, -torch.inf).amax(-1, keepdim=True) - before.top
-        kept = before.scores + moved.masked_fill_(before.top.isneginf(), 0)  # nothing else can be chosen
+        moved = after.index_fill_(1, self.ids, -torch.inf).amax(-1, keepdim=True).sub_(before.top)
+        kept = before.scores + moved.nan_to_num_(0)  # −inf less −inf: nothing else can be chosen
         if steered is not None and self.leave is not None:
             kept = torch.where(_rows(self.leave, prior), kept, steered)
         return after.index_copy_(1, self.ids, kept.to(after.dtype))
