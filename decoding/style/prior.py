@@ -155,14 +155,8 @@ class StylePrior(LogitsProcessor):
         self._saved = _saved(style, self.source)
         held = None if self._saved is None else self._saved.settings
         self.settings = Settings(**((held.as_dict() if held else {}) | asked))
-        strength = next((value for value in (λ, lambda_) if value is not None), None)
-        if strength is None and held is not None and held.mode == self.settings.mode:
-            strength = self._saved.lambda_  # type: ignore[union-attr]  # where there are settings
-        strength = DEFAULT_LAMBDAS[self.settings.mode] if strength is None else strength
-        self._strength: float | Literal["auto"] = (
-            AUTO if strength == AUTO else checked_lambda(strength, allow_any_lambda)
-        )
         self._allow_any_lambda = allow_any_lambda
+        self._strength = self._strength_of(λ if lambda_ is None else lambda_)
         self._log_ratio = taken("log_ratio", log_ratio, lambda row: torch.as_tensor(row).float())
         if self._log_ratio is None and self._saved is not None:
             self._log_ratio = self._saved.log_ratio
@@ -171,18 +165,29 @@ class StylePrior(LogitsProcessor):
         self.order = order
         self.smoothing = smoothing
         self._pad_token_id = pad_token_id
+        self._require_text_if_needed()
+        self._bound: BoundStyle | None = None
+        self._last: tuple[Any, BoundStyle] | None = None
+        if tokenizer is not None:
+            self.bind(tokenizer, model)
+        elif self._saved is not None:
+            self._bound = self._of(self._saved.model, [self._saved.model.eos_id], pad_token_id)
+
+    def _strength_of(self, given: float | Literal["auto"] | None) -> float | Literal["auto"]:
+        """λ as given, as saved (for the same mode), or by default."""
+        saved = self._saved
+        if given is None and saved is not None and saved.settings is not None and saved.settings.mode == self.mode:
+            given = saved.lambda_
+        given = DEFAULT_LAMBDAS[self.mode] if given is None else given
+        return AUTO if given == AUTO else checked_lambda(given, self._allow_any_lambda)
+
+    def _require_text_if_needed(self) -> None:
         if self._needs_text and (self.source is None or not self.source.is_text):
             wanted = 'λ="auto"' if self._strength == AUTO else 'mode="ratio"'
             raise DecodingError(
                 f"{wanted} needs the style's text, not a trained n-gram model: give the text, a folder that "
                 "StylePrior.save_pretrained wrote in that mode, or a number for λ and the row log_ratio"
             )
-        self._bound: BoundStyle | None = None
-        self._last: tuple[Any, BoundStyle] | None = None
-        if tokenizer is not None:
-            self.bind(tokenizer, model)
-        elif self._saved is not None and not self._needs_text:
-            self._bound = self._of(self._saved.model, [self._saved.model.eos_id], pad_token_id)
 
     @property
     def style(self) -> str | NGramModel:
@@ -207,8 +212,9 @@ class StylePrior(LogitsProcessor):
     @lambda_.setter
     def lambda_(self, value: float) -> None:
         """Another λ, from the next step on."""
-        self._strength, self._last = checked_lambda(value, self._allow_any_lambda), None
-        self._bound = None if self._bound is None else self._bound.at(self._strength)
+        strength = checked_lambda(value, self._allow_any_lambda)
+        self._strength, self._last = strength, None
+        self._bound = None if self._bound is None else self._bound.at(strength)
 
     @property
     def log_ratio(self) -> Tensor | None:

@@ -262,3 +262,52 @@ def test_a_console_that_is_no_utf_8_gets_what_it_can_show(encoding, style_file, 
 def test_seeds_and_prompts_that_cannot_be(run, arguments, says, model_folder, style_file):
     result = run(*arguments, "--model", model_folder, "--style", style_file)
     assert result.exit_code == 2 and says in result.output
+
+
+@pytest.fixture
+def chat_folder(model, tmp_path):
+    """A model to talk to: its template says "night" before what the user says, and "captain said" after it."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] == 'boom' %}{{ raise_exception('no boom') }}{% endif %}"
+        "night {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}captain said{% endif %}"
+    )
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+def test_generate_answers_where_the_model_has_a_template(run, chat_folder, model_folder, style_file):
+    arguments = ["--style", style_file, "--temperature", 0, "--max-new-tokens", 5]
+    answer = run("generate", "rain", "--model", chat_folder, *arguments).output
+    spelt = run("generate", "night rain captain said", "--no-chat", "--model", chat_folder, *arguments).output
+    assert spelt == "night rain captain said" + answer.rstrip("\n").join(("", "\n"))
+    plain = run("generate", "rain", "--no-chat", "--model", chat_folder, *arguments).output
+    assert plain.startswith("rain") and plain == run("generate", "rain", "--model", model_folder, *arguments).output
+    refused = run("generate", "rain", "--chat", "--model", model_folder, *arguments)
+    assert refused.exit_code == 2 and "no chat template" in refused.output
+    refused = run("generate", "boom", "--model", chat_folder, *arguments)
+    assert refused.exit_code == 2 and "cannot be filled in: no boom" in refused.output
+
+
+def test_chat_in_python(chat_folder, model):
+    from decoding.models import load_tokenizer
+
+    options = {"tokenizer": load_tokenizer(str(chat_folder)), "max_new_tokens": 5, "do_sample": False}
+    batch = generate(model, ["rain", "the sea was black"], chat=True, **options)
+    assert batch[0] == generate(model, "night rain captain said", **options)
+    assert batch[1] == generate(model, "night the sea was black captain said", **options)
+
+
+def test_generate_honours_a_saved_style(run, model_folder, style_file, tmp_path):
+    folder = tmp_path / "mine"
+    trained = run("style", "train", style_file, "--model", model_folder, "--lambda", 1, "--steer-stop", "--out", folder)
+    assert trained.exit_code == 0, trained.output
+    about = json.loads(run("style", "info", folder).output)
+    assert about["lambda"] == 1 and about["steer_stop"] is True and about["mode"] == "paper"
+    arguments = ["generate", "the captain said", "--model", model_folder, "--seed", 3, "--max-new-tokens", 16]
+    saved = run(*arguments, "--style", folder).output
+    assert saved == run(*arguments, "--style", style_file, "--lambda", 1, "--steer-stop").output
+    assert saved != run(*arguments, "--style", style_file, "--lambda", 0).output
+    assert run(*arguments, "--style", folder, "--lambda", 0).output == run(*arguments, "--style", style_file,
+                                                                          "--lambda", 0).output  # fmt: skip

@@ -63,3 +63,57 @@ def test_beam_search(real_model, style):
     processor = StylePrior(λ=0.3, style=style, tokenizer=real_model[1])
     texts = sample(real_model, processor, do_sample=False, top_k=None, num_beams=3)
     assert all(text.strip() for text in texts)
+
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "What is 7 times 8?",
+    "Who wrote Hamlet?",
+    "What do bees make?",
+    "How many days are in a week?",
+    "Is the earth flat?",
+    "What is the largest ocean?",
+    "How do you say hello in Spanish?",
+    "Who was Albert Einstein?",
+    "What is the boiling point of water?",
+    "What is the opposite of hot?",
+    "How far is the moon?",
+    "What language is spoken in Brazil?",
+    "What is a good name for a dog?",
+    "What is the speed of light?",
+    "Can penguins fly?",
+    "What is the square root of 81?",
+    "Who painted the Mona Lisa?",
+    "What is the chemical sign of gold?",
+    "Which animal barks?",
+    "What comes after Monday?",
+    "Who was the first man on the moon?",
+    "What is the tallest mountain?",
+    "How many legs has a spider?",
+    "What is frozen water called?",
+    "In which country is Rome?",
+    "What do cows drink?",
+    "Which planet is red?",
+    "What is two plus two?",
+]
+LONGEST = 64
+
+
+@pytest.mark.parametrize("mode", ["paper", "ratio"])
+def test_answers_in_a_books_style_end_as_they_do_without(real_model, style, tmp_path, mode):
+    """The whole book as one text, of whose million tokens one is an end: steered, it would hardly ever be said."""
+    model, tokenizer = real_model
+    (tmp_path / "book.txt").write_text("\n\n".join(load_corpus(style).documents), encoding="utf-8")
+    options = {"tokenizer": tokenizer, "chat": True, "do_sample": False, "max_new_tokens": LONGEST}
+
+    def lengths(*processors):
+        texts = generate(model, QUESTIONS, logits_processor=processors, **options)
+        return np.array([min(len(tokenizer(text)["input_ids"]), LONGEST) for text in texts])
+
+    without, prior = lengths(), StylePrior(tmp_path / "book.txt", λ=0.3, mode=mode)
+    left_alone = lengths(prior)
+    assert abs(left_alone.mean() / without.mean() - 1) < 0.2
+    if mode == "paper":
+        steered = lengths(StylePrior(tmp_path / "book.txt", λ=0.3, mode=mode, steer_stop=True))
+        assert (steered == LONGEST).mean() > (without == LONGEST).mean() + 0.2

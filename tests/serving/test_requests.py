@@ -161,3 +161,39 @@ def test_a_budget_where_no_chunks_are_selected_is_refused(monkeypatch):
         check_request(SimpleNamespace(extra_args={"kv_budget": 2048}, temperature=1))
     monkeypatch.setenv("DECODING_CHUNKS", "{}")
     check_request(SimpleNamespace(extra_args={"kv_budget": 2048}, temperature=1))
+
+
+def test_texts_and_saved_styles_are_styles(saved, tokenizer, style_file, tmp_path):
+    declared = {"text": str(style_file), "saved": str(saved["folder"]), "file": str(saved["file"])}
+    styles = load_styles(declared, tokenizer, 60, "cpu")
+    scores, history = torch.randn(3, 60), torch.tensor([[3, 4], [5, 6], [3, 4]])
+    rows = [[(0, 0.5)], [(1, 0.5)], [(2, 0.5)]]
+    got = styles.add(scores.clone(), history, layers_of(rows, torch.device("cpu")))
+    for row, spec in enumerate(declared.values()):
+        own = StylePrior(spec, λ=0.5, tokenizer=tokenizer)
+        assert_same_distribution(got[row : row + 1], own(history[row : row + 1], scores[row : row + 1]))
+
+
+@pytest.mark.parametrize("steer_stop", [False, True])
+def test_ends_of_texts_are_left_alone(tokenizer, style_file, tmp_path, steer_stop):
+    prior = StylePrior(style_file, λ=0.5, steer_stop=steer_stop, tokenizer=tokenizer)
+    prior.save_pretrained(tmp_path / "one")
+    styles = load_styles({"one": str(tmp_path / "one")}, tokenizer, 60, "cpu", stop_ids=[7])
+    scores, history = torch.randn(2, 60), torch.tensor([[3, 4], [5, 6]])
+    got = styles.add(scores.clone(), history, layers_of([[(0, 1.0)], []], torch.device("cpu")))
+    assert torch.equal(got[1], scores[1])
+    stops = [tokenizer.eos_token_id, 7]
+    others = [i for i in range(60) if i not in stops]
+    before, after = (each[0, stops] - each[0, others].max() for each in (scores, got))
+    assert torch.allclose(before, after, atol=1e-4) is not steer_stop
+
+
+def test_a_prior_with_an_id_more_than_the_model_scores(tokenizer, style_file, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    StylePrior(style_file, λ=0.5, tokenizer=tokenizer).save_pretrained(tmp_path / "one")
+    width = len(tokenizer) - 1
+    styles = load_styles({"one": str(tmp_path / "one")}, tokenizer, width, "cpu")
+    scores, history = torch.randn(2, width), torch.tensor([[3, 4], [5, 6]])
+    got = styles.add(scores.clone(), history, layers_of([[(0, 0.5)]] * 2, torch.device("cpu")))
+    assert_same_distribution(got, StylePrior(tmp_path / "one", tokenizer=tokenizer)(history, scores))

@@ -24,15 +24,6 @@ def long_style(tmp_path):
     return path
 
 
-@pytest.fixture(scope="module")
-def short_openings():
-    """Two beginnings, and few tokens: a tiny model needs no more."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("decoding.style.background.openings", lambda: ("the captain", "rain"))
-        patch.setattr("decoding.style.background._TOKENS_PER_OPENING", 16)
-        yield
-
-
 def test_the_ratio_is_its_formula():
     p, q = torch.tensor([0.5, 0.5, 0.0, 0.0]), torch.tensor([0.25, 0.0, 0.75, 0.0])
     wanted = np.log((p.numpy() + RARE) / (q.numpy() + RARE)).clip(-MOST_LOG_RATIO, MOST_LOG_RATIO)

@@ -4,12 +4,13 @@ import codecs
 import csv
 import gzip
 import json
+import warnings
 
 import pytest
 
 from decoding import DecodingError, StylePrior
 from decoding.hub import may_be_hub_id
-from decoding.style.source import load_corpus
+from decoding.style.source import StyleSource, load_corpus
 from decoding.style.text import prose, unwrap
 from decoding.style.training import name_and_file
 
@@ -175,3 +176,84 @@ def test_scripts_without_spaces_are_joined_without_them():
 def test_gutenbergs_frames(frame):
     assert prose(f"header\n\n{frame}").strip() == "BODY"
     assert prose("no frame") == "no frame"
+
+
+VERSE = "\n".join(f"Line {i:02} of a poem that is as long as the lines of a printed page" for i in range(30))
+CODE = "\n".join(f"    value_{i:02} = compute(first_argument, second_argument, third={i:02})" for i in range(40))
+
+
+@pytest.mark.parametrize("text", [VERSE, CODE])
+def test_verse_and_source_code_keep_their_lines_and_it_is_said(tmp_path, text):
+    (tmp_path / "t.txt").write_text(text)
+    with pytest.warns(UserWarning, match=r"may have hard-wrapped lines, which were kept: unwrap=True \(--unwrap\)"):
+        assert load_corpus(str(tmp_path / "t.txt")).documents == (text,)
+    for unwrap_it, wanted in ((False, text), (True, unwrap(text))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert load_corpus(str(tmp_path / "t.txt"), unwrap=unwrap_it).documents == (wanted,)
+    assert "\n" not in unwrap(VERSE)
+
+
+def test_lines_that_are_joined_unasked_are_said(tmp_path):
+    (tmp_path / "t.txt").write_text("*** START OF THE PROJECT GUTENBERG EBOOK X ***\n" + VERSE)
+    with pytest.warns(UserWarning, match=r"joined the hard-wrapped lines of .*t\.txt: unwrap=False \(--no-unwrap\)"):
+        assert load_corpus(str(tmp_path / "t.txt")).documents[0] == VERSE.replace("\n", " ")
+    assert load_corpus(str(tmp_path / "t.txt"), unwrap=False).documents[0].strip() == VERSE
+
+
+def test_fields_are_joined_only_if_asked(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps({"body": VERSE}))
+    assert load_corpus(f"{tmp_path / 'd.jsonl'}#body").documents == (VERSE,)
+    assert load_corpus(f"{tmp_path / 'd.jsonl'}#body", unwrap=True).documents == (VERSE.replace("\n", " "),)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("page.html", "text"),
+        ("page.HTM.gz", "text"),
+        ("book.epub", "text"),
+        ("notes.ipynb", "{}"),
+        ("page.txt", "<!DOCTYPE html><p>text"),
+        ("page", "\n <html><p>text"),
+        ("feed.txt", '<?xml version="1.0"?>'),
+        ("letter.txt", "{\\rtf1 text}"),
+        ("paper.txt", "%PDF-1.4 text"),
+    ],
+)
+def test_formats_that_are_no_text_are_refused(tmp_path, name, content):
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(DecodingError, match=r"convert it to (\.txt|text)"):
+        load_corpus(str(tmp_path / name))
+
+
+def test_a_missing_file_is_no_hub_id():
+    with pytest.raises(DecodingError, match="no style 'corp/news.jsonl'"):
+        StyleSource.parse("corp/news.jsonl#text")
+    assert StyleSource.parse("owner/name").kind == "hub"
+    assert StyleSource.parse("mine=owner/na.me") == StyleSource("mine", "hub", "owner/na.me", is_named=True)
+
+
+def test_kinds_and_names(tmp_path, tokenizer, style_file):
+    StylePrior(style_file, tokenizer=tokenizer).save_pretrained(tmp_path / "folder")
+    StylePrior(f"storm={style_file}", tokenizer=tokenizer).model.save(tmp_path / "p.safetensors")
+    sources = {
+        "text": style_file,
+        "style": tmp_path / "folder",
+        "prior": tmp_path / "p.safetensors",
+        "registered": "presidents",
+    }
+    for kind, spec in sources.items():
+        source = StyleSource.parse(spec)
+        assert source.kind == kind and source.is_text == (kind in ("text", "registered"))
+        if kind != "text":
+            with pytest.raises(DecodingError, match="has no field 'x'"):
+                StyleSource.parse(f"{spec}#x")
+    saved = StyleSource.parse(tmp_path / "p.safetensors")
+    assert saved.name_of(saved.saved().model) == "storm"
+    assert name_and_file(f"mine={tmp_path / 'p.safetensors'}", tokenizer)[0] == "mine"
+    with pytest.raises(DecodingError, match="is a saved style: what is wanted here is its text"):
+        load_corpus(str(tmp_path / "folder"))
+    with pytest.raises(DecodingError, match="is a text, not a saved prior"):
+        StyleSource.parse(style_file).saved()

@@ -20,7 +20,7 @@ def test_the_bench_measures_every_line_and_says_what_it_could_not(model_folder, 
     expected = {"not measured: give --lmplz PATH", "not measured: no GPU here", "not measured: pip install kenlm"}
     if importlib.util.find_spec("kenlm"):
         expected.remove("not measured: pip install kenlm")
-        assert len(figures) == 18
+        assert len(figures) == 21
     assert set(missing) <= expected
     assert all(figure.value > 0 for figure in figures if figure.value is not None)
     assert content["versions"]["torch"]

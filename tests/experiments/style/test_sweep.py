@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from decoding import DecodingError
+from decoding import DecodingError, StylePrior
 from experiments.lab.pictures import plt, png
 from experiments.lab.prompts import read_prompts
 from experiments.lab.runs import RunFolder
 from experiments.lab.tables import markdown
 from experiments.style import paper as style_paper
 from experiments.style.cells import SweepCell, SweepOptions, load_styles
+from experiments.style.engines import prior_of
 from experiments.style.report import _draw, table, write_report
 from experiments.style.sweep import Sweep, points_of, report
 
@@ -193,6 +194,28 @@ def test_a_saved_prior_is_a_style_without_corpus_measures(make_sweep, model, tok
     assert rows[0]["overlap_corpus"] is None and rows[0]["copied_run"] is None
     assert rows[0]["base_ppl_low"] is None  # one prompt has no interval
     assert "overlap, corpus" not in markdown(table(rows))
+
+
+def test_a_saved_style_is_swept_as_it_was_saved(make_sweep, model, tokenizer, style_file, tmp_path):
+    row = torch.linspace(-1, 1, len(tokenizer))
+    saved = StylePrior(style_file, λ=0.5, mode="ratio", log_ratio=row, max_js=0.1, tokenizer=tokenizer)
+    saved.save_pretrained(tmp_path / "mine")
+    styles = load_styles([str(tmp_path / "mine"), f"text={style_file}"], tokenizer)
+    options = SweepOptions(prompts=PROMPTS[:2], lambdas=(0.0, 0.5), max_new_tokens=6)
+    sweep = Sweep(model, tokenizer, "tiny", styles, options, tmp_path / "run", False)
+    sweep.run(sweep.steering_cells())
+    as_saved, as_text = (sweep.records[SweepCell(name, 0.5, 1.0, 0)]["texts"] for name in ("style", "text"))
+    assert as_saved != as_text
+    assert max(text["js"] for text in as_saved) <= 0.1 * 1.001
+    ids = torch.tensor([[3, 4]])
+    scores = torch.randn(1, len(tokenizer))
+    assert torch.equal(prior_of(styles[0], options, λ=0.5)(ids, scores), saved(ids, scores))
+    settings = sweep.folder.settings["styles"]["style"]["settings"]
+    assert settings["mode"] == "ratio" and settings["max_js"] == 0.1
+    report(sweep, points_of(sweep))
+    assert "mode paper, style as saved: mode ratio" in (tmp_path / "run" / "report.html").read_text()
+    (asked,) = load_styles([str(tmp_path / "mine")], tokenizer, asked={"mode": "paper"})
+    assert prior_of(asked, options).mode == "paper" and asked.settings.max_js == 0.1
 
 
 def test_styles_of_one_name_are_refused(tokenizer, style_file):
