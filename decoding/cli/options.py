@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +17,7 @@ from decoding.models import DEFAULT_MODEL
 from decoding.style.prior import StylePrior
 from decoding.style.registered import registered_styles
 from decoding.style.settings import Mode
+from decoding.style.source import StyleSource
 
 
 class Numbers(click.ParamType):
@@ -131,7 +132,7 @@ mode = click.option(
 unwrap = click.option(
     "--unwrap/--no-unwrap",
     default=None,
-    help="Join the hard-wrapped lines of texts. By default where they are sure to be: in Project Gutenberg's frames.",
+    help="Join the lines of texts that are hard-wrapped. By default in Project Gutenberg's frames alone.",
 )
 _STEERING = (
     mode,
@@ -157,15 +158,20 @@ def steering(command: Callable[..., Any]) -> Callable[..., Any]:
 def style_prior(style: str, lambda_: float | str | None, options: dict[str, Any]) -> StylePrior:
     """The prior that a command's options ask for."""
     spec = style if options["field"] is None else f"{style}#{options['field']}"
+    (source,) = sources([spec], {"unwrap": options["unwrap"]})
     return StylePrior(
-        spec,
+        source,
         lambda_=lambda_,  # type: ignore[arg-type]  # "auto", if it is a text
         order=options["order"],
         smoothing=options["smoothing"],
-        unwrap=options.get("unwrap"),
         allow_any_lambda=options.get("allow_any_lambda", False),
         **{name: options[name] for name in STEERING},
     )
+
+
+def sources(specs: Sequence[str], options: dict[str, Any]) -> list[StyleSource]:
+    """What a command's styles are, given its options ``field`` and ``unwrap``, if it has them."""
+    return [StyleSource.parse(spec, options.get("field"), unwrap=options.get("unwrap")) for spec in specs]
 
 
 def out_folder(given: Path | None, where: str) -> Path:

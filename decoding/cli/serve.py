@@ -28,7 +28,7 @@ def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **
     {"temperature": "auto"}, and reads another number of tokens with {"kv_budget": 4096}, or all with "full".
     """
     from decoding.models import load_tokenizer, resolve_model
-    from decoding.style.source import StyleSource, require_distinct
+    from decoding.style.source import require_distinct
     from decoding.style.training import name_and_file
     from decoding.vllm import engine_args
     from decoding.vllm.server import serve as run_server
@@ -36,8 +36,7 @@ def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **
     path = resolve_model(model)
     tokenizer = load_tokenizer(model)
     trained = {"order": options["order"], "smoothing": options["smoothing"]}
-    sources = [StyleSource.parse(spec, unwrap=options["unwrap"]) for spec in styles]
-    named = [name_and_file(source, tokenizer, **trained) for source in sources]
+    named = [name_and_file(source, tokenizer, **trained) for source in shared.sources(styles, options)]
     require_distinct([name for name, _ in named])
     selector = options["temperature_selector"]
     engine = engine_args(

@@ -114,7 +114,7 @@ class StylePrior(LogitsProcessor):
 
     def __init__(
         self,
-        style: str | PathLike | NGramModel = DEFAULT_STYLE,
+        style: str | PathLike | StyleSource | NGramModel = DEFAULT_STYLE,
         *,
         λ: float | Literal["auto"] | None = None,
         lambda_: float | Literal["auto"] | None = None,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding.errors import DecodingError
-from decoding.style.text import is_hard_wrapped, one_line_end, prose, read_text, unwrap
+from decoding.style.text import is_hard_wrapped, one_line_end, prose, read_text
 from decoding.tokens import require_text
 
 _NAMED = 3  # of the files left out of a folder
@@ -23,8 +23,8 @@ def read_documents(path: Path, field: str | None, join_lines: bool | None = None
     Args:
         path: which.
         field: the field that holds the text, in formats that have fields.
-        join_lines: whether to join hard-wrapped lines; None as for `prose`, which is then reported. Never by itself in
-            fields.
+        join_lines: whether to join hard-wrapped lines; None as for `prose`, in files of text alone. What is not as one
+            would expect is reported.
 
     Raises:
         DecodingError: nothing that can be read, an unknown format, or no such field.
@@ -38,7 +38,7 @@ def read_documents(path: Path, field: str | None, join_lines: bool | None = None
         if field is None:
             raise DecodingError(f"{path} has fields: say with --field (or {path}#FIELD) which of them is the text")
         texts = _texts(path, field, _WITH_FIELDS[suffix](path))
-        return [unwrap(text) if join_lines else text for text in texts]
+        return [prose(text, True) if join_lines else text for text in texts]
     if field is not None:
         raise DecodingError(
             f"{path} is read as plain text and has no field {field!r}: known formats with fields are "
@@ -65,11 +65,13 @@ _OTHER_FORMATS = frozenset(
 
 def _read_prose(path: Path, join_lines: bool | None) -> str:
     text = read_text(path)
-    found = prose(text, join_lines)
-    if join_lines is None and found != (kept := prose(text, False)):
+    found, kept = prose(text, join_lines), prose(text, False)
+    if join_lines is None and found != kept:
         _report(f"joined the hard-wrapped lines of {path}: unwrap=False (--no-unwrap) keeps them")
     elif join_lines is None and is_hard_wrapped(kept):
         _report(f"{path} may have hard-wrapped lines, which were kept: unwrap=True (--unwrap) joins them")
+    elif join_lines and found == kept:
+        _report(f"{path} has no hard-wrapped lines: it was left as it is")
     return found
 
 

@@ -16,7 +16,7 @@ from decoding import hooks
 from decoding.cache import cache_dir, kept_file
 from decoding.errors import DecodingError
 from decoding.packages import require_package
-from decoding.style.text import is_hard_wrapped, prose, read_text
+from decoding.style.text import prose, read_text
 from ngram.storage import write_atomically
 
 DEFAULT_STYLE = "king-james"
@@ -61,8 +61,7 @@ def registered_documents(name: str) -> list[str] | None:
     if name in _PACKAGED:
         return _PACKAGED[name]()
     if name in REMOTE_STYLES:
-        text = _fetch(name, REMOTE_STYLES[name])
-        return [prose(text, is_hard_wrapped(prose(text, False)))]
+        return [prose(_fetch(name, REMOTE_STYLES[name]), join_lines=True)]
     return _added(name) if name in hooks.STYLES.names else None
 
 

@@ -62,18 +62,23 @@ class StyleSource:
     is_named: bool = False
 
     @classmethod
-    def parse(cls, spec: str | PathLike, field: str | None = None, *, unwrap: bool | None = None) -> StyleSource:
+    def parse(
+        cls, spec: str | PathLike | StyleSource, field: str | None = None, *, unwrap: bool | None = None
+    ) -> StyleSource:
         """Tells what a user means.
 
         Args:
             spec: a registered name, a text file, a folder of texts, a file with fields, a saved prior, a folder of
                 `StylePrior.save_pretrained`, or a hub id. ``NAME=SPEC`` names it; ``FILE.jsonl#FIELD`` has the field.
+                What was told already stays as it is.
             field: of texts in files, where ``spec`` gives none.
             unwrap: as the attribute.
 
         Raises:
             DecodingError: none of these, or a field of what has none.
         """
+        if isinstance(spec, StyleSource):
+            return spec
         name, where = _split_name(str(spec))
         own = None
         if not exists(where) and "#" in where:
@@ -137,7 +142,7 @@ _WHAT: dict[Kind, str] = {
 }
 
 
-def load_corpus(spec: str | PathLike, field: str | None = None, *, unwrap: bool | None = None) -> Corpus:
+def load_corpus(spec: str | PathLike | StyleSource, field: str | None = None, *, unwrap: bool | None = None) -> Corpus:
     """Reads a text, as `StyleSource.parse` and `StyleSource.corpus` have it."""
     return StyleSource.parse(spec, field, unwrap=unwrap).corpus()
 

@@ -64,14 +64,15 @@ def prose(text: str, join_lines: bool | None = None) -> str:
 
     Args:
         text: the text.
-        join_lines: None joins lines where they are sure to be broken by width, whatever that breaks: in a Gutenberg
-            frame, and within words, in scripts without spaces. Elsewhere they may be verse, or source code.
+        join_lines: whether to, if the text is hard-wrapped. None does where lines are sure to be broken by width,
+            whatever that breaks: in a Gutenberg frame, and within words, in scripts without spaces. Elsewhere lines
+            may be verse, or source code.
     """
     frame = _FRAME.search(text)
     body = frame[1] if frame else text
-    if join_lines is None:
-        join_lines = is_hard_wrapped(body) and (frame is not None or _breaks_words(body))
-    return unwrap(body) if join_lines else body
+    if join_lines is False or not is_hard_wrapped(body):
+        return body
+    return unwrap(body) if join_lines or frame or _breaks_words(body) else body
 
 
 def is_hard_wrapped(text: str) -> bool:

@@ -89,7 +89,7 @@ def name_and_file(
     Raises:
         DecodingError: an unknown style, or a prior of another tokenizer.
     """
-    source = spec if isinstance(spec, StyleSource) else StyleSource.parse(spec)
+    source = StyleSource.parse(spec)
     if source.is_text:
         return source.name, str(trained_file(source.corpus(), tokenizer, order, smoothing))
     if source.kind == "hub":
@@ -152,7 +152,7 @@ def resolve_style(
         if tokenizer is not None:
             check_tokenizer(style, tokenizer)
         return style
-    source = style if isinstance(style, StyleSource) else StyleSource.parse(style)
+    source = StyleSource.parse(style)
     if not source.is_text:
         return source.saved(tokenizer).model
     if tokenizer is None:

@@ -28,6 +28,7 @@ def chunk() -> None:
 @click.argument("data", nargs=-1, required=True)
 @click.option("--held-out", "judge", multiple=True, required=True, help="A text to judge by, as DATA. May repeat.")
 @shared.field
+@shared.unwrap
 @shared.model
 @shared.dtype
 @_number("--tokens", default=TrainingOptions.tokens, help="To read of DATA, in pieces of --context.")
@@ -57,6 +58,7 @@ def train(
     data: tuple[str, ...],
     judge: tuple[str, ...],
     field: str | None,
+    unwrap: bool | None,
     model: str,
     dtype: str,
     widths: tuple[int, ...],
@@ -74,7 +76,8 @@ def train(
 
     options = _options(chosen)
     require_folder(out, resume)
-    texts = load_texts(data, judge, field)
+    told = {"field": field, "unwrap": unwrap}
+    texts = load_texts(shared.sources(data, told), shared.sources(judge, told))
     tokenizer, loaded = load_tokenizer(model), load_model(model, dtype)
     work = partial(run, loaded, tokenizer, model, texts, options, out, resume, _command(), widths)
     click.echo(shared.until_interrupted(work, out, "what was read and learnt is kept"))
@@ -118,6 +121,7 @@ def _command() -> str:
 @shared.model
 @shared.dtype
 @shared.field
+@shared.unwrap
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 @shared.resume
 def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, out: Path, **chosen: Any) -> None:
@@ -143,8 +147,9 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
     tokenizer, model = load_tokenizer(chosen["model"]), load_model(chosen["model"], chosen["dtype"])
     adapters_fingerprint = None if opened is None else model_fingerprint(opened)
     about = {**settings_of(chosen["model"], model, tokenizer), "adapters": adapters_fingerprint}
+    sources = shared.sources(texts, chosen)
     evaluation = prepare(
-        texts, chosen["field"], chosen["pieces"], model, tokenizer, about, opened, options, out, chosen["resume"]
+        sources, None, chosen["pieces"], model, tokenizer, about, opened, options, out, chosen["resume"]
     )
     cells = shared.until_interrupted(evaluation.run, out)
     click.echo(report.write(cells, options, evaluation.folder.settings, out))

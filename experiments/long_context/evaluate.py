@@ -24,7 +24,7 @@ from chunkllm.models import cache_argument
 from chunkllm.training.calibration import divergence
 from decoding.errors import DecodingError
 from decoding.metrics import token_log_probs
-from decoding.style.source import load_corpus
+from decoding.style.source import StyleSource, load_corpus
 from decoding.tokens import tokenize
 from experiments.lab.cells import Cell
 from experiments.lab.runs import RunFolder, finish
@@ -357,7 +357,7 @@ def slices(documents: Sequence[np.ndarray], length: int, count: int) -> list[np.
 
 
 def prepare(
-    specs: Sequence[str],
+    specs: Sequence[str | StyleSource],
     field: str | None,
     count: int,
     model: Any,

@@ -13,7 +13,7 @@ from chunkllm.training.loop import STATE_FILE, Training, TrainingOptions
 from decoding.environment import environment
 from decoding.errors import DecodingError
 from decoding.files import require_writable
-from decoding.style.source import Corpus, load_corpus
+from decoding.style.source import Corpus, StyleSource, load_corpus
 from experiments.lab.runs import check_unused, progress_of_cells, settings_of
 from experiments.long_context import training_report
 
@@ -21,7 +21,7 @@ CHECKPOINT = "checkpoint"
 
 
 def load_texts(
-    data: Sequence[str], held_out: Sequence[str], field: str | None = None
+    data: Sequence[str | StyleSource], held_out: Sequence[str | StyleSource], field: str | None = None
 ) -> tuple[list[Corpus], list[Corpus]]:
     """Corpora to learn from and to judge by.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from decoding.models import load_model, load_tokenizer
 from decoding.style.prior import StylePrior
-from decoding.style.source import load_corpus
+from decoding.style.source import Corpus
 from decoding.style.training import prior_of_tokens
 from decoding.tokens import tokenize
 from experiments.lab.figures import Figure, interleaved, not_measured, ratio_of, report, seconds_of
@@ -36,18 +36,16 @@ GPU_BATCH, GPU_VOCAB = 64, 151_936
 RECOMMENDED = "ratio"
 
 
-def main(spec: str, model_name: str, field: str | None, out: Path | None, lmplz: Path | None) -> None:
+def main(corpus: Corpus, model_name: str, out: Path | None, lmplz: Path | None) -> None:
     """Measures, prints the table, and writes it as JSON if asked.
 
     Args:
-        spec: the style, as in `load_corpus`.
+        corpus: the style.
         model_name: whose tokenizer and decode step are measured.
-        field: of a .jsonl style.
         out: file for the figures.
         lmplz: KenLM's trainer.
     """
     tokenizer = load_tokenizer(model_name)
-    corpus = load_corpus(spec, field)
     documents = tokenize(corpus.documents, tokenizer)
     ids = np.concatenate(documents)
     priors = {k: prior_of_tokens(documents, corpus, tokenizer, k, "kneser-ney") for k in (3, 5)}
@@ -103,7 +101,9 @@ def _calls(prior: NGramModel, ids: np.ndarray, scores: Tensor, row: Tensor, wher
     figures = []
     for what, steer_stop in (("", False), (" that steers ends of texts too", True)):
         style = StylePrior(prior, λ=0.3, steer_stop=steer_stop)
-        base, call = interleaved([lambda i: scores + row, lambda i, style=style: style(texts[i], scores)], 300)
+        base, call = interleaved(
+            [lambda i: scores + row, partial(lambda style, i: style(texts[i], scores), style)], 300
+        )
         ratio, shown = ratio_of(call, base)
         figures.append(Figure(f"a call of StylePrior{what}, {where}", ratio, shown, "≤ 5×", ratio <= 5))
     return figures

@@ -69,13 +69,12 @@ class SweepCell(Cell):
 
 
 def load_styles(
-    specs: Sequence[str],
+    specs: Sequence[str | StyleSource],
     tokenizer: Any,
     field: str | None = None,
     order: int = 3,
     smoothing: str = "kneser-ney",
     *,
-    unwrap: bool | None = None,
     asked: Mapping[str, Any] | None = None,
 ) -> list[Style]:
     """Reads corpora and trains their priors, or opens saved ones.
@@ -83,7 +82,7 @@ def load_styles(
     Args:
         specs: as for `StyleSource.parse`.
         tokenizer: the generating model's.
-        field, unwrap: of texts.
+        field: of texts.
         order, smoothing: of the priors that are trained.
         asked: settings that replace those of a saved style.
 
@@ -92,7 +91,7 @@ def load_styles(
     """
     styles = []
     for spec in specs:
-        source = StyleSource.parse(spec, field, unwrap=unwrap)
+        source = StyleSource.parse(spec, field)
         if not source.is_text:
             saved = source.saved(tokenizer)
             settings = None if saved.settings is None else replace(saved.settings, **(asked or {}))

@@ -14,7 +14,7 @@ from decoding.cli.groups import Group
 from decoding.errors import DecodingError
 from decoding.files import require_writable
 from decoding.style.registered import DEFAULT_STYLE
-from decoding.style.source import StyleSource, load_corpus
+from decoding.style.source import StyleSource
 
 
 @click.group(cls=Group)
@@ -51,8 +51,8 @@ def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | Non
     require_writable(out)
     tokenizer = load_tokenizer(options["model"])
     if out.suffix == ".safetensors":
-        text = load_corpus(corpus, options["field"], unwrap=options["unwrap"])
-        prior = train_prior(text, tokenizer, options["order"], options["smoothing"])
+        (source,) = shared.sources([corpus], options)
+        prior = train_prior(source.corpus(), tokenizer, options["order"], options["smoothing"])
         prior.save(out)
         click.echo(f"{out}: {len(prior):,} n-grams, {out.stat().st_size / len(prior):.1f} bytes each")
         return
@@ -88,17 +88,16 @@ def info(prior: str) -> None:
 @shared.order
 @shared.smoothing
 @shared.unwrap
-def evaluate(
-    prior: str, text: str, model: str, field: str | None, order: int, smoothing: str, unwrap: bool | None
-) -> None:
+def evaluate(prior: str, text: str, model: str, order: int, smoothing: str, **options: Any) -> None:
     """Perplexity of TEXT under PRIOR (saved, or trained now from a style), as JSON."""
     from decoding.models import load_tokenizer
     from decoding.style.training import resolve_style
     from decoding.tokens import tokenize
 
     tokenizer = load_tokenizer(model)
-    documents = [ids for ids in tokenize(load_corpus(text, field, unwrap=unwrap).documents, tokenizer) if len(ids)]
-    judge = resolve_style(StyleSource.parse(prior, field, unwrap=unwrap), tokenizer, order=order, smoothing=smoothing)
+    judging, judged = shared.sources([prior, text], options)
+    documents = [ids for ids in tokenize(judged.corpus().documents, tokenizer) if len(ids)]
+    judge = resolve_style(judging, tokenizer, order=order, smoothing=smoothing)
     seen = judge.seen.numpy()
     unknown = sum(int((~seen[ids]).sum()) for ids in documents)
     result = {
@@ -143,7 +142,7 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
     out = shared.out_folder(options["out"], "comparisons")
     if not options["resume"]:
         check_unused(out)
-    corpora, more = ([load_corpus(spec, unwrap=options["unwrap"]) for spec in specs] for specs in (styles, others))
+    corpora, more = ([source.corpus() for source in shared.sources(specs, options)] for specs in (styles, others))
     require_distinct([corpus.name for corpus in (*corpora, *more)])
     chosen = ways.CompareOptions(
         prompts=read_prompts(options["prompts"] or ways.HELD_OUT_PROMPTS),
@@ -235,8 +234,8 @@ def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> 
         check_unused(out)
     tokenizer = load_tokenizer(options["model"])
     asked = {name: options[name] for name in ("mode", "combine") if options.get(name) is not None}
-    trained = {"order": options["order"], "smoothing": options["smoothing"], "unwrap": options.get("unwrap")}
-    loaded = load_styles(styles, tokenizer, options["field"], **trained, asked=asked)
+    trained = {"order": options["order"], "smoothing": options["smoothing"]}
+    loaded = load_styles(shared.sources(styles, options), tokenizer, **trained, asked=asked)
     model = load_model(options["model"], options["dtype"])
     loaded = [with_ratio(style, tokenizer, model, chosen.mode) for style in loaded]
     return Sweep(model, tokenizer, options["model"], loaded, chosen, out, options["resume"], options["engine"])
@@ -275,7 +274,6 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 @shared.dtype
 @shared.order
 @shared.smoothing
-@shared.unwrap
 @shared.out
 @shared.resume
 def reproduce_style(data: Path, **options: Any) -> None:
@@ -291,7 +289,7 @@ def reproduce_style(data: Path, **options: Any) -> None:
         max_new_tokens=options["max_new_tokens"],
         batch_size=options["batch_size"],
     )
-    run = _prepared_sweep(paper.style_specs(data), chosen, options | {"field": None, "engine": "transformers"})
+    run = _prepared_sweep(paper.style_specs(data), chosen, options | {"unwrap": True, "engine": "transformers"})
     _run_and_report(run, paper.run)
 
 
@@ -299,13 +297,15 @@ def reproduce_style(data: Path, **options: Any) -> None:
 @click.option("--style", "spec", default=DEFAULT_STYLE, show_default=True, help=shared.style_help)
 @shared.model
 @shared.field
+@shared.unwrap
 @shared.figures
 @click.option("--lmplz", type=click.Path(exists=True, path_type=Path), help="KenLM's trainer, to compare with.")
-def bench_style(spec: str, model: str, field: str | None, out: Path | None, lmplz: Path | None) -> None:
+def bench_style(spec: str, model: str, out: Path | None, lmplz: Path | None, **options: Any) -> None:
     """Measures the style prior. Let the machine be idle."""
     from experiments.style import bench
 
-    bench.main(spec, model, field, out, lmplz)
+    (source,) = shared.sources([spec], options)
+    bench.main(source.corpus(), model, out, lmplz)
 
 
 @click.command(name="vllm")

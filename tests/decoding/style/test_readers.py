@@ -187,7 +187,7 @@ def test_verse_and_source_code_keep_their_lines_and_it_is_said(tmp_path, text):
     (tmp_path / "t.txt").write_text(text)
     with pytest.warns(UserWarning, match=r"may have hard-wrapped lines, which were kept: unwrap=True \(--unwrap\)"):
         assert load_corpus(str(tmp_path / "t.txt")).documents == (text,)
-    for unwrap_it, wanted in ((False, text), (True, unwrap(text))):
+    for unwrap_it, wanted in ((False, text), (True, unwrap(text))):  # nothing to be said
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert load_corpus(str(tmp_path / "t.txt"), unwrap=unwrap_it).documents == (wanted,)
@@ -199,6 +199,12 @@ def test_lines_that_are_joined_unasked_are_said(tmp_path):
     with pytest.warns(UserWarning, match=r"joined the hard-wrapped lines of .*t\.txt: unwrap=False \(--no-unwrap\)"):
         assert load_corpus(str(tmp_path / "t.txt")).documents[0] == VERSE.replace("\n", " ")
     assert load_corpus(str(tmp_path / "t.txt"), unwrap=False).documents[0].strip() == VERSE
+
+
+def test_unwrapping_what_is_not_wrapped_is_said(tmp_path):
+    (tmp_path / "t.txt").write_text("two\nlines")
+    with pytest.warns(UserWarning, match=r"t\.txt has no hard-wrapped lines: it was left as it is"):
+        assert load_corpus(str(tmp_path / "t.txt"), unwrap=True).documents == ("two\nlines",)
 
 
 def test_fields_are_joined_only_if_asked(tmp_path):
