@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -201,8 +201,9 @@ def _unpacked(content: bytes, count: int) -> list[np.ndarray]:
 
 def control_ids(tokenizer: Any) -> list[int]:
     """Ids that are no text: the special tokens, but for the one that stands for unknown words."""
-    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
-    special = {id_ for id_, token in added.items() if getattr(token, "special", False)}
+    added = getattr(tokenizer, "added_tokens_decoder", None)  # a method, in some classes
+    pairs = added.items() if isinstance(added, Mapping) else ()
+    special = {id_ for id_, token in pairs if getattr(token, "special", False)}
     special |= {*getattr(tokenizer, "all_special_ids", ()), *ends_of_sequence(None, tokenizer)}
     return sorted(special - {getattr(tokenizer, "unk_token_id", None)})
 

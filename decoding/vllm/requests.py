@@ -158,21 +158,24 @@ class LoadedStyles:
         self._tables: Tables | None = None
         self._guards: Guards | None = None
         self._stops: Stops | None = None
+        self._stop_ids = set(stop_ids)
+        self._steer_stop: list[bool] = []
+        self._width = width
         self.context = 1
         if not names:
             return
-        shapes, mixtures, guards, steer_stop, stops = [], [], [], [], set(stop_ids)
+        shapes, mixtures, guards = [], [], []
         for name in names:
             prior = opened(name)
             self._lambdas.append(float(prior.lambda_))
             shapes.append(prior.tables.shape)
             mixtures.append(_mixture_of(prior))
             guards.append(prior.guards)
-            steer_stop.append(prior.settings.steer_stop)
-            stops.update(prior.stop_ids)
+            self._steer_stop.append(prior.settings.steer_stop)
+            self._stop_ids.update(prior.stop_ids)
         self._tables = join(shapes, (opened(name).tables for name in names), width).to(device)
         self._guards = guards_of(guards, device)
-        self._stops = stops_of(sorted(stops), steer_stop, width, device)
+        self._stops = stops_of(sorted(self._stop_ids), self._steer_stop, width, device)
         order = self._tables.order
         self._mixtures = torch.cat([pad(each, (0, order - each.shape[1]) * 2) for each in mixtures]).to(device)
         self.context = max(order - 1, 1)
@@ -183,7 +186,19 @@ class LoadedStyles:
         chosen = [(i, self._lambdas[i] if value is None else value) for i, value in styles]
         return [(i, value) for i, value in chosen if value != 0]
 
-    def add(self, logits: Tensor, history: Tensor, layers: Iterable[Layer]) -> Tensor:
+    def own_stops(self, params: Any) -> list[int]:
+        """The ids at which this request alone ends, if its styles leave such ids alone.
+
+        Args:
+            params: vLLM's ``SamplingParams``.
+        """
+        chosen = self.resolve(params.extra_args)
+        if not chosen or all(self._steer_stop[index] for index, _ in chosen):
+            return []
+        asked = getattr(params, "stop_token_ids", None) or []
+        return sorted({each for each in asked if 0 <= each < self._width} - self._stop_ids)
+
+    def add(self, logits: Tensor, history: Tensor, layers: Iterable[Layer], own_stops: Tensor | None = None) -> Tensor:
         """Adds every layer's priors to ``logits`` in place, up to a number that is the same for a whole row.
 
         The guards of a request's second style look at what its first one left.
@@ -192,7 +207,9 @@ class LoadedStyles:
             logits: float32 [rows, W].
             history: int64 [rows, context], −1 where there is no token.
             layers: from `layers_of`, or a runner's own.
+            own_stops: from `stops_table`, of each row, int64 [rows, K]; None where no row has any.
         """
+        before = None if own_stops is None else self._ends(logits, own_stops)
         for prior, strength in layers:
             assert self._tables is not None  # nobody can have asked for a style otherwise
             steer(
@@ -207,7 +224,35 @@ class LoadedStyles:
                 shift=False,
                 out=logits,
             )
+        if own_stops is not None and before is not None:
+            moved = (self._ends(logits, own_stops)[1] - before[1]).nan_to_num_(0)  # −inf less −inf
+            logits.scatter_(1, own_stops.clamp(min=0), _chosen(own_stops, before[0] + moved, logits))
         return logits
+
+    def _ends(self, logits: Tensor, own_stops: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of each row's own stops, [rows, K], and the highest one of what ends no text, [rows, 1]."""
+        ids = own_stops.clamp(min=0)
+        nothing = logits.new_full((1, 1), -torch.inf)
+        others = logits.scatter(1, ids, _chosen(own_stops, nothing, logits))
+        if self._stops is not None:
+            others.index_fill_(1, self._stops.ids, -torch.inf)
+        return logits.gather(1, ids), others.amax(-1, keepdim=True)
+
+
+def stops_table(rows: Sequence[Sequence[int]]) -> Tensor | None:
+    """What `LoadedStyles.own_stops` gave for each row, int64 [rows, K] on the host: the first again, or −1, to fill up.
+
+    None if there is nothing.
+    """
+    widest = max(map(len, rows), default=0)
+    if not widest:
+        return None
+    return torch.tensor([[*ids, *[ids[0] if ids else -1] * (widest - len(ids))] for ids in rows])
+
+
+def _chosen(own_stops: Tensor, values: Tensor, logits: Tensor) -> Tensor:
+    """``values`` in rows with stops of their own, and what stands there in others."""
+    return torch.where(own_stops >= 0, values, logits.gather(1, own_stops.clamp(min=0)))
 
 
 def _mixture_of(prior: StylePrior) -> Tensor:

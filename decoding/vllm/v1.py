@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from chunkllm.late import send
-from decoding.vllm.requests import Layer, LoadedStyles, layers_of, leaves_temperature_open, requested_budget
+from decoding.vllm.requests import (
+    Layer,
+    LoadedStyles,
+    layers_of,
+    leaves_temperature_open,
+    requested_budget,
+    stops_table,
+)
 from decoding.vllm.temperatures import PromptTemperatures
 
 Kept = TypeVar("Kept")
@@ -44,6 +51,7 @@ def take_in(
 
 class _Styled(NamedTuple):
     styles: list[tuple[int, float]]
+    own_stops: list[int]
     prompt_tail: list[int]  # as many as can be context
     output: Sequence[int]
 
@@ -61,6 +69,7 @@ class StyleRows:
         self._device = device
         self._rows: dict[int, _Styled] = {}
         self._layers: list[Layer] | None = None  # of the rows as they stand; None if they changed
+        self._own_stops: Tensor | None = None  # likewise
 
     def update(self, batch_update: Any | None) -> None:
         """Takes in a vLLM ``BatchUpdate``."""
@@ -70,7 +79,10 @@ class StyleRows:
 
     def _kept(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> _Styled | None:
         styles = self._styles.resolve(params.extra_args)
-        return _Styled(styles, list((prompt or [])[-self._styles.context :]), output) if styles else None
+        if not styles:
+            return None
+        tail = list((prompt or [])[-self._styles.context :])
+        return _Styled(styles, self._styles.own_stops(params), tail, output)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Steers a step, in place: logits float32 [rows, W]."""
@@ -78,10 +90,11 @@ class StyleRows:
             return logits
         count = len(logits)
         if self._layers is None or len(self._layers[0].strength) != count:
-            self._layers = layers_of(
-                [self._rows[row].styles if row in self._rows else [] for row in range(count)], self._device
-            )
-        return self._styles.add(logits, self._history(count), self._layers)
+            requests = [self._rows.get(row) for row in range(count)]
+            self._layers = layers_of([request.styles if request else [] for request in requests], self._device)
+            table = stops_table([request.own_stops if request else [] for request in requests])
+            self._own_stops = None if table is None else send(table, self._device)
+        return self._styles.add(logits, self._history(count), self._layers, self._own_stops)
 
     def _history(self, count: int) -> Tensor:
         """The tokens that can be context, int64 [count, context]; −1 in unstyled rows and before a text's start."""

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from chunkllm.late import send
-from decoding.vllm.requests import MOST_STYLES_PER_REQUEST, Layer, LoadedStyles, leaves_temperature_open
+from decoding.vllm.requests import (
+    MOST_STYLES_PER_REQUEST,
+    Layer,
+    LoadedStyles,
+    leaves_temperature_open,
+    stops_table,
+)
 from decoding.vllm.temperatures import PromptTemperatures
 
 
@@ -27,6 +33,7 @@ class StyleSlots:
         size = (req_states.max_num_reqs, MOST_STYLES_PER_REQUEST)
         self._prior, self._strength = np.zeros(size, np.int64), np.zeros(size, np.float32)
         self._depth = np.zeros(req_states.max_num_reqs, np.int64)  # number of styles
+        self._own: dict[int, list[int]] = {}  # slot -> a request's own stops
         self._back = torch.arange(styles.context - 1, -1, -1, device=req_states.device)
         self._changed = True
         self.flush()
@@ -36,6 +43,9 @@ class StyleSlots:
         chosen = self._styles.resolve(params.extra_args)
         self._changed |= bool(chosen) or bool(self._depth[slot])
         self._strength[slot] = 0
+        self._changed |= self._own.pop(slot, None) is not None
+        if own := self._styles.own_stops(params):
+            self._own[slot] = own
         self._depth[slot] = len(chosen)
         for depth, (index, strength) in enumerate(chosen):
             self._prior[slot, depth], self._strength[slot, depth] = index, strength
@@ -45,6 +55,8 @@ class StyleSlots:
         """Copies what `add` changed to the device."""
         if self._changed:
             self._priors, self._strengths = self._to_device(self._prior), self._to_device(self._strength)
+            table = stops_table([self._own.get(slot, []) for slot in range(len(self._depth))])
+            self._own_stops = None if table is None else send(table, self._states.device)
             self._changed = False
 
     def _to_device(self, values: np.ndarray) -> Tensor:
@@ -65,7 +77,8 @@ class StyleSlots:
         in_use, slots = slots >= 0, slots.clamp(min=0)  # rows that only pad a CUDA graph's batch have no slot
         strengths, priors = self._strengths[slots] * in_use[:, None], self._priors[slots]
         layers = [Layer(priors[:, i], strengths[:, i]) for i in range(depth)]
-        return self._styles.add(logits, self._history(slots, ctx), layers)
+        own = None if self._own_stops is None else self._own_stops[slots].masked_fill(~in_use[:, None], -1)
+        return self._styles.add(logits, self._history(slots, ctx), layers, own)
 
     def _history(self, slots: Tensor, ctx: Any) -> Tensor:
         """The tokens up to each row's own, int64 [rows, context]; −1 before a text's start.

@@ -14,6 +14,7 @@ from decoding.vllm.requests import (
     load_styles,
     requested_budget,
     requested_styles,
+    stops_table,
 )
 from tests.conftest import WORDS, make_tokenizer
 from tests.serving.conftest import assert_same_distribution
@@ -180,6 +181,7 @@ def test_ends_of_texts_are_left_alone(tokenizer, style_file, tmp_path, steer_sto
     prior.save_pretrained(tmp_path / "one")
     styles = load_styles({"one": str(tmp_path / "one")}, tokenizer, 60, "cpu", stop_ids=[7])
     scores, history = torch.randn(2, 60), torch.tensor([[3, 4], [5, 6]])
+    scores[:, 5] += 6  # a word of the text
     got = styles.add(scores.clone(), history, layers_of([[(0, 1.0)], []], torch.device("cpu")))
     assert torch.equal(got[1], scores[1])
     stops = [tokenizer.eos_token_id, 7]
@@ -197,3 +199,28 @@ def test_a_prior_with_an_id_more_than_the_model_scores(tokenizer, style_file, tm
     scores, history = torch.randn(2, width), torch.tensor([[3, 4], [5, 6]])
     got = styles.add(scores.clone(), history, layers_of([[(0, 0.5)]] * 2, torch.device("cpu")))
     assert_same_distribution(got, StylePrior(tmp_path / "one", tokenizer=tokenizer)(history, scores))
+
+
+def test_a_requests_own_stops_are_left_alone(tokenizer, style_file, tmp_path):
+    for name, steer_stop in (("left", False), ("steered", True)):
+        prior = StylePrior(style_file, λ=1, steer_stop=steer_stop, tokenizer=tokenizer)
+        prior.save_pretrained(tmp_path / name)
+    declared = {name: str(tmp_path / name) for name in ("left", "steered")}
+    styles = load_styles(declared, tokenizer, 60, "cpu")
+    asks = [("left", [7, 9, 1]), ("left", None), ("steered", [7]), (None, [8]), ("left", [9])]
+    params = [SimpleNamespace(extra_args=name and {"style": name}, stop_token_ids=ids) for name, ids in asks]
+    own = [styles.own_stops(each) for each in params]
+    assert own == [[7, 9], [], [], [], [9]]
+    scores = torch.randn(5, 60)
+    history = torch.tensor([[3, 4]] * 5)
+    rows = [styles.resolve(each.extra_args) for each in params]
+    layers = layers_of(rows, torch.device("cpu"))
+    got = styles.add(scores.clone(), history, layers, stops_table(own))
+    plain = styles.add(scores.clone(), history, layers)
+    assert torch.equal(got[1:4], plain[1:4]) and torch.equal(got[3], scores[3])
+    for row, ends in ((0, [1, 7, 9]), (4, [1, 9])):
+        others = [i for i in range(60) if i not in ends]
+        assert torch.equal(got[row, others], plain[row, others])
+        own_ends = [end for end in ends if end != 1]
+        before, after = (each[row, own_ends] - each[row, others].max() for each in (scores, got))
+        torch.testing.assert_close(before, after)

@@ -149,6 +149,21 @@ def test_a_move_onto_an_occupied_row_replaces_it(styles):
     assert torch.equal(got[1], logits[1])
 
 
+def test_own_stops_move_with_their_requests(styles):
+    rows = StyleRows(styles, torch.device("cpu"))
+    plain = SimpleNamespace(extra_args={"style": "plain"})
+    ending = SimpleNamespace(extra_args={"style": "plain"}, stop_token_ids=[5, 6])
+    rows.update(batch_update(added=[(0, plain, [1], []), (1, ending, [2], [])], moved=[(0, 1, Direction.SWAP)]))
+    logits = torch.randn(2, WIDTH)
+    got = rows.apply(logits.clone())
+    others = [i for i in range(WIDTH) if i not in (5, 6)]
+    before, after = (each[:, [5, 6]] - each[:, others].amax(-1, keepdim=True) for each in (logits, got))
+    torch.testing.assert_close(before[0], after[0])
+    assert not torch.allclose(before[1], after[1])
+    rows.update(batch_update(removed=[0]))
+    assert torch.equal(rows.apply(logits.clone())[0], logits[0])
+
+
 AUTO, OWN = SimpleNamespace(extra_args={"temperature": "auto"}), SimpleNamespace(extra_args={"style": "plain"})
 
 

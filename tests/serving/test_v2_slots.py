@@ -245,3 +245,23 @@ def test_rows_without_a_slot_keep_their_scores_and_embeddings_are_of_unknown_kin
     got = slots.apply(logits.clone(), ctx)
     assert torch.equal(got[0], logits[0] / UNKNOWN)
     assert torch.equal(got[1], logits[1])
+
+
+def test_own_stops_stay_with_their_slot(styles):
+    states = request_states()
+    states.all_token_ids.gpu[:, 0] = 1
+    states.total_len.gpu[:] = 1
+    slots = StyleSlots(styles, states)
+    for slot, ids in ((0, None), (2, [5, 6]), (3, [6])):
+        slots.add(slot, SimpleNamespace(extra_args={"style": "plain"}, stop_token_ids=ids))
+    slots.flush()
+    order, logits = [3, 0, 2], torch.randn(3, WIDTH)
+    got = slots.apply(logits.clone(), context(states, order, [[]] * SLOTS))
+    for row, ends in ((0, [6]), (2, [5, 6])):
+        others = [i for i in range(WIDTH) if i not in ends]
+        before, after = (each[row, ends] - each[row, others].max() for each in (logits, got))
+        torch.testing.assert_close(before, after)
+    slots.add(2, SimpleNamespace(extra_args={"style": "plain"}))
+    slots.flush()
+    again = slots.apply(logits.clone(), context(states, order, [[]] * SLOTS))
+    assert torch.equal(again[:2], got[:2]) and not torch.equal(again[2], got[2])
