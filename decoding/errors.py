@@ -2,4 +2,7 @@
 
 
 class DecodingError(ValueError):
-    """Unusable parameters, files or models. The message says what to do about it."""
+    """Unusable parameters, files or models. The message says what to do about it.
+
+    The most common ones, each with what is wrong and what is right, are in docs/errors/decoding-error.md.
+    """

@@ -57,6 +57,8 @@ def generate(
         raise DecodingError("prompts must be a text, or a list of texts, and none empty")
     for number, prompt in enumerate(batch, start=1):
         require_text(prompt, f"prompt {number}")
+    if not isinstance(logits_processor, Sequence):
+        raise DecodingError(f"logits_processor must be a list: write [{type(logits_processor).__name__}(…)]")
     if isinstance(model, str | PathLike):
         tokenizer = tokenizer or load_tokenizer(str(model))
         model = load_model(str(model))

@@ -16,7 +16,7 @@ from decoding.errors import DecodingError
 from decoding.models import model_fingerprint
 from decoding.style.bound import BoundStyle
 from decoding.style.files import SavedStyle, check_tokenizer, read_folder
-from decoding.style.ratio import MODEL, ratio_to
+from decoding.style.ratio import MODEL, checked_background, ratio_to
 from decoding.style.registered import DEFAULT_STYLE
 from decoding.style.settings import Mode, Settings, taken
 from decoding.style.source import Corpus, StyleSource
@@ -28,7 +28,7 @@ from decoding.style.strength import (
     chosen_strength,
     held_out_part,
 )
-from decoding.style.training import DEFAULT_ORDER, DEFAULT_SMOOTHING, prior_of_tokens, trained_file
+from decoding.style.training import DEFAULT_ORDER, DEFAULT_SMOOTHING, check_training, prior_of_tokens, trained_file
 from decoding.tokens import encoding_fingerprint, ends_of_sequence, pad_id, tokenize
 from ngram import NGramModel
 from ngram.tables import Tables
@@ -160,8 +160,9 @@ class StylePrior(LogitsProcessor):
         self._log_ratio = taken("log_ratio", log_ratio, lambda row: torch.as_tensor(row).float())
         if self._log_ratio is None and self._saved is not None:
             self._log_ratio = self._saved.log_ratio
-        self.background = str(background)
+        self.background = checked_background(background)
         self.tolerance = checked_tolerance(tolerance)
+        check_training(order, smoothing)
         self.order = order
         self.smoothing = smoothing
         self._pad_token_id = pad_token_id

@@ -7,6 +7,7 @@ ratio to the model's own frequencies moves it where the style differs from it, a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from decoding.errors import DecodingError
 from decoding.style.background import model_frequencies
-from decoding.style.source import load_corpus
+from decoding.style.source import StyleSource, load_corpus
 from decoding.tokens import control_ids, id_count, tokenize
 
 RARE = 5e-5
@@ -23,6 +24,19 @@ RARE = 5e-5
 MOST_LOG_RATIO = 2.0
 """c: no token's odds change by more than a factor of e^(2λ). Unbounded, a few words of the style get into loops."""
 MODEL, CORPUS = "model", "corpus"
+
+
+def checked_background(background: str | PathLike) -> str:
+    """What `ratio_to` takes, other than token ids.
+
+    Raises:
+        DecodingError: not "model" or "corpus", and no text either.
+    """
+    if background in (MODEL, CORPUS):
+        return str(background)
+    if not StyleSource.parse(background).is_text:
+        raise DecodingError(f'background must be "{MODEL}", "{CORPUS}" or a text, and {background} is a saved prior')
+    return str(background)
 
 
 def log_ratio(style: Tensor, background: Tensor, most: float = MOST_LOG_RATIO) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 
@@ -24,10 +25,24 @@ from decoding.tokens import (
     tokenizer_fingerprint,
 )
 from ngram import NGramError, NGramModel
+from ngram.smoothing import Smoothing
 from ngram.storage import FORMAT
+from ngram.tables import MAX_ORDER
 
 DEFAULT_ORDER = 3
 DEFAULT_SMOOTHING = "kneser-ney"
+
+
+def check_training(order: int, smoothing: str) -> None:
+    """Refuses parameters of `train_prior` before a text is read.
+
+    Raises:
+        DecodingError: as said.
+    """
+    if isinstance(order, bool) or not isinstance(order, Integral) or not 1 <= order <= MAX_ORDER:
+        raise DecodingError(f"order must be a whole number from 1 to {MAX_ORDER}, not {order!r}")
+    if smoothing not in get_args(Smoothing):
+        raise DecodingError(f"unknown smoothing {smoothing!r}: choose from {', '.join(get_args(Smoothing))}")
 
 
 def train_prior(

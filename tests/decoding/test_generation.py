@@ -191,3 +191,22 @@ def test_a_saved_strength_out_of_range_is_the_callers_to_allow(prior, tokenizer,
 def test_parameters_of_the_wrong_type_are_one_error(prior, wrong):
     with pytest.raises(DecodingError, match=f"{next(iter(wrong))} must hold numbers"):
         StylePrior(prior, **wrong)
+
+
+def test_a_processor_that_is_no_list_is_one_error(model, tokenizer, style_file):
+    with pytest.raises(DecodingError, match=r"must be a list: write \[StylePrior\(…\)\]"):
+        generate(model, "x", tokenizer=tokenizer, logits_processor=StylePrior(style_file))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"order": 9}, "order must be a whole number from 1 to 6"),
+        ({"order": 2.5}, "order must be"),
+        ({"smoothing": "laplace"}, "unknown smoothing 'laplace': choose from kneser-ney"),
+        ({"background": "shakespear"}, "no style 'shakespear'"),
+    ],
+)
+def test_parameters_are_refused_before_a_text_is_read(style_file, wrong, says):
+    with pytest.raises(DecodingError, match=says):
+        StylePrior(style_file, mode="ratio", **wrong)
