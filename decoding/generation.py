@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from os import PathLike
 from typing import Any, overload
 
-from chunkllm import ChunkSelection
+from chunkllm import ChunkError, ChunkSelection
 from decoding.errors import DecodingError
 from decoding.models import TRUNCATIONS, input_device, load_model, load_tokenizer, undoing
 from decoding.style.prior import StylePrior
@@ -59,12 +59,14 @@ def generate(
         require_text(prompt, f"prompt {number}")
     if not isinstance(logits_processor, Sequence):
         raise DecodingError(f"logits_processor must be a list: write [{type(logits_processor).__name__}(…)]")
-    if isinstance(model, str | PathLike):
-        tokenizer = tokenizer or load_tokenizer(str(model))
-        model = load_model(str(model))
-    elif tokenizer is None:
+    temperatures = sum(isinstance(processor, Temperature) for processor in logits_processor)
+    _require_one_of_each(temperatures, logits_processor, options)
+    is_loaded = not isinstance(model, str | PathLike)
+    if is_loaded and tokenizer is None:
         raise DecodingError("a loaded model needs its tokenizer: generate(model, prompts, tokenizer=tokenizer)")
+    tokenizer = tokenizer or load_tokenizer(str(model))
     batch = as_chats(batch, tokenizer) if chat else batch
+    model = model if is_loaded else load_model(str(model))
     stops = options.get("eos_token_id") or getattr(options.get("generation_config"), "eos_token_id", None)
     processors: list[Any] = []
     for processor in logits_processor:
@@ -72,9 +74,6 @@ def generate(
             processor.bind(tokenizer, model)
         is_recipe = isinstance(processor, StylePrior)
         processors.append(processor.bound(tokenizer, model, stops) if is_recipe else processor)
-    temperatures = sum(isinstance(processor, Temperature) for processor in logits_processor)
-    if temperatures > 1:
-        raise DecodingError("two processors that set the temperature: each would divide what the other left")
     if temperatures:
         _sample_at_temperature_1(model, options)
     if "stop_strings" in options:
@@ -93,10 +92,23 @@ def generate(
     return texts[0] if isinstance(prompts, str) and len(texts) == 1 else texts
 
 
+def _require_one_of_each(temperatures: int, processors: Sequence[Any], options: dict[str, Any]) -> None:
+    """Refuses what would be done twice.
+
+    Raises:
+        DecodingError: two temperatures. ChunkError: two selections.
+    """
+    if temperatures > 1:
+        raise DecodingError("two processors that set the temperature: each divides what the other left; keep one")
+    for name, plain in (("temperature", 1.0), ("do_sample", True)):
+        if temperatures and (given := options.get(name, plain)) != plain:
+            raise DecodingError(f"{name}={given!r} and a processor that sets the temperature: leave one out")
+    if sum(isinstance(processor, ChunkSelection) for processor in processors) > 1:
+        raise ChunkError("with two selections in one call the model has a selection attached already: keep one")
+
+
 def _sample_at_temperature_1(model: Any, options: dict[str, Any]) -> None:
     """What a processor that sets the temperature needs of ``model.generate``, whatever the model's own defaults are."""
-    if options.get("temperature", 1.0) != 1.0 or options.get("do_sample", True) is not True:
-        raise DecodingError("temperature or do_sample=False, and a processor that sets the temperature: leave one out")
     options |= {"do_sample": True, "temperature": 1.0}
     for name, value in ({"top_k": 0} | undoing(model, TRUNCATIONS)).items():
         options.setdefault(name, value)

@@ -32,7 +32,8 @@ def find_file(name_or_path: str | PathLike, file: str, what: str, hub: dict[str,
     try:
         return Path(hf_hub_download(str(name_or_path), file, **hub))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise DecodingError(f"no {what} at {name_or_path}, neither a folder nor on the hub: {error}") from error
+        reason = " ".join(str(error).split())  # without its line ends
+        raise DecodingError(f"no {what} at {name_or_path}, neither a folder nor on the hub: {reason}") from error
 
 
 def upload(save: Callable[[str], None], what: str, repo_id: str, private: bool | None, token: str | None) -> str:

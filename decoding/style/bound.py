@@ -17,7 +17,7 @@ from decoding.late import LateAnswer
 from decoding.style.files import SavedStyle, write_folder
 from decoding.style.settings import Settings
 from decoding.style.steering import Guards, Stops, guards_of, mixture_of, steer, stops_of
-from ngram import NGramModel
+from ngram import NGramError, NGramModel
 from ngram.layout import unigram_tables
 from ngram.tables import Tables, counts_on_host
 
@@ -111,7 +111,10 @@ class BoundStyle(LogitsProcessor):
         before = None if stops is None else stops.before(scores)
         highest = scores if before is None else before.top  # NaN is the highest of all
         if holds_nan(scores.device, lambda: torch.isnan(highest.amax())):
-            raise DecodingError("the scores hold NaN before the style prior: the model or an earlier processor made it")
+            raise DecodingError(
+                "the scores hold NaN before the style prior: the model or an earlier processor made it; a model in "
+                "float16 may need bfloat16 or float32"
+            )
         strength = torch.full((len(scores),), self.lambda_, device=scores.device)
         history = self._history(input_ids, max(tables.order - 1, 1)).to(scores.device)
         return steer(tables, scores, history, strength, mixture, guards, stops, before=before)
@@ -123,7 +126,8 @@ class BoundStyle(LogitsProcessor):
             tables = self.tables
             if not tables.fits(width):
                 raise DecodingError(
-                    f"the model scores {width} ids and the prior has {tables.vocab_size}: it belongs to another model"
+                    f"the model scores {width} ids and the prior has {tables.vocab_size}: it belongs to another model; "
+                    "give StylePrior the tokenizer of the model that writes"
                 )
             mixture = None if self.mixture is None else self.mixture.to(device)
             guards = guards_of([self.settings.guards], device)
@@ -154,7 +158,10 @@ class BoundStyle(LogitsProcessor):
 
     def save_pretrained(self, save_directory: str | PathLike) -> None:
         """Writes the prior, λ and the settings to a folder, for `StylePrior.from_pretrained`."""
-        write_folder(SavedStyle(self.model, self.lambda_, self.settings, self.log_ratio), save_directory)
+        try:
+            write_folder(SavedStyle(self.model, self.lambda_, self.settings, self.log_ratio), save_directory)
+        except NGramError as error:  # nothing can be written there
+            raise DecodingError(str(error)) from error
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Uploads what `save_pretrained` writes to a repository on the hub, made if needed, and returns its address."""

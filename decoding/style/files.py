@@ -81,7 +81,7 @@ def _log_ratio(path: Path, model: NGramModel) -> Tensor:
 def saved_kind(path: str | PathLike) -> Literal["prior", "style"] | None:
     """Whether a path names a saved prior (a .safetensors file, or a folder with one alone), a saved style, or none."""
     if exists(Path(path) / PRIOR_FILE):
-        return "style" if exists(Path(path) / CONFIG_FILE) else "prior"
+        return "style" if any(exists(Path(path) / file) for file in (CONFIG_FILE, RATIO_FILE)) else "prior"
     return "prior" if Path(path).suffix == ".safetensors" else None
 
 
@@ -112,8 +112,8 @@ def check_tokenizer(model: NGramModel, tokenizer: Any) -> None:
     name, sha256 = tokenizer_fingerprint(tokenizer, model.vocab_size)
     if model.metadata.get("tokenizer_sha256", sha256) != sha256:
         raise DecodingError(
-            f"the prior was trained with tokenizer {model.metadata.get('tokenizer')!r}, and this one is {name!r}: "
-            "train it again with `decoding style train`"
+            f"the prior was trained with tokenizer {model.metadata.get('tokenizer')!r}, and this one, {name!r}, has "
+            "another vocabulary: give the style's text, or train it again with `decoding style train`"
         )
     if model.vocab_size > (size := id_count(tokenizer)):
         raise DecodingError(f"the prior has {model.vocab_size} token ids, tokenizer {name!r} has {size}")

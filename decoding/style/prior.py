@@ -16,7 +16,7 @@ from decoding.errors import DecodingError
 from decoding.models import model_fingerprint
 from decoding.style.bound import BoundStyle
 from decoding.style.files import SavedStyle, check_tokenizer, read_folder
-from decoding.style.ratio import MODEL, checked_background, ratio_to
+from decoding.style.ratio import MODEL, NEEDS_MODEL, checked_background, ratio_to
 from decoding.style.registered import DEFAULT_STYLE
 from decoding.style.settings import Mode, Settings, taken
 from decoding.style.source import Corpus, StyleSource
@@ -35,6 +35,7 @@ from ngram.tables import Tables
 
 DEFAULT_LAMBDAS = {"paper": 0.1, "ratio": 0.6}
 AUTO: Literal["auto"] = "auto"
+_AUTO_NEEDS_MODEL = 'λ="auto" needs the model: StylePrior(λ="auto", tokenizer=tokenizer, model=model)'
 
 
 class StylePrior(LogitsProcessor):
@@ -284,6 +285,10 @@ class StylePrior(LogitsProcessor):
             model: the generating model.
             stop_ids: more ids that end a text, in this call.
         """
+        if not hasattr(tokenizer, "get_vocab"):
+            raise DecodingError(f"{tokenizer!r} is no tokenizer: load it first, by AutoTokenizer.from_pretrained")
+        if model is None and self.needs_model:
+            raise DecodingError(_AUTO_NEEDS_MODEL if self._strength == AUTO else NEEDS_MODEL)
         stops = ends_of_sequence(model, tokenizer, stop_ids)
         pad = pad_id(tokenizer) if self._pad_token_id is None else self._pad_token_id
         weights = None if model is None or not self.needs_model else model_fingerprint(model)
@@ -337,8 +342,6 @@ class StylePrior(LogitsProcessor):
         model: Any | None,
         stops: Sequence[int],
     ) -> float:
-        if model is None:
-            raise DecodingError('λ="auto" needs the model: StylePrior(λ="auto", tokenizer=tokenizer, model=model)')
         kept, held_out = held_out_part(documents)
         row = self._log_ratio
         if self._needs_ratio:

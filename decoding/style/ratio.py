@@ -24,6 +24,10 @@ RARE = 5e-5
 MOST_LOG_RATIO = 2.0
 """c: no token's odds change by more than a factor of e^(2λ). Unbounded, a few words of the style get into loops."""
 MODEL, CORPUS = "model", "corpus"
+NEEDS_MODEL = (
+    'the ratio to what the model writes needs the model: StylePrior(…, mode="ratio", tokenizer=tokenizer, model=model),'
+    ' or decoding.generate, which binds it; or choose background="corpus", or a corpus'
+)
 
 
 def checked_background(background: str | PathLike) -> str:
@@ -89,10 +93,7 @@ def ratio_to(
         return torch.zeros(size)
     if isinstance(background, str) and background == MODEL:
         if model is None:
-            raise DecodingError(
-                'the ratio to what the model writes needs the model: StylePrior(…, mode="ratio", tokenizer=tokenizer, '
-                'model=model), or decoding.generate, which binds it; or choose background="corpus", or a corpus'
-            )
+            raise DecodingError(NEEDS_MODEL)
         other = model_frequencies(model, tokenizer)
     else:
         texts = tokenize(load_corpus(background).documents, tokenizer) if isinstance(background, str) else background

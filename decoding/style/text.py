@@ -37,11 +37,11 @@ def read_text(path: Path) -> str:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise DecodingError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    if content.lstrip()[:14].lower().startswith(_MARKUP):
+    if content.removeprefix(codecs.BOM_UTF8).lstrip()[:14].lower().startswith(_MARKUP):
         raise DecodingError(f"{path} is HTML, XML, RTF or PDF, not plain text: convert it to text first")
     encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8-sig")
     if encoding == "utf-8-sig" and b"\0" in content:
-        raise DecodingError(f"{path} is a binary file, not text")
+        raise DecodingError(f"{path} is a binary file, or UTF-16 without its mark: convert it to UTF-8 text")
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:

@@ -217,7 +217,7 @@ def test_where_there_are_mistrals_files_alone_priors_of_its_tokenizer_fit(folder
     prior = trained(default)
     load_prior(prior, ours)
     assert load_prior(prior).metadata["tokenizer"] == "tekken"
-    with pytest.raises(DecodingError, match="trained with tokenizer 'tekken', and this one is 'sentencepiece'"):
+    with pytest.raises(DecodingError, match="trained with tokenizer 'tekken', and this one, 'sentencepiece'"):
         load_prior(prior, engine_tokenizer(config_of(folders / "sentencepiece", "mistral")))
 
 
