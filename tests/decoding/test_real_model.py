@@ -97,23 +97,31 @@ QUESTIONS = [
     "Which planet is red?",
     "What is two plus two?",
 ]
-LONGEST = 64
+LONGEST = 96
 
 
-@pytest.mark.parametrize("mode", ["paper", "ratio"])
-def test_answers_in_a_books_style_end_as_they_do_without(real_model, style, tmp_path, mode):
-    """The whole book as one text, of whose million tokens one is an end: steered, it would hardly ever be said."""
+@pytest.fixture(scope="module")
+def lengths(real_model):
+    """How many tokens greedy answers have, with some processors."""
     model, tokenizer = real_model
-    (tmp_path / "book.txt").write_text("\n\n".join(load_corpus(style).documents), encoding="utf-8")
     options = {"tokenizer": tokenizer, "chat": True, "do_sample": False, "max_new_tokens": LONGEST}
 
     def lengths(*processors):
         texts = generate(model, QUESTIONS, logits_processor=processors, **options)
         return np.array([min(len(tokenizer(text)["input_ids"]), LONGEST) for text in texts])
 
-    without, prior = lengths(), StylePrior(tmp_path / "book.txt", λ=0.3, mode=mode)
-    left_alone = lengths(prior)
-    assert abs(left_alone.mean() / without.mean() - 1) < 0.2
-    if mode == "paper":
-        steered = lengths(StylePrior(tmp_path / "book.txt", λ=0.3, mode=mode, steer_stop=True))
-        assert (steered == LONGEST).mean() > (without == LONGEST).mean() + 0.2
+    return lengths
+
+
+@pytest.fixture(scope="module")
+def lengths_without(lengths):
+    return lengths()
+
+
+@pytest.mark.parametrize("mode", ["paper", "ratio"])
+def test_answers_in_a_books_style_end_as_they_do_without(lengths, lengths_without, style, tmp_path, mode):
+    """The whole book as one text, of whose million tokens one is an end: steered, it would hardly ever be said."""
+    (tmp_path / "book.txt").write_text("\n\n".join(load_corpus(style).documents), encoding="utf-8")
+    found = lengths(StylePrior(tmp_path / "book.txt", λ=0.3, mode=mode))
+    assert (lengths_without < LONGEST).mean() > 0.5
+    assert abs(found.mean() / lengths_without.mean() - 1) < 0.2
