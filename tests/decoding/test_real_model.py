@@ -97,7 +97,7 @@ QUESTIONS = [
     "Which planet is red?",
     "What is two plus two?",
 ]
-LONGEST = 96
+LONGEST = 64
 
 
 @pytest.fixture(scope="module")
@@ -123,5 +123,5 @@ def test_answers_in_a_books_style_end_as_they_do_without(lengths, lengths_withou
     """The whole book as one text, of whose million tokens one is an end: steered, it would hardly ever be said."""
     (tmp_path / "book.txt").write_text("\n\n".join(load_corpus(style).documents), encoding="utf-8")
     found = lengths(StylePrior(tmp_path / "book.txt", λ=0.3, mode=mode))
-    assert (lengths_without < LONGEST).mean() > 0.5
+    assert (lengths_without < LONGEST).mean() > 0.3
     assert abs(found.mean() / lengths_without.mean() - 1) < 0.2
