@@ -35,8 +35,8 @@ def generate(
         model: a folder, a hub id, the embedded default's name, or a loaded model (then with its tokenizer).
         prompts: plain text.
         tokenizer: of a loaded model.
-        logits_processor: transformers' processors. A `StylePrior` is bound to tokenizer and model for the call, an
-            `AutoTemperature` for good. A `ChunkSelection` is attached to the model for the call.
+        logits_processor: transformers' processors. A `StylePrior` and an `AutoTemperature` are bound to tokenizer and
+            model for the call, and a `ChunkSelection` is attached to the model.
             With one of `decoding.temperature.processors` the texts are sampled, from all tokens unless
             ``options`` has ``top_k``, ``top_p`` or the like.
         max_new_tokens: how many tokens to write at most.
@@ -70,10 +70,11 @@ def generate(
     stops = options.get("eos_token_id") or getattr(options.get("generation_config"), "eos_token_id", None)
     processors: list[Any] = []
     for processor in logits_processor:
-        if isinstance(processor, AutoTemperature):
-            processor.bind(tokenizer, model)
-        is_recipe = isinstance(processor, StylePrior)
-        processors.append(processor.bound(tokenizer, model, stops) if is_recipe else processor)
+        if isinstance(processor, StylePrior):
+            processor = processor.bound(tokenizer, model, stops)
+        elif isinstance(processor, AutoTemperature):
+            processor = processor.bound(tokenizer, model)
+        processors.append(processor)
     if temperatures:
         _sample_at_temperature_1(model, options)
     if "stop_strings" in options:

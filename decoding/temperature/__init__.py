@@ -2,6 +2,7 @@
 
 from decoding.temperature.processors import (
     AutoTemperature,
+    BoundTemperature,
     DynamicTemperature,
     EntropyDependentTemperature,
     FixedTemperature,
@@ -11,6 +12,7 @@ from decoding.temperature.selector import TemperatureSelector
 
 __all__ = [
     "AutoTemperature",
+    "BoundTemperature",
     "DynamicTemperature",
     "EntropyDependentTemperature",
     "FixedTemperature",

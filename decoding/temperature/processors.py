@@ -7,6 +7,7 @@ transformers divides by it afterwards.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from typing import Any
 
@@ -19,7 +20,7 @@ from decoding.errors import DecodingError
 from decoding.late import LateAnswer
 from decoding.temperature.abilities import size_class
 from decoding.temperature.prompts import PromptFrame
-from decoding.temperature.selector import Policy, TemperatureSelector
+from decoding.temperature.selector import Policy, TemperatureSelector, temperatures_of_texts
 
 _LEAST = 1e-2  # Temperatures below it differ from greedy search by rounding alone.
 
@@ -108,28 +109,75 @@ class DynamicTemperature(Temperature):
         return (low + spread * share.clamp(0, 1) ** self.exponent).clamp(min=_LEAST)
 
 
+class BoundTemperature(Temperature):
+    """Temperatures for one tokenizer and one call of ``generate``: chosen at its first step, and kept to its last.
+
+    `AutoTemperature.bound` makes it.
+
+    Args:
+        selector: chooses.
+        frame: takes the user's text out of token ids.
+        model_size: as for `TemperatureSelector.select`; None is "small".
+        policy: likewise.
+
+    Attributes:
+        chosen: the temperatures of the call's rows, float32 [B], or None before its first step.
+    """
+
+    def __init__(
+        self,
+        selector: TemperatureSelector,
+        frame: PromptFrame,
+        model_size: str | None = None,
+        policy: Policy | None = None,
+    ):
+        self.selector = selector
+        self.frame = frame
+        self.model_size = model_size
+        self.policy = policy
+        self.chosen: Tensor | None = None
+
+    def of(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: D102
+        if self.chosen is None or len(self.chosen) != len(input_ids):
+            texts = [self.frame.text_of(ids) for ids in input_ids.tolist()]
+            found = temperatures_of_texts(self.selector, texts, self.model_size or "small", self.policy)
+            self.chosen = found.to(scores.device)
+        return self.chosen
+
+    def again(self) -> BoundTemperature:
+        """The same for another call."""
+        return BoundTemperature(self.selector, self.frame, self.model_size, self.policy)
+
+
 class AutoTemperature(Temperature):
-    """A temperature for each row, chosen once from its prompt.
+    """A temperature for each row, chosen once from its prompt. A prompt without text gets that for prompts of any kind.
 
     Examples:
         >>> generate("path-or-hub-id", prompt, logits_processor=[AutoTemperature()])
-        >>> auto = AutoTemperature(TemperatureSelector.from_pretrained(), tokenizer)
+        >>> auto = AutoTemperature(TemperatureSelector.from_pretrained(), tokenizer, model=model)
         >>> model.generate(**inputs, do_sample=True, logits_processor=[auto])
 
-    An instance can be used again, and notices other prompts by itself. On CUDA, where no step waits for the device,
-    prompts that continue the last call's texts by exactly one token, in form only, are noticed one step late.
+    An instance can be used again. `decoding.generate` has it made for the call, as `bound` does. ``model.generate``
+    does not say when a call begins: rows that are not those of the step before with one token more are taken for
+    another call's, and chosen for anew. So a call whose prompts are the last one's with all that it wrote, as in going
+    on writing, keeps the temperatures; and in assisted generation, whose rows also get shorter, prompts without a chat
+    template are read with what is written of the answer. ``logits_processor=[auto.bound(tokenizer, model)]``, made for
+    each call, does neither. On CUDA, where no step waits for the device, other prompts that are one token longer than
+    the rows of the last step are noticed one step late.
 
     Args:
         selector: the embedded one by default, opened by `bind`.
         tokenizer: the generating model's. `decoding.generate` binds it; ``model.generate`` needs it here.
-        model_size: "small", "medium" or "large"; by default by the bound model's parameters, or "small".
+        model: the generating model, likewise.
+        model_size: "small", "medium" or "large"; by default by the model's parameters. Without either it is "small",
+            and a warning says so.
         policy: "ability" or "curve"; by default "curve" where the selector has one of the bound model.
 
     Attributes:
         chosen: the temperatures of the rows of the last call, float32 [B], or None.
 
     Raises:
-        DecodingError: when called without a tokenizer, or with an empty prompt.
+        DecodingError: when called without a tokenizer.
     """
 
     def __init__(
@@ -137,20 +185,33 @@ class AutoTemperature(Temperature):
         selector: TemperatureSelector | None = None,
         tokenizer: Any | None = None,
         *,
+        model: Any | None = None,
         model_size: str | None = None,
         policy: Policy | None = None,
     ):
         self.selector = selector
-        self.model_size = model_size
-        self.policy = policy
-        self._asked = (model_size, policy)  # of which `bind` makes what fits the model
-        self.chosen: Tensor | None = None
-        self._frame: PromptFrame | None = None
-        self._prompt: Tensor | None = None  # the rows that `chosen` was chosen for
+        self._asked = (model_size, policy)  # of which `bound` makes what fits the model
+        self._bound: BoundTemperature | None = None
+        self._last: BoundTemperature | None = None  # that of the last call, whose it may be
+        self._prompt: Tensor | None = None  # the rows that the temperatures were chosen for
         self._length = 0  # of the rows at the last step
         self._differs = LateAnswer()
         if tokenizer is not None:
-            self.bind(tokenizer)
+            self.bind(tokenizer, model)
+
+    @property
+    def chosen(self) -> Tensor | None:  # noqa: D102
+        return None if self._last is None else self._last.chosen
+
+    @property
+    def model_size(self) -> str | None:
+        """As given, or of the model of the last call."""
+        return self._asked[0] if self._last is None else self._last.model_size
+
+    @property
+    def policy(self) -> Policy | None:
+        """As given, or for the model of the last call."""
+        return self._asked[1] if self._last is None else self._last.policy
 
     def bind(self, tokenizer: Any, model: Any | None = None) -> AutoTemperature:
         """Readies it for a tokenizer and, if given, its model. Returns itself.
@@ -158,48 +219,56 @@ class AutoTemperature(Temperature):
         Raises:
             DecodingError: policy "curve" was asked for, and the selector's curve is of another model.
         """
+        self._bound, self._prompt = self.bound(tokenizer, model), None
+        return self
+
+    def bound(self, tokenizer: Any, model: Any | None = None) -> BoundTemperature:
+        """As `bind`, for one call: whatever this is bound to stays so.
+
+        Raises:
+            DecodingError: as `bind`.
+        """
         self.selector = self.selector or TemperatureSelector.from_pretrained()
-        self._frame = PromptFrame(tokenizer)
-        self._prompt = None
+        size, policy = self._asked
         if model is not None:
-            size, policy = self._asked
             is_for = self.selector.is_for(model)
             if policy == "curve" and not is_for:
                 raise DecodingError("the selector has no curve of this model: train one, or leave policy out")
-            self.model_size = size or size_class(model.num_parameters())
-            self.policy = policy or ("curve" if is_for else "ability")
-        return self
+            size = size or size_class(model.num_parameters())
+            policy = policy or ("curve" if is_for else "ability")
+        self._last = BoundTemperature(self.selector, PromptFrame(tokenizer), size, policy)
+        self._bound = self._bound or self._last
+        return self._last
 
     def of(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: D102
-        if self.chosen is None or not self._goes_on(input_ids):
-            self.chosen = self._choose(input_ids).to(scores.device)
-            self._prompt = input_ids.clone()
-        self._length = input_ids.shape[1]
-        return self.chosen
-
-    def _goes_on(self, input_ids: Tensor) -> bool:
-        """Whether the rows are those of the last step, with more tokens."""
-        prompt = self._prompt
-        if prompt is None or len(input_ids) != len(prompt) or input_ids.shape[1] < prompt.shape[1]:
-            return False
-
-        def differs() -> Tensor:
-            return (input_ids[:, : prompt.shape[1]] != prompt).any()
-
-        if input_ids.shape[1] == self._length + 1:
-            return not self._differs(input_ids.device, differs)
-        return not bool(differs())
-
-    def _choose(self, input_ids: Tensor) -> Tensor:
-        if self._frame is None or self.selector is None:
+        if self._bound is None:
             raise DecodingError(
-                "this AutoTemperature has no tokenizer: write AutoTemperature(selector, tokenizer), "
+                "this AutoTemperature has no tokenizer: write AutoTemperature(selector, tokenizer, model=model), "
                 "or use decoding.generate, which binds it"
             )
-        prompts = [self._frame.text_of(ids) for ids in input_ids.tolist()]
-        different = list(dict.fromkeys(prompts))  # beams and several answers share a prompt
-        found = self.selector.temperatures(different, self.model_size or "small", self.policy)
-        return found[torch.tensor([different.index(prompt) for prompt in prompts], device=found.device)]
+        if not self._goes_on(input_ids):
+            self._warn_of_size()
+            self._bound = self._last = self._bound.again()
+            self._prompt, self._differs = input_ids.clone(), LateAnswer()
+        self._length = input_ids.shape[1]
+        return self._bound.of(input_ids, scores)
+
+    def _goes_on(self, input_ids: Tensor) -> bool:
+        """Whether the rows are those of the last step, with a token more."""
+        prompt = self._prompt
+        if prompt is None or len(input_ids) != len(prompt) or input_ids.shape[1] != self._length + 1:
+            return False
+        return not self._differs(input_ids.device, lambda: (input_ids[:, : prompt.shape[1]] != prompt).any())
+
+    def _warn_of_size(self) -> None:
+        bound = self._bound
+        if bound is not None and bound.model_size is None and bound.policy != "curve":
+            bound.model_size = "small"
+            warnings.warn(
+                'the generating model\'s size is unknown, and taken for "small" (below 5e9 parameters): '
+                "write AutoTemperature(selector, tokenizer, model=model), or give model_size",
+                stacklevel=2,
+            )
 
 
 def checked_temperature(value: float, name: str = "temperature") -> float:

@@ -200,6 +200,24 @@ class TemperatureSelector:
         return cls(encoder, ability, curve, **settings)
 
 
+def temperatures_of_texts(
+    selector: TemperatureSelector, texts: Sequence[str], model_size: str, policy: Policy | None = None
+) -> Tensor:
+    """What the selector chooses for each text, float32 [N]. Equal texts are read once, blank ones not at all."""
+    legible = list(dict.fromkeys(text for text in texts if text.strip()))
+    found = dict(zip(legible, selector.temperatures(legible, model_size, policy), strict=True)) if legible else {}
+    blank = [text for text in texts if text not in found]
+    if blank:
+        found |= dict.fromkeys(blank, unknown_temperature(selector, model_size, policy))
+    return torch.stack([found[text] for text in texts])
+
+
+def unknown_temperature(selector: TemperatureSelector, model_size: str, policy: Policy | None = None) -> Tensor:
+    """What the selector chooses for prompts that it cannot read: a float32 scalar."""
+    nothing = torch.zeros(1, selector.encoder.width, device=selector.encoder.model.device)
+    return selector.temperatures_of(nothing, model_size, policy)[0]
+
+
 def _heads(tensors: dict[str, Tensor]) -> tuple[AbilityHead, CurveHead | None]:
     def part(name: str, kind: type) -> Any:
         return kind(**{key.split(".")[1]: value for key, value in tensors.items() if key.startswith(f"{name}.")})

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from decoding.errors import DecodingError
 from decoding.temperature.abilities import size_class
 from decoding.temperature.prompts import PromptFrame
-from decoding.temperature.selector import Policy, TemperatureSelector
+from decoding.temperature.selector import Policy, TemperatureSelector, temperatures_of_texts, unknown_temperature
 from decoding.vllm.declaration import DeclaredSelector
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,7 @@ class PromptTemperatures:
         self._settings = (model_size, policy)
         self._remembered = remembered
         self._chosen: OrderedDict[bytes, Tensor] = OrderedDict()
-        nothing = torch.zeros(1, selector.encoder.width, device=selector.encoder.model.device)
-        (self._unknown,) = selector.temperatures_of(nothing, *self._settings).unbind()
+        self._unknown = unknown_temperature(selector, *self._settings)
 
     def __call__(self, prompts: Sequence[Sequence[int] | None]) -> list[Tensor]:
         """The temperature of each prompt: float32 scalars on the selector's device.
@@ -77,9 +76,7 @@ class PromptTemperatures:
     def _read(self, prompts: Sequence[Sequence[int] | None]) -> list[Tensor]:
         try:
             texts = [self._text_of(prompt) for prompt in prompts]
-            legible = [text for text in texts if text.strip()]
-            chosen = iter(self._selector.temperatures(legible, *self._settings).unbind() if legible else ())
-            return [next(chosen) if text.strip() else self._unknown for text in texts]
+            return list(temperatures_of_texts(self._selector, texts, *self._settings)) if texts else []
         except Exception:  # Whatever it is: see above.
             logger.exception("the temperature selector failed; %d prompts count as of unknown kind", len(prompts))
             return [self._unknown] * len(prompts)

@@ -1,4 +1,6 @@
 import math
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +37,14 @@ class FixedSelector:
 
     def is_for(self, model):
         return False
+
+
+class KnownAndUnknown(FixedSelector):
+    encoder = SimpleNamespace(width=2, model=SimpleNamespace(device="cpu"))
+
+    def temperatures_of(self, vectors, model_size, policy):
+        assert not vectors.any()
+        return torch.tensor([1.25])
 
 
 def scores_with_entropy(entropy, size):
@@ -98,6 +108,89 @@ def rows(tokenizer, *texts):
     return tokenizer(list(texts), return_tensors="pt", padding=True)["input_ids"]
 
 
+def test_blank_rows_get_the_temperature_for_any_prompt(model, tokenizer):
+    selector = KnownAndUnknown({"storm": 0.5, "wind": 2.0})
+    auto = AutoTemperature(selector, tokenizer, model=model)
+    scores = torch.ones(3, len(tokenizer))
+    ids = torch.cat((rows(tokenizer, "storm and sea", "wind"), torch.zeros(1, 3, dtype=torch.long)))
+    auto(ids, scores)
+    assert auto.chosen.tolist() == [0.5, 2.0, 1.25]
+    auto(ids[2:], scores[2:])
+    assert auto.chosen.tolist() == [1.25]
+    auto(ids[:, :0], scores)
+    assert auto.chosen.tolist() == [1.25] * 3
+    assert [asked[0] for asked in selector.asked] == [("storm and sea", "wind")]
+
+
+def test_every_call_chooses_anew(model, tokenizer):
+    selector = FixedSelector(dict.fromkeys(("storm", "the"), 0.5))
+    auto = AutoTemperature(selector, tokenizer, model=model)
+    options = {"do_sample": True, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None}
+    prompts = ["storm", "storm and", "storm and sea", "storm", "storm", "the sea and the ship had such a wind"]
+    for prompt in prompts:  # the second, a call's first step, is as long as a step of the first
+        model.generate(**tokenizer(prompt, return_tensors="pt"), logits_processor=[auto], **options)
+    assert [asked[0] for asked in selector.asked] == [(prompt,) for prompt in prompts]
+    written = model.generate(**tokenizer(prompts[-1], return_tensors="pt"), logits_processor=[auto], **options)
+    model.generate(written, logits_processor=[auto], **options)  # goes on writing
+    assert len(selector.asked) == len(prompts) + 1
+    turn = torch.cat((written, tokenizer("and night", return_tensors="pt")["input_ids"]), 1)
+    model.generate(turn, logits_processor=[auto], **options)
+    assert len(selector.asked) == len(prompts) + 2
+
+
+def test_what_is_bound_for_a_call_keeps_its_temperatures(model, tokenizer):
+    selector = FixedSelector({"storm": 0.5, "wind": 2.0})
+    auto = AutoTemperature(selector, tokenizer, model=model)
+    scores = torch.ones(1, len(tokenizer))
+    bound = auto.bound(tokenizer, model)
+    first = rows(tokenizer, "storm and sea")
+    bound(first, scores)
+    longer = torch.cat((first, first, first), 1)
+    for length in (4, 6, 5, 8):  # as in assisted generation
+        assert bound(longer[:, :length], scores)[0, 0] == 2
+    auto(rows(tokenizer, "wind"), scores)  # another call, meanwhile
+    assert bound.chosen.tolist() == [0.5] and auto.chosen.tolist() == [2.0]
+    assert len(selector.asked) == 2
+
+
+def test_assisted_generation(model, tokenizer):
+    selector = FixedSelector({"storm": 0.5})
+    options = {"tokenizer": tokenizer, "max_new_tokens": 8, "prompt_lookup_num_tokens": 3}
+    generate(model, "storm and sea and storm and", logits_processor=[AutoTemperature(selector)], **options)
+    assert [asked[0] for asked in selector.asked] == [("storm and sea and storm and",)]
+
+
+def test_generate_chooses_anew_and_leaves_what_is_bound(model, tokenizer):
+    selector = FixedSelector({"storm": 0.5})
+    auto = AutoTemperature(selector, tokenizer, model_size="large")
+    bound = auto._bound
+    for prompt in ("storm", "storm and", "storm and sea"):
+        generate(model, prompt, tokenizer=tokenizer, logits_processor=[auto], max_new_tokens=4)
+    assert [asked[:2] for asked in selector.asked] == [((p,), "large") for p in ("storm", "storm and", "storm and sea")]
+    assert auto._bound is bound and auto.chosen.tolist() == [0.5]
+
+
+def test_an_unknown_size_is_warned_of_once(model, tokenizer):
+    scores = torch.ones(1, len(tokenizer))
+    selector = FixedSelector({"storm": 0.5})
+    auto = AutoTemperature(selector, tokenizer)
+    with pytest.warns(UserWarning, match="model=model"):
+        auto(rows(tokenizer, "storm"), scores)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        auto(rows(tokenizer, "storm and sea"), scores)
+        for known in ({"model": model}, {"model_size": "large"}, {"policy": "curve"}):
+            AutoTemperature(selector, tokenizer, **known)(rows(tokenizer, "storm"), scores)
+    assert [asked[1] for asked in selector.asked] == ["small", "small", "small", "large", "small"]
+
+
+def test_the_size_is_that_of_the_model_that_is_given(tokenizer):
+    large = SimpleNamespace(num_parameters=lambda: 8e9)
+    selector = FixedSelector({"storm": 0.5})
+    AutoTemperature(selector, tokenizer, model=large)(rows(tokenizer, "storm"), torch.ones(1, len(tokenizer)))
+    assert selector.asked[0][1] == "medium"
+
+
 def test_every_row_gets_its_prompts_temperature_once(tokenizer):
     selector = FixedSelector({"storm": 0.5, "wind": 2.0})
     auto = AutoTemperature(selector, tokenizer)
@@ -123,19 +216,8 @@ def test_another_prompt_is_noticed(tokenizer):
     assert selector.asked[0][1:] == ("large", "ability")
 
 
-def test_the_frame_of_a_chat_template_is_taken_off():
-    from decoding.temperature.prompts import PromptFrame
-    from tests.conftest import make_tokenizer
-
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}said {{ m['content'] }} never{% endfor %}"
-    frame = PromptFrame(tokenizer)
-    assert frame.text_of([0, 0, *tokenizer("said wind and sea never")["input_ids"]]).strip() == "wind and sea"
-    assert frame.text_of(tokenizer("wind and sea")["input_ids"]) == "wind and sea"
-
-
 def test_without_a_tokenizer_it_says_what_to_write():
-    with pytest.raises(DecodingError, match=r"AutoTemperature\(selector, tokenizer\)"):
+    with pytest.raises(DecodingError, match=r"AutoTemperature\(selector, tokenizer, model=model\)"):
         AutoTemperature(FixedSelector({}))(NONE, torch.zeros(1, 5))
 
 
