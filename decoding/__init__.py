@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         DynamicTemperature,
         EntropyDependentTemperature,
         FixedTemperature,
+        PhaseTemperature,
         TemperatureSelector,
     )
     from ngram import NGramError, NGramModel
@@ -35,6 +36,7 @@ __all__ = [
     "FixedTemperature",
     "NGramError",
     "NGramModel",
+    "PhaseTemperature",
     "StylePrior",
     "TemperatureSelector",
     "generate",
@@ -49,6 +51,7 @@ _ROOMS = {
         "DynamicTemperature",
         "EntropyDependentTemperature",
         "FixedTemperature",
+        "PhaseTemperature",
         "TemperatureSelector",
     ),
     "ngram": ("NGramError", "NGramModel"),

@@ -11,6 +11,7 @@ from chunkllm import ChunkError, ChunkSelection
 from decoding.errors import DecodingError
 from decoding.models import TRUNCATIONS, input_device, load_model, load_tokenizer, undoing
 from decoding.style.prior import StylePrior
+from decoding.temperature.phases import PhaseTemperature
 from decoding.temperature.processors import AutoTemperature, Temperature
 from decoding.tokens import as_chats, continuations, pad_id, padded, require_text
 
@@ -35,8 +36,8 @@ def generate(
         model: a folder, a hub id, the embedded default's name, or a loaded model (then with its tokenizer).
         prompts: plain text.
         tokenizer: of a loaded model.
-        logits_processor: transformers' processors. A `StylePrior` and an `AutoTemperature` are bound to tokenizer and
-            model for the call, and a `ChunkSelection` is attached to the model.
+        logits_processor: transformers' processors. A `StylePrior`, an `AutoTemperature` and a `PhaseTemperature` are
+            bound to tokenizer and model for the call, and a `ChunkSelection` is attached to the model.
             With one of `decoding.temperature.processors` the texts are sampled, from all tokens unless
             ``options`` has ``top_k``, ``top_p`` or the like.
         max_new_tokens: how many tokens to write at most.
@@ -72,7 +73,7 @@ def generate(
     for processor in logits_processor:
         if isinstance(processor, StylePrior):
             processor = processor.bound(tokenizer, model, stops)
-        elif isinstance(processor, AutoTemperature):
+        elif isinstance(processor, AutoTemperature | PhaseTemperature):
             processor = processor.bound(tokenizer, model)
         processors.append(processor)
     if temperatures:

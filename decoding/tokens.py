@@ -199,11 +199,15 @@ def _unpacked(content: bytes, count: int) -> list[np.ndarray]:
     return np.split(tokens, np.cumsum(lengths)[:-1])
 
 
+def added_tokens(tokenizer: Any) -> Mapping[int, Any]:
+    """Tokens beside a tokenizer's own pieces, by id, where it tells."""
+    added = getattr(tokenizer, "added_tokens_decoder", None)  # a method, in some classes
+    return added if isinstance(added, Mapping) else {}
+
+
 def control_ids(tokenizer: Any) -> list[int]:
     """Ids that are no text: the special tokens, but for the one that stands for unknown words."""
-    added = getattr(tokenizer, "added_tokens_decoder", None)  # a method, in some classes
-    pairs = added.items() if isinstance(added, Mapping) else ()
-    special = {id_ for id_, token in pairs if getattr(token, "special", False)}
+    special = {id_ for id_, token in added_tokens(tokenizer).items() if getattr(token, "special", False)}
     special |= {*getattr(tokenizer, "all_special_ids", ()), *ends_of_sequence(None, tokenizer)}
     return sorted(special - {getattr(tokenizer, "unk_token_id", None)})
 

@@ -18,6 +18,8 @@ from decoding.cli import options as shared
 @click.option("--temperature-selector", help='"default" (the embedded one), a folder or a hub id; none by default.')
 @click.option("--temperature-policy", type=click.Choice(["ability", "curve"]), help="Of the selector.")
 @click.option("--model-size", type=click.Choice(["small", "medium", "large"]), help="By its parameters by default.")
+@click.option("--phases", is_flag=True, help="Requests may have one temperature to think and one to answer.")
+@click.option("--phase-markers", type=(str, str), metavar="BEGIN END", help="Of thinking; by default the model's own.")
 @click.option("--chunk-adapters", help='Select chunks: "default" (SmolLM2-135M\'s), a folder or a hub id.')
 @click.option("--kv-budget", type=click.IntRange(min=1), help="Select chunks: tokens to read, 2048 with adapters.")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
@@ -25,7 +27,8 @@ def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **
     """Serves a model over HTTP: vLLM's OpenAI-compatible server, which takes all of its own options.
 
     A request names its style in vllm_xargs, {"style": "NAME", "lambda": 0.1}, has its temperature chosen with
-    {"temperature": "auto"}, and reads another number of tokens with {"kv_budget": 4096}, or all with "full".
+    {"temperature": "auto"}, thinks and answers at two with {"think_temperature": 1, "answer_temperature": 0.3} (a
+    number or "auto"), and reads another number of tokens with {"kv_budget": 4096}, or all with "full".
     """
     from decoding.models import load_tokenizer, resolve_model
     from decoding.style.source import require_distinct
@@ -44,6 +47,7 @@ def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **
         temperature=True if selector == "default" else selector,
         model_size=options["model_size"],
         policy=options["temperature_policy"],
+        phases=options["phase_markers"] or options["phases"],
         chunk_adapters=options["chunk_adapters"],
         kv_budget=options["kv_budget"],
     )

@@ -1,5 +1,6 @@
-"""Temperatures: fixed, by entropy, or chosen for each prompt."""
+"""Temperatures: fixed, by entropy, by phase, or chosen for each prompt."""
 
+from decoding.temperature.phases import PhaseTemperature
 from decoding.temperature.processors import (
     AutoTemperature,
     BoundTemperature,
@@ -16,6 +17,7 @@ __all__ = [
     "DynamicTemperature",
     "EntropyDependentTemperature",
     "FixedTemperature",
+    "PhaseTemperature",
     "Temperature",
     "TemperatureSelector",
 ]

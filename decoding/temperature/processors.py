@@ -19,6 +19,7 @@ from decoding import metrics
 from decoding.errors import DecodingError
 from decoding.late import LateAnswer
 from decoding.temperature.abilities import size_class
+from decoding.temperature.markers import Markers, markers_of
 from decoding.temperature.prompts import PromptFrame
 from decoding.temperature.selector import Policy, TemperatureSelector, temperatures_of_texts
 
@@ -119,6 +120,7 @@ class BoundTemperature(Temperature):
         frame: takes the user's text out of token ids.
         model_size: as for `TemperatureSelector.select`; None is "small".
         policy: likewise.
+        thinking: the temperature of thinking, and its markers; None where the chosen one is for all.
 
     Attributes:
         chosen: the temperatures of the call's rows, float32 [B], or None before its first step.
@@ -130,11 +132,13 @@ class BoundTemperature(Temperature):
         frame: PromptFrame,
         model_size: str | None = None,
         policy: Policy | None = None,
+        thinking: tuple[float, Markers] | None = None,
     ):
         self.selector = selector
         self.frame = frame
         self.model_size = model_size
         self.policy = policy
+        self.thinking = thinking
         self.chosen: Tensor | None = None
 
     def of(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: D102
@@ -142,11 +146,14 @@ class BoundTemperature(Temperature):
             texts = [self.frame.text_of(ids) for ids in input_ids.tolist()]
             found = temperatures_of_texts(self.selector, texts, self.model_size or "small", self.policy)
             self.chosen = found.to(scores.device)
-        return self.chosen
+        if self.thinking is None:
+            return self.chosen
+        think, markers = self.thinking
+        return torch.where(markers.thinking(input_ids), think, self.chosen)
 
     def again(self) -> BoundTemperature:
         """The same for another call."""
-        return BoundTemperature(self.selector, self.frame, self.model_size, self.policy)
+        return BoundTemperature(self.selector, self.frame, self.model_size, self.policy, self.thinking)
 
 
 class AutoTemperature(Temperature):
@@ -172,12 +179,14 @@ class AutoTemperature(Temperature):
         model_size: "small", "medium" or "large"; by default by the model's parameters. Without either it is "small",
             and a warning says so.
         policy: "ability" or "curve"; by default "curve" where the selector has one of the bound model.
+        think: the temperature of thinking, as for `PhaseTemperature`; the chosen one is then the answer's.
 
     Attributes:
         chosen: the temperatures of the rows of the last call, float32 [B], or None.
 
     Raises:
-        DecodingError: when called without a tokenizer.
+        DecodingError: when called without a tokenizer; or with ``think``, and a tokenizer that has no markers of
+            thinking.
     """
 
     def __init__(
@@ -188,7 +197,9 @@ class AutoTemperature(Temperature):
         model: Any | None = None,
         model_size: str | None = None,
         policy: Policy | None = None,
+        think: float | None = None,
     ):
+        self.think = None if think is None else checked_temperature(think, "think")
         self.selector = selector
         self._asked = (model_size, policy)  # of which `bound` makes what fits the model
         self._bound: BoundTemperature | None = None
@@ -236,7 +247,8 @@ class AutoTemperature(Temperature):
                 raise DecodingError("the selector has no curve of this model: train one, or leave policy out")
             size = size or size_class(model.num_parameters())
             policy = policy or ("curve" if is_for else "ability")
-        self._last = BoundTemperature(self.selector, PromptFrame(tokenizer), size, policy)
+        thinking = None if self.think is None else (self.think, markers_of(tokenizer))
+        self._last = BoundTemperature(self.selector, PromptFrame(tokenizer), size, policy, thinking)
         self._bound = self._bound or self._last
         return self._last
 
@@ -271,14 +283,16 @@ class AutoTemperature(Temperature):
             )
 
 
-def checked_temperature(value: float, name: str = "temperature") -> float:
+def checked_temperature(
+    value: float, name: str = "temperature", hint: str = "; for greedy search, do_sample=False"
+) -> float:
     """A temperature as a float.
 
     Raises:
         DecodingError: not a positive, finite number.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise DecodingError(f"{name} must be a positive number, not {value!r}; for greedy search, do_sample=False")
+        raise DecodingError(f"{name} must be a positive number, not {value!r}{hint}")
     return float(value)
 
 

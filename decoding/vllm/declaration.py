@@ -2,14 +2,15 @@
 
 vLLM checks requests in the process that receives them and applies them in others, and gives the check no configuration.
 So there are three variables in JSON: ``DECODING_STYLES``, an object from names to saved priors,
-``DECODING_TEMPERATURE``, one like `DeclaredSelector`, and ``DECODING_CHUNKS``, one like `DeclaredChunks`.
+``DECODING_TEMPERATURE``, one like `DeclaredSelector` that may have ``phases``, one like `DeclaredPhases` (and then
+``"selector": false`` to do without a selector), and ``DECODING_CHUNKS``, one like `DeclaredChunks`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
@@ -24,6 +25,7 @@ from decoding.files import exists
 from decoding.hub import may_be_hub_id
 from decoding.style.source import StyleSource
 from decoding.temperature.abilities import SIZES
+from decoding.temperature.markers import checked_markers
 from decoding.temperature.selector import CONFIG_FILE, Policy
 
 STYLES_VARIABLE = "DECODING_STYLES"
@@ -35,6 +37,7 @@ CHUNK_PROCESSOR = "decoding.vllm.processor:ChunkLogitsProcessor"
 CHUNKS_KEY = "chunkllm"  # in an engine's additional_config
 EMBEDDED = "default"  # the name of what comes with the package
 BLOCK_SIZE = 32
+_PHASES = "phases"
 _COPIED_BY_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
@@ -44,6 +47,13 @@ class DeclaredSelector(NamedTuple):
     selector: str | None = None  # a folder or a hub id, None for the embedded one
     model_size: str | None = None  # None to go by the model's parameters
     policy: Policy | None = None  # None for the selector's own
+
+
+class DeclaredPhases(NamedTuple):
+    """That a server has temperatures of their own for thinking and answering: the texts that begin and end thinking."""
+
+    begin: str | None = None  # None for the model's own, like the other
+    end: str | None = None
 
 
 class DeclaredChunks(NamedTuple):
@@ -59,10 +69,11 @@ def engine_args(
     temperature: bool | str | PathLike | None = None,
     model_size: str | None = None,
     policy: Policy | None = None,
+    phases: bool | tuple[str, str] = False,
     chunk_adapters: str | PathLike | None = None,
     kv_budget: int | None = None,
 ) -> dict[str, Any]:
-    """Arguments that give ``vllm.LLM`` or ``AsyncEngineArgs`` style priors, a temperature selector, chunk selection.
+    """Arguments that give ``vllm.LLM`` or ``AsyncEngineArgs`` style priors, temperatures, chunk selection.
 
     Declares them in the environment, from which the engine's processes are started, in place of what an earlier call
     declared. For chunk selection, the arguments also set the size of the cache's blocks, and on CUDA the attention
@@ -72,6 +83,9 @@ def engine_args(
         >>> llm = LLM("path-or-hub-id", **engine_args({"king-james": "king-james.safetensors"}, temperature=True))
         >>> llm.generate(prompts, SamplingParams(extra_args={"style": "king-james", "lambda": 0.1}))
         >>> llm.generate(prompts, SamplingParams(temperature=1, extra_args={"temperature": "auto"}))
+        >>> llm = LLM("path-or-hub-id", **engine_args(phases=True))
+        >>> phases = {"think_temperature": 1.0, "answer_temperature": 0.3}
+        >>> llm.generate(prompts, SamplingParams(temperature=1, extra_args=phases))
         >>> llm = LLM("path-or-hub-id", **engine_args(chunk_adapters="my-adapters", kv_budget=2048))
         >>> llm.generate(prompts, SamplingParams(extra_args={"kv_budget": 4096}))  # or "full"
 
@@ -84,20 +98,23 @@ def engine_args(
         model_size: "small", "medium" or "large", as for `TemperatureSelector.select`; by default by the number of the
             model's parameters.
         policy: "ability" (the default) or "curve".
+        phases: requests may have one temperature for thinking and one for answering. True to go by the model's own
+            markers of thinking, as `PhaseTemperature` does; else the two texts that begin and end it.
         chunk_adapters: select chunks, with the adapters of a folder or hub id; "default" for the embedded ones.
         kv_budget: select chunks, with or without adapters, where a request has more tokens than these, 2048 by default.
 
     Raises:
-        DecodingError: a name without a style, no selector or adapters there, or an unknown size, policy or
-            budget.
+        DecodingError: a name without a style, no selector or adapters there, an unknown size, policy or budget, or
+            phases that are no two texts.
     """
     priors = None if styles is None else {name: _style(name, spec) for name, spec in styles.items()}
     selector = _selector(temperature, model_size, policy)
+    temperatures = _temperatures(selector, _phases(phases))
     _declare(STYLES_VARIABLE, priors)
-    _declare(TEMPERATURE_VARIABLE, None if selector is None else selector._asdict())
+    _declare(TEMPERATURE_VARIABLE, temperatures)
     chunks = _chunks(chunk_adapters, kv_budget)
     _declare(CHUNKS_VARIABLE, None if chunks is None else chunks._asdict())
-    declared = {STYLE_PROCESSOR: priors, TEMPERATURE_PROCESSOR: selector, CHUNK_PROCESSOR: chunks}
+    declared = {STYLE_PROCESSOR: priors, TEMPERATURE_PROCESSOR: temperatures, CHUNK_PROCESSOR: chunks}
     processors = [name for name, value in declared.items() if value is not None]
     return {"logits_processors": processors, **({} if chunks is None else _engine_of(chunks))}
 
@@ -161,6 +178,22 @@ def _saved_selector(source: str | PathLike) -> str:
     return str(source)
 
 
+def _phases(phases: bool | Sequence[str]) -> DeclaredPhases | None:
+    if isinstance(phases, bool):
+        return DeclaredPhases() if phases else None
+    if isinstance(phases, str) or len(phases) != 2:
+        raise DecodingError(f"phases must be True, or the texts that begin and end thinking, not {phases!r}")
+    checked_markers(*phases)
+    return DeclaredPhases(*phases)
+
+
+def _temperatures(selector: DeclaredSelector | None, phases: DeclaredPhases | None) -> dict[str, Any] | None:
+    """What the variable holds."""
+    if phases is None:
+        return None if selector is None else selector._asdict()
+    return {**({"selector": False} if selector is None else selector._asdict()), _PHASES: phases._asdict()}
+
+
 def _declare(variable: str, value: dict[str, Any] | None) -> None:
     if value is None:
         os.environ.pop(variable, None)
@@ -189,10 +222,10 @@ def declared_selector() -> DeclaredSelector | None:
     Raises:
         DecodingError: the variable is not a JSON object of `DeclaredSelector`'s fields.
     """
-    text = os.environ.get(TEMPERATURE_VARIABLE)
-    if text is None:
+    declared = _declared_temperatures()
+    if declared is None or declared.get("selector") is False:
         return None
-    declared = _parsed(TEMPERATURE_VARIABLE, text)
+    declared = {name: value for name, value in declared.items() if name != _PHASES}
     if not all(value is None or isinstance(value, str) for value in declared.values()):
         raise DecodingError(f"{TEMPERATURE_VARIABLE} must hold texts or null")
     try:
@@ -200,6 +233,26 @@ def declared_selector() -> DeclaredSelector | None:
     except TypeError as error:
         fields = ", ".join(DeclaredSelector._fields)
         raise DecodingError(f"{TEMPERATURE_VARIABLE} can have {fields}, not {', '.join(declared)}") from error
+
+
+def declared_phases() -> DeclaredPhases | None:
+    """The phases that this process's environment declares, if it does.
+
+    Raises:
+        DecodingError: the variable is not a JSON object, or its ``phases`` not one of `DeclaredPhases`'s fields.
+    """
+    phases = (_declared_temperatures() or {}).get(_PHASES)
+    if phases is None or isinstance(phases, bool):
+        return DeclaredPhases() if phases else None
+    if not isinstance(phases, Mapping) or not set(phases) <= set(DeclaredPhases._fields):
+        raise DecodingError(f'{TEMPERATURE_VARIABLE} must have {{"begin": …, "end": …}} or true as phases')
+    checked_markers(phases.get("begin"), phases.get("end"))
+    return DeclaredPhases(**phases)
+
+
+def _declared_temperatures() -> dict[str, Any] | None:
+    text = os.environ.get(TEMPERATURE_VARIABLE)
+    return None if text is None else _parsed(TEMPERATURE_VARIABLE, text)
 
 
 def declared_chunks() -> DeclaredChunks | None:

@@ -15,13 +15,14 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
 
 from decoding.errors import DecodingError
+from decoding.temperature.markers import Markers, markers_of
 from decoding.tokens import ends_of_sequence
-from decoding.vllm.declaration import TEMPERATURE_VARIABLE, declared_selector, declared_styles
+from decoding.vllm.declaration import TEMPERATURE_VARIABLE, declared_phases, declared_selector, declared_styles
 from decoding.vllm.requests import LoadedStyles, check_request, load_styles
 from decoding.vllm.temperatures import PromptTemperatures, load_temperatures
 from decoding.vllm.tokenizer import engine_tokenizer
 from decoding.vllm.v1 import BudgetRows, StyleRows, TemperatureRows, budget_rows
-from decoding.vllm.v2 import StyleSlots, TemperatureSlots
+from decoding.vllm.v2 import PhaseSlots, StyleSlots, TemperatureSlots
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +93,10 @@ class StyleLogitsProcessor(_Processor):
 
 
 class TemperatureLogitsProcessor(_Processor):
-    """A temperature chosen for each request by its prompt, with ``extra_args={"temperature": "auto"}``.
+    """Temperatures that vLLM does not have, per request: chosen by the prompt, and different by phase.
 
+    With ``extra_args={"temperature": "auto"}`` the selector chooses; with ``{"think_temperature": 1.0,
+    "answer_temperature": 0.3}`` (a number or "auto", both or one of them) thinking and answering have one each.
     The request's own temperature is 1. It cannot be the chosen one: vLLM checks requests without their prompts, and has
     copied their temperatures before processors hear of them. So the logits are divided here, where vLLM would divide:
     after penalties and before top-k and top-p on both runners. Only min-p differs: V1 takes it first, at temperature 1.
@@ -106,10 +109,13 @@ class TemperatureLogitsProcessor(_Processor):
         return True
 
     def _rows_of(self, vllm_config: VllmConfig, device: torch.device) -> TemperatureRows:
-        return TemperatureRows(_temperatures_of(vllm_config, device), device)
+        choose, markers = _temperatures_of(vllm_config, device)
+        return TemperatureRows(choose, device, markers)
 
     def _slots_of(self, vllm_config: VllmConfig, states: Any) -> TemperatureSlots:
-        return TemperatureSlots(_temperatures_of(vllm_config, states.device), states)
+        choose, markers = _temperatures_of(vllm_config, states.device)
+        drafts = getattr(vllm_config.speculative_config, "num_speculative_tokens", None) or 0
+        return TemperatureSlots(choose, states, None if markers is None else PhaseSlots(markers, states, drafts))
 
 
 class ChunkLogitsProcessor(_Processor):
@@ -152,9 +158,15 @@ def _loaded_styles(
     return styles
 
 
-def _temperatures_of(vllm_config: VllmConfig, device: torch.device) -> PromptTemperatures:
-    declared = declared_selector()
-    if declared is None:
-        raise DecodingError(f"no temperature selector is declared: {TEMPERATURE_VARIABLE} is not set")
-    config = vllm_config.model_config.hf_text_config
-    return load_temperatures(declared, engine_tokenizer(vllm_config), config, str(device))
+def _temperatures_of(vllm_config: VllmConfig, device: torch.device) -> tuple[PromptTemperatures | None, Markers | None]:
+    """The selector and the markers of thinking, as declared."""
+    selector, phases = declared_selector(), declared_phases()
+    if selector is None and phases is None:
+        raise DecodingError(f"no temperature selector and no phases are declared: {TEMPERATURE_VARIABLE} is not set")
+    config, tokenizer = vllm_config.model_config, engine_tokenizer(vllm_config)
+    if phases is not None and tokenizer is None:
+        raise DecodingError("markers of thinking are found with the model's tokenizer: do not skip its start")
+    markers = None if phases is None else markers_of(tokenizer, *phases)
+    if selector is None:
+        return None, markers
+    return load_temperatures(selector, tokenizer, config.hf_text_config, str(device)), markers

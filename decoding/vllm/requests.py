@@ -15,13 +15,22 @@ from decoding.errors import DecodingError
 from decoding.style.prior import StylePrior
 from decoding.style.steering import Guards, Stops, guards_of, steer, stops_of
 from decoding.style.strength import checked_lambda
-from decoding.vllm.declaration import checked_budget, declared_chunks, declared_selector, declared_styles
+from decoding.temperature.processors import checked_temperature
+from decoding.vllm.declaration import (
+    checked_budget,
+    declared_chunks,
+    declared_phases,
+    declared_selector,
+    declared_styles,
+)
 from ngram import NGramError
 from ngram.layout import join
 from ngram.tables import Tables
 
 MOST_STYLES_PER_REQUEST = 8
 AUTO = "auto"
+_TEMPERATURES = _WHOLE, _THINK, _ = "temperature", "think_temperature", "answer_temperature"
+_LEAST = 1e-2  # what vLLM raises lower temperatures to, before scores overflow
 FULL = "full"
 UNLIMITED = 2**31 - 1
 
@@ -36,7 +45,8 @@ def check_request(params: Any) -> None:
         DecodingError: as `requested_styles`, `check_temperature` and `requested_budget`.
     """
     requested_styles(params.extra_args, declared_styles())
-    check_temperature(params.extra_args, params.temperature, is_served=declared_selector() is not None)
+    has_selector, has_phases = declared_selector() is not None, declared_phases() is not None
+    check_temperature(params.extra_args, params.temperature, has_selector, has_phases)
     requested_budget(params.extra_args, is_served=declared_chunks() is not None)
 
 
@@ -72,37 +82,71 @@ def requested_styles(extra_args: Mapping[str, Any] | None, known: Collection[str
     ]
 
 
-def check_temperature(extra_args: Mapping[str, Any] | None, own: float, is_served: bool) -> None:
-    """Refuses a request that asks for the temperature selector and cannot have it.
+def check_temperature(
+    extra_args: Mapping[str, Any] | None, own: float, has_selector: bool, has_phases: bool = False
+) -> None:
+    """Refuses a request that asks for the temperature selector or for phases, and cannot have them.
 
     Args:
-        extra_args: a request's own arguments: ``temperature``, "auto" or not there. Others are somebody else's.
+        extra_args: a request's own arguments: ``temperature``, "auto" or not there; or ``think_temperature``, a number,
+            and ``answer_temperature``, a number or "auto", both or one of them. Others are somebody else's.
         own: the request's own temperature, by which vLLM divides as well.
-        is_served: whether there is a selector.
+        has_selector: whether the server has a selector.
+        has_phases: whether it tells thinking from answering.
 
     Raises:
-        DecodingError: another value than "auto", no selector, or an own temperature other than 1.
+        DecodingError: other values, no selector, no phases, or an own temperature other than 1.
     """
-    asked = (extra_args or {}).get("temperature")
-    if asked is None:
+    asked = {name: value for name in _TEMPERATURES if (value := (extra_args or {}).get(name)) is not None}
+    if not asked:
         return
-    if asked != AUTO:
+    if asked.get(_WHOLE, AUTO) != AUTO:
         raise DecodingError(
-            f'the temperature in extra_args or vllm_xargs can be "{AUTO}" alone, not {asked!r}: '
+            f'the temperature in extra_args or vllm_xargs can be "{AUTO}" alone, not {asked[_WHOLE]!r}: '
             "a number belongs in the request's own temperature"
         )
-    if not is_served:
+    if _WHOLE in asked and len(asked) > 1:
+        raise DecodingError(
+            f'"temperature": "{AUTO}" is for a whole text: beside {_THINK} write "answer_temperature": "{AUTO}"'
+        )
+    if _WHOLE not in asked and not has_phases:
+        raise DecodingError("this server does not tell thinking from answering; start it with --phases")
+    for name, value in asked.items():
+        if value != AUTO:
+            checked_temperature(value, name, hint="" if name == _THINK else f' or "{AUTO}"')
+        elif name == _THINK:
+            raise DecodingError(f'{_THINK} must be a number: "{AUTO}" is for the answer')
+    if AUTO in asked.values() and not has_selector:
         raise DecodingError("this server has no temperature selector; start it with --temperature-selector default")
     if own != 1:
+        what = f'"{AUTO}"' if _WHOLE in asked else " and ".join(asked)
         raise DecodingError(
-            f'with "{AUTO}" the request\'s own temperature must be 1, not {own:g} (where a request has none, the '
+            f"with {what} the request's own temperature must be 1, not {own:g} (where a request has none, the "
             "model's generation_config.json may set one, unless the server has --generation-config vllm)"
         )
 
 
-def leaves_temperature_open(extra_args: Mapping[str, Any] | None) -> bool:
-    """Whether a request wants its temperature chosen."""
-    return (extra_args or {}).get("temperature") == AUTO
+class Temperatures(NamedTuple):
+    """The temperatures that a request wants of us."""
+
+    answer: float | None = None  # None to have it chosen
+    think: float | None = None  # None for no other than the answer's
+
+
+def wanted_temperatures(extra_args: Mapping[str, Any] | None) -> Temperatures | None:
+    """What a request that `check_temperature` let pass wants; None for nothing.
+
+    A phase that it does not name is sampled at the request's own temperature, which is 1.
+    """
+    whole, think, answer = ((extra_args or {}).get(name) for name in _TEMPERATURES)
+    if think is None and answer is None:
+        return Temperatures() if whole == AUTO else None
+    chosen = answer == AUTO
+    return Temperatures(None if chosen else _of_phase(answer), _of_phase(think))
+
+
+def _of_phase(value: float | None) -> float:
+    return 1.0 if value is None else max(float(value), _LEAST)
 
 
 def requested_budget(extra_args: Mapping[str, Any] | None, is_served: bool) -> int | None:

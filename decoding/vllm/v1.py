@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from chunkllm.late import send
+from decoding.temperature.markers import Markers
 from decoding.vllm.requests import (
     Layer,
     LoadedStyles,
+    Temperatures,
     layers_of,
-    leaves_temperature_open,
     requested_budget,
     stops_table,
+    wanted_temperatures,
 )
 from decoding.vllm.temperatures import PromptTemperatures
 
@@ -108,25 +110,49 @@ class StyleRows:
 
 
 @dataclass
-class _Open:
-    """A request whose temperature is for the selector to choose."""
+class _Request:
+    """One whose temperatures are set here."""
 
+    wanted: Temperatures
     prompt: Sequence[int] | None  # None for one of embeddings
+    output: Sequence[int]
     chosen: Tensor | None = None
+    is_thinking: bool = False
+    read: int | None = None  # the tokens of the output that the above knows of; None before the first step
+
+    def temperature(self) -> Tensor | float | None:
+        """That of its next token."""
+        if self.is_thinking:
+            return self.wanted.think
+        return self.chosen if self.wanted.answer is None else self.wanted.answer
+
+    def unread(self, reach: int) -> list[int]:
+        """Tokens whose last marker decides on the phase, if they have one: those since the last call, and ``reach``
+        before them.
+        """
+        if self.read is None or self.read > len(self.output):  # the engine may take tokens back
+            self.is_thinking, tail = False, [*(self.prompt or ()), *self.output]
+        else:
+            new = len(self.output) - self.read + reach
+            tail = [*(self.prompt or ())[-new:], *self.output[-new:]][-new:]
+        self.read = len(self.output)
+        return tail
 
 
 class TemperatureRows:
-    """The requests whose temperatures are chosen, by row.
+    """The requests whose temperatures are chosen or differ by phase, by row.
 
     Args:
-        choose: the selector.
+        choose: the selector, if there is one.
         device: of the logits.
+        markers: of thinking, if phases are told apart.
     """
 
-    def __init__(self, choose: PromptTemperatures, device: torch.device):
+    def __init__(self, choose: PromptTemperatures | None, device: torch.device, markers: Markers | None = None):
         self._choose = choose
-        self._one = torch.ones((), device=device)
-        self._rows: dict[int, _Open] = {}
+        self._markers = markers
+        self._device = device
+        self._rows: dict[int, _Request] = {}
         self._temperatures: Tensor | None = None  # of the rows as they stand; None if they changed
 
     def update(self, batch_update: Any | None) -> None:
@@ -135,24 +161,52 @@ class TemperatureRows:
             self._temperatures = None
             take_in(batch_update, self._rows, self._kept)
 
-    def _kept(self, params: Any, prompt: Sequence[int] | None, _: Sequence[int]) -> _Open | None:
-        return _Open(prompt) if leaves_temperature_open(params.extra_args) else None
+    def _kept(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> _Request | None:
+        wanted = wanted_temperatures(params.extra_args)
+        return None if wanted is None else _Request(wanted, prompt, output)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Divides the rows of a step by their temperatures, in place: logits float32 [rows, W]."""
         if not self._rows:
             return logits
-        if self._temperatures is None or len(self._temperatures) != len(logits):
+        if self._is_other_phase() or self._temperatures is None or len(self._temperatures) != len(logits):
             self._temperatures = self._of_rows(len(logits))
         return logits.div_(self._temperatures[:, None])
 
+    def _is_other_phase(self) -> bool:
+        """Whether any request began or ended thinking. Reads what they wrote, on the host."""
+        if self._markers is None:
+            return False
+        phased = [request for request in self._rows.values() if request.wanted.think is not None]
+        new = [request for request in phased if request.read is None]
+        old = [request for request in phased if request.read is not None]
+        # Prompts one by one: padded to the longest, many would be large.
+        changes = [self._read(self._markers, requests) for requests in (*([each] for each in new), old)]
+        return any(changes)
+
+    def _read(self, markers: Markers, requests: list[_Request]) -> bool:
+        # One more than a marker needs: the last token may have been a placeholder, which async scheduling fills in.
+        texts = [request.unread(markers.length) for request in requests]
+        width = max(map(len, texts), default=0)
+        ids = torch.tensor([[-1] * (width - len(text)) + text for text in texts], dtype=torch.int64)
+        before = [request.is_thinking for request in requests]
+        now = markers.thinking(ids.view(len(texts), width), torch.tensor(before, dtype=torch.bool)).tolist()
+        for request, is_thinking in zip(requests, now, strict=True):
+            request.is_thinking = is_thinking
+        return before != now
+
     def _of_rows(self, count: int) -> Tensor:
         """Float32 [count], 1 for rows with temperatures of their own."""
-        new = [request for request in self._rows.values() if request.chosen is None]
-        for request, chosen in zip(new, self._choose([request.prompt for request in new]), strict=True):
-            request.chosen = chosen
-        open_rows = {row: request.chosen for row, request in self._rows.items() if request.chosen is not None}
-        return torch.stack([open_rows.get(row, self._one) for row in range(count)])
+        if self._choose is not None:
+            new = [each for each in self._rows.values() if each.wanted.answer is None and each.chosen is None]
+            for request, chosen in zip(new, self._choose([request.prompt for request in new]), strict=True):
+                request.chosen = chosen
+        values = [self._rows[row].temperature() if row in self._rows else None for row in range(count)]
+        found = send(torch.tensor([value if isinstance(value, float) else 1.0 for value in values]), self._device)
+        open_rows = {row: value for row, value in enumerate(values) if isinstance(value, Tensor)}
+        if open_rows:
+            found[send(torch.tensor(list(open_rows)), self._device)] = torch.stack(list(open_rows.values()))
+        return found
 
 
 class BudgetRows:

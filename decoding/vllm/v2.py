@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from chunkllm.late import send
+from decoding.temperature.markers import Markers
 from decoding.vllm.requests import (
     MOST_STYLES_PER_REQUEST,
     Layer,
     LoadedStyles,
-    leaves_temperature_open,
     stops_table,
+    wanted_temperatures,
 )
 from decoding.vllm.temperatures import PromptTemperatures
 
@@ -78,19 +79,29 @@ class StyleSlots:
         strengths, priors = self._strengths[slots] * in_use[:, None], self._priors[slots]
         layers = [Layer(priors[:, i], strengths[:, i]) for i in range(depth)]
         own = None if self._own_stops is None else self._own_stops[slots].masked_fill(~in_use[:, None], -1)
-        return self._styles.add(logits, self._history(slots, ctx), layers, own)
+        return self._styles.add(logits, tokens_before(self._states, slots, ctx, self._back), layers, own)
 
-    def _history(self, slots: Tensor, ctx: Any) -> Tensor:
-        """The tokens up to each row's own, int64 [rows, context]; −1 before a text's start.
 
-        The draft tokens of this step are in ``ctx.input_ids`` alone, one row for each; earlier ones are committed.
-        """
-        local = ctx.expanded_local_pos.long()[:, None]
-        position = ctx.pos.long()[:, None] - self._back
-        rows = torch.arange(len(slots), device=slots.device)[:, None] - self._back
-        drafted = ctx.input_ids[rows.clamp(min=0)].long()
-        committed = self._states.all_token_ids.gpu[slots[:, None], position.clamp(min=0)].long()
-        return drafted.where(self._back < local, committed).masked_fill(position < 0, -1)
+def tokens_before(states: Any, slots: Tensor, ctx: Any, back: Tensor) -> Tensor:
+    """The tokens up to each row's own.
+
+    The draft tokens of this step are in ``ctx.input_ids`` alone, one row for each; earlier ones are committed.
+
+    Args:
+        states: vLLM's ``LogitsProcRequestState``.
+        slots: of the rows, int64 [rows].
+        ctx: vLLM's ``LogitsContext``.
+        back: how far back to look, int64 [W], falling to 0.
+
+    Returns:
+        int64 [rows, W]; −1 before a text's start.
+    """
+    local = ctx.expanded_local_pos.long()[:, None]
+    position = ctx.pos.long()[:, None] - back
+    rows = torch.arange(len(slots), device=slots.device)[:, None] - back
+    drafted = ctx.input_ids[rows.clamp(min=0)].long()
+    committed = states.all_token_ids.gpu[slots[:, None], position.clamp(min=0)].long()
+    return drafted.where(back < local, committed).masked_fill(position < 0, -1)
 
 
 class _Copy:
@@ -113,36 +124,45 @@ class _Copy:
 class TemperatureSlots:
     """The temperatures of each request slot.
 
-    Prompts are on the device alone. They are sent for when requests join, before the model computes, and taken in the
-    same step's `apply`: for their tokens the host waits until the step before is done, not this one.
+    Prompts are on the device alone. For the selector they are sent for when requests join, before the model computes,
+    and taken in the same step's `apply`: for their tokens the host waits until the step before is done, not this one.
+    Phases are found on the device.
 
     Args:
-        choose: the selector.
+        choose: the selector, if there is one.
         req_states: vLLM's ``LogitsProcRequestState``.
+        phases: of the slots, if phases are told apart.
     """
 
-    def __init__(self, choose: PromptTemperatures, req_states: Any):
+    def __init__(self, choose: PromptTemperatures | None, req_states: Any, phases: PhaseSlots | None = None):
         self._choose = choose
         self._states = req_states
-        self._is_open = np.zeros(req_states.max_num_reqs, bool)
+        self._phases = phases
+        self._is_ours = np.zeros(req_states.max_num_reqs, bool)
         self._temperatures = torch.ones(req_states.max_num_reqs, device=req_states.device)
         self._joined: dict[int, int] = {}  # slot -> length of its prompt, since the last `flush`
         self._waiting: dict[int, tuple[_Copy, slice]] = {}  # slot -> where its prompt arrives
 
     def add(self, slot: int, params: Any) -> bool:
-        """Puts a request into a slot, over whatever was there. Whether its temperature is to be chosen."""
+        """Puts a request into a slot, over whatever was there. Whether its temperatures are set here."""
         self._joined.pop(slot, None)
         self._waiting.pop(slot, None)
-        was_open, is_open = bool(self._is_open[slot]), leaves_temperature_open(params.extra_args)
-        self._is_open[slot] = is_open
-        if is_open:
+        wanted = wanted_temperatures(params.extra_args)
+        if self._phases is not None:
+            self._phases.add(slot, None if wanted is None else wanted.think)
+        was_ours, self._is_ours[slot] = bool(self._is_ours[slot]), wanted is not None
+        if wanted is not None and wanted.answer is None:  # to be chosen
             self._joined[slot] = int(self._states.prompt_len.np[slot])
-        elif was_open:
+        elif wanted is not None and wanted.answer is not None:
+            self._temperatures[slot] = wanted.answer
+        elif was_ours:
             self._temperatures[slot] = 1
-        return is_open
+        return wanted is not None
 
     def flush(self) -> None:
         """Sends for the prompts of the requests that joined."""
+        if self._phases is not None:
+            self._phases.flush()
         if not self._joined:
             return
         ids = self._states.all_token_ids.gpu
@@ -160,16 +180,82 @@ class TemperatureSlots:
             logits: float32 [rows, W].
             ctx: vLLM's ``LogitsContext``.
         """
-        if not self._is_open[ctx.idx_mapping_np].any():
+        if not self._is_ours[ctx.idx_mapping_np].any():
             return logits
-        if self._waiting:
-            self._choose_waiting()
+        if self._choose is not None and self._waiting:
+            self._choose_waiting(self._choose)
         slots = ctx.expanded_idx_mapping.long()
-        # rows that only pad a CUDA graph's batch have no slot
-        return logits.div_(self._temperatures[slots.clamp(min=0)].where(slots >= 0, 1)[:, None])
+        in_use, slots = slots >= 0, slots.clamp(min=0)  # rows that only pad a CUDA graph's batch have no slot
+        temperatures = self._temperatures[slots]
+        if self._phases is not None:
+            temperatures = self._phases.mix(temperatures, slots, in_use, ctx)
+        return logits.div_(temperatures.where(in_use, 1)[:, None])
 
-    def _choose_waiting(self) -> None:
+    def _choose_waiting(self, choose: PromptTemperatures) -> None:
         prompts = [copy.arrived()[place].tolist() for copy, place in self._waiting.values()]
-        for slot, chosen in zip(self._waiting, self._choose(prompts), strict=True):
+        for slot, chosen in zip(self._waiting, choose(prompts), strict=True):
             self._temperatures[slot] = chosen
         self._waiting.clear()
+
+
+class PhaseSlots:
+    """Which request slots are thinking, and at which temperature. No step waits for the device.
+
+    What a request begins with is read when it joins, or comes back after a preemption; then each step reads the last
+    tokens, as many as may have come since the step before.
+
+    Args:
+        markers: of thinking.
+        req_states: vLLM's ``LogitsProcRequestState``.
+        drafts: the most tokens that are drafted for a request in a step.
+    """
+
+    def __init__(self, markers: Markers, req_states: Any, drafts: int = 0):
+        self._markers = markers
+        self._states = req_states
+        count, device = req_states.max_num_reqs, req_states.device
+        self._is_phased = np.zeros(count, bool)
+        self._think = torch.zeros(count, device=device)  # 0 for requests without phases
+        self._is_thinking = torch.zeros(count + 1, dtype=torch.bool, device=device)  # by committed tokens; one to spare
+        # A step commits one token and accepted drafts, and drafts others, behind which rows may stand.
+        self._back = torch.arange(markers.length + 2 * drafts - 1, -1, -1, device=device)
+        self._joined: dict[int, int] = {}  # slot -> tokens that its request begins with, since the last `flush`
+
+    def add(self, slot: int, think: float | None) -> None:
+        """Puts a request into a slot: its temperature for thinking, None for no phases."""
+        self._joined.pop(slot, None)
+        was_phased, self._is_phased[slot] = bool(self._is_phased[slot]), think is not None
+        if think is not None:
+            self._joined[slot] = int(self._states.prefill_len.np[slot])
+        if think is not None or was_phased:
+            self._think[slot] = think or 0.0
+
+    def flush(self) -> None:
+        """Reads what the requests that joined begin with."""
+        for slot, length in self._joined.items():
+            text = self._states.all_token_ids.gpu[slot : slot + 1, :length]
+            self._is_thinking[slot : slot + 1] = self._markers.thinking(text)
+        self._joined.clear()
+
+    def mix(self, temperatures: Tensor, slots: Tensor, in_use: Tensor, ctx: Any) -> Tensor:
+        """A step's temperatures, thinking's where rows are thinking.
+
+        Args:
+            temperatures: those of answers, float32 [rows].
+            slots: of the rows, int64 [rows].
+            in_use: whether rows have a slot, bool [rows].
+            ctx: vLLM's ``LogitsContext``.
+
+        Returns:
+            float32 [rows].
+        """
+        if not self._is_phased[ctx.idx_mapping_np].any():
+            return temperatures
+        tokens = tokens_before(self._states, slots, ctx, self._back)
+        is_thinking = self._markers.thinking(tokens, self._is_thinking[slots])
+        # Not by pieces of a prompt: `flush` has read it to its end.
+        is_committed = (ctx.expanded_local_pos == 0) & (ctx.pos + 1 >= self._states.prefill_len.gpu[slots])
+        spare = len(self._is_thinking) - 1
+        self._is_thinking[slots.where(is_committed & in_use, spare)] = is_thinking
+        think = self._think[slots]
+        return think.where(is_thinking & (think > 0), temperatures)

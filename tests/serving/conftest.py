@@ -14,6 +14,7 @@ from decoding.temperature.heads import AbilityHead
 from decoding.vllm.requests import LoadedStyles
 from decoding.vllm.temperatures import PromptTemperatures
 from ngram import NGramModel
+from tests.decoding.temperature.thinking import is_thinking
 
 V, WIDTH = 40, 43
 
@@ -97,6 +98,28 @@ EXAMPLES = {
 def fake_temperature(prompt):
     """By a prompt's tokens."""
     return 0.25 + 0.125 * (sum(prompt) % 11)
+
+
+PHASED = [
+    {"think_temperature": 2.0, "answer_temperature": 0.5},
+    {"think_temperature": 0.25},
+    {"answer_temperature": 4},
+    {"think_temperature": 3, "answer_temperature": "auto"},
+    {"temperature": "auto"},
+    {"style": "plain"},
+    None,
+]
+
+
+def wanted_temperature(arguments, prompt, ids):
+    """The temperature of a request's next token, 1 for its own; ids are its prompt and what follows."""
+    arguments = arguments or {}
+    if "temperature" in arguments:
+        return fake_temperature(prompt)
+    if is_thinking(ids):
+        return arguments.get("think_temperature", 1)
+    answer = arguments.get("answer_temperature", 1)
+    return fake_temperature(prompt) if answer == "auto" else answer
 
 
 class FakeSelector:

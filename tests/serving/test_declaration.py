@@ -15,6 +15,7 @@ from decoding.vllm.declaration import (
     DeclaredSelector,
     checked_chunks,
     declared_chunks,
+    declared_phases,
     declared_selector,
     declared_styles,
 )
@@ -61,6 +62,37 @@ def test_a_selector_is_declared_in_the_environment(saved_selector, monkeypatch):
     assert engine_args(temperature="me/mine") == TEMPERATURE
     assert declared_selector() == DeclaredSelector("me/mine")
     assert os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] == "DECODING_TEMPERATURE"
+
+
+def test_phases_are_declared_beside_a_selector_or_without_one(saved_selector):
+    assert engine_args(phases=True) == TEMPERATURE
+    assert declared_selector() is None
+    assert declared_phases() == (None, None)
+    assert engine_args(phases=("<a>", "</a>"), temperature=saved_selector, model_size="small") == TEMPERATURE
+    assert declared_selector() == DeclaredSelector(str(saved_selector), "small")
+    assert declared_phases() == ("<a>", "</a>")
+    assert engine_args(temperature=True) == TEMPERATURE
+    assert declared_phases() is None
+    for phases, reason in ((("a",), "two texts|begin and end"), ("ab", "begin and end"), (("a", "a"), "cannot be a")):
+        with pytest.raises(DecodingError, match=reason):
+            engine_args(phases=phases)
+    assert declared_selector() == DeclaredSelector()
+
+
+@pytest.mark.parametrize(
+    ("phases", "wanted"), [("true", (None, None)), ("{}", (None, None)), ("false", None), ("null", None)]
+)
+def test_phases_that_vllm_users_can_write(phases, wanted, monkeypatch):
+    monkeypatch.setenv("DECODING_TEMPERATURE", f'{{"phases": {phases}}}')
+    assert declared_phases() == wanted
+    assert declared_selector() == DeclaredSelector()
+
+
+@pytest.mark.parametrize("phases", ["3", "[]", '{"start": "a"}', '{"begin": "a"}', '{"begin": 1, "end": 2}'])
+def test_spoilt_phases_are_refused(phases, monkeypatch):
+    monkeypatch.setenv("DECODING_TEMPERATURE", f'{{"phases": {phases}}}')
+    with pytest.raises(DecodingError, match="as phases|two markers"):
+        declared_phases()
 
 
 def test_a_declaration_replaces_the_last_one(saved):

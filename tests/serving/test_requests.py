@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,11 @@ from decoding.vllm.requests import (
     check_request,
     check_temperature,
     layers_of,
-    leaves_temperature_open,
     load_styles,
     requested_budget,
     requested_styles,
     stops_table,
+    wanted_temperatures,
 )
 from tests.conftest import WORDS, make_tokenizer
 from tests.serving.conftest import assert_same_distribution
@@ -71,14 +72,59 @@ def test_without_styles_the_reason_says_how_to_get_some():
 @pytest.mark.parametrize("arguments", [None, {}, {"style": "a"}, {"temperature": None}])
 @pytest.mark.parametrize("is_served", [True, False])
 def test_requests_may_leave_the_selector_alone(arguments, is_served):
-    check_temperature(arguments, 0.3, is_served)
-    assert not leaves_temperature_open(arguments)
+    check_temperature(arguments, 0.3, is_served, is_served)
+    assert wanted_temperatures(arguments) is None
 
 
 def test_requests_may_leave_their_temperature_to_the_selector():
     arguments = {"style": "a", "temperature": "auto"}
-    check_temperature(arguments, 1.0, is_served=True)
-    assert leaves_temperature_open(arguments)
+    check_temperature(arguments, 1.0, has_selector=True)
+    assert wanted_temperatures(arguments) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ({"think_temperature": 1.5, "answer_temperature": 0.3, "style": "a"}, (0.3, 1.5)),
+        ({"think_temperature": 1.5}, (1.0, 1.5)),
+        ({"answer_temperature": 2, "think_temperature": None}, (2.0, 1.0)),
+        ({"think_temperature": 1, "answer_temperature": "auto"}, (None, 1.0)),
+        ({"answer_temperature": "auto", "temperature": None}, (None, 1.0)),
+        ({"think_temperature": 1e-30, "answer_temperature": 1}, (1.0, 0.01)),
+    ],
+)
+def test_requests_may_think_and_answer_at_temperatures_of_their_own(arguments, wanted):
+    check_temperature(arguments, 1, has_selector="auto" in arguments.values(), has_phases=True)
+    assert wanted_temperatures(arguments) == wanted
+
+
+@pytest.mark.parametrize("value", [0, -1, True, math.inf, math.nan, "hot", [1.0], "0.5"])
+@pytest.mark.parametrize("name", ["think_temperature", "answer_temperature"])
+def test_temperatures_of_phases_that_are_none(name, value):
+    with pytest.raises(DecodingError, match=f"{name} must be a positive number, not "):
+        check_temperature({"think_temperature": 1.0, name: value}, 1, has_selector=True, has_phases=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own", "served", "reason"),
+    [
+        ({"think_temperature": 1.0}, 1, (True, False), "does not tell thinking from answering; start it with --phases"),
+        ({"think_temperature": "auto"}, 1, (True, True), 'must be a number: "auto" is for the answer'),
+        ({"answer_temperature": "auto"}, 1, (False, True), "no temperature selector; start it with --temperature-sel"),
+        ({"think_temperature": 1, "temperature": "auto"}, 1, (True, True), 'write "answer_temperature": "auto"'),
+        ({"think_temperature": 1, "temperature": 0.5}, 1, (True, True), "not 0.5: a number belongs"),
+        ({"think_temperature": 1}, 0, (True, True), "with think_temperature the request's own .* must be 1, not 0 "),
+        (
+            {"think_temperature": 1, "answer_temperature": 1},
+            0.6,
+            (True, True),
+            "with think_temperature and answer_temperature .* must be 1, not 0.6 .*--generation-config vllm",
+        ),
+    ],
+)
+def test_what_phases_refuse(arguments, own, served, reason):
+    with pytest.raises(DecodingError, match=reason):
+        check_temperature(arguments, own, *served)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +154,13 @@ def test_what_a_server_does_not_have_is_refused(monkeypatch):
             check_request(params)
     monkeypatch.setenv("DECODING_TEMPERATURE", "{}")
     check_request(auto)
+    phased = SimpleNamespace(temperature=1.0, extra_args={"think_temperature": 0.5})
+    with pytest.raises(DecodingError, match="--phases"):
+        check_request(phased)
+    monkeypatch.setenv("DECODING_TEMPERATURE", '{"selector": false, "phases": true}')
+    check_request(phased)
+    with pytest.raises(DecodingError, match="no temperature selector"):
+        check_request(auto)
 
 
 def test_rows_become_layers():

@@ -12,8 +12,10 @@ import torch
 from decoding import TemperatureSelector
 from decoding.models import DEFAULT_MODEL, load_tokenizer, resolve_model
 from decoding.style.training import name_and_file
+from decoding.temperature.prompts import PromptFrame
 from decoding.vllm import engine_args
 from decoding.vllm.temperatures import model_size_of
+from tests.decoding.temperature.thinking import is_thinking
 from tests.serving import test_v2_slots as stand_in
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")
@@ -24,6 +26,8 @@ pytestmark = pytest.mark.real
 ENGINE = {"dtype": "float32", "enforce_eager": True, "max_model_len": 224, "disable_log_stats": True}
 ENGINE |= {"max_num_seqs": 8, "num_gpu_blocks_override": 64, "block_size": 32}
 AUTO = {"temperature": "auto"}
+MARKERS = ",", "."  # that this model writes often
+PHASES = {"think_temperature": 1.2, "answer_temperature": 0.4}
 STYLE = {"style": "king-james", "lambda": 0.3}
 GLASS, GERMAN, SUM = "Why did the glass break when it fell?", "Translate into German: Good morning.", "What is 2 + 2?"
 
@@ -41,7 +45,8 @@ def in_this_process():
 @pytest.fixture(scope="module")
 def llm(selector_folder):
     _, prior = name_and_file("king-james", load_tokenizer(), order=3, smoothing="kneser-ney")
-    declared = engine_args({"king-james": prior}, temperature=selector_folder, model_size="medium")
+    selector = {"temperature": selector_folder, "model_size": "medium"}
+    declared = engine_args({"king-james": prior}, **selector, phases=MARKERS)
     return vllm.LLM(resolve_model(DEFAULT_MODEL), **ENGINE, **declared)
 
 
@@ -72,12 +77,18 @@ def asked(prompt):
     return load_tokenizer().apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-@contextmanager
-def taken_out(llm):
-    """The engine without the processor."""
+def processor_of(llm):
+    """The engine's processors, and which of them is ours."""
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     processors = runner.input_batch.logitsprocs.argmax_invariant
     (ours,) = (each for each in processors if type(each).__name__ == "TemperatureLogitsProcessor")
+    return processors, ours
+
+
+@contextmanager
+def taken_out(llm):
+    """The engine without the processor."""
+    processors, ours = processor_of(llm)
     place = processors.index(ours)
     del processors[place]
     try:
@@ -139,6 +150,78 @@ def test_requests_that_come_and_go_get_what_each_gets_alone(llm, batches):
     assert sum(map(len, batches)) == 16
 
 
+@pytest.fixture
+def phase_of():
+    """Whether a text is within thinking, by its tokens' letters."""
+    spelt = {id_: token.lstrip("\u0120") for token, id_ in load_tokenizer().get_vocab().items()}
+    begin, end = ([[[id_ for id_, text in spelt.items() if text == marker]]] for marker in MARKERS)
+    return lambda ids: is_thinking(ids, begin, end)
+
+
+@contextmanager
+def watched(llm):
+    """Keeps the request of every row of every step, its text so far, and its logits before and after."""
+    _, ours = processor_of(llm)
+    kept, apply = [], ours.apply
+
+    def watching(logits, ctx=None):
+        rows = {row: (it, [*it.prompt, *it.output]) for row, it in ours._rows._rows.items()}
+        before = logits.clone()
+        after = apply(logits, ctx)
+        kept.extend((it, text, before[row], after[row].clone()) for row, (it, text) in rows.items())
+        return after
+
+    ours.apply = watching
+    try:
+        yield kept
+    finally:
+        del ours.apply
+
+
+def test_each_token_of_each_request_has_its_phases_temperature(llm, selector, phase_of):
+    plain = [f"Tell me {count} things about the number {count}." for count in range(10)]
+    prompts = [f"{asked(prompt)}Well{mark}" for prompt in plain for mark in ("", *MARKERS)]
+    kinds = [PHASES, {"think_temperature": 0.7}, {"think_temperature": 1.2, "answer_temperature": "auto"}, AUTO, {}]
+    sampling = [params(seed=i, max_tokens=12 + i % 20, extra_args=kinds[i % 5]) for i in range(len(prompts))]
+    with watched(llm) as kept:
+        got = texts(llm, prompts, sampling)
+    tokenizer, frame = load_tokenizer(), PromptFrame(load_tokenizer())
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    wholes = {tuple(prompt): prompt + outputs[0] for prompt, outputs in zip(ids, got, strict=True)}
+    chosen = selector.temperatures([frame.text_of(each) for each in ids], "medium").tolist()
+    chosen = {tuple(prompt): value for prompt, value in zip(ids, chosen, strict=True)}
+    assert len(kept) == sum(len(outputs[0]) for i, outputs in enumerate(got) if kinds[i % 5])
+    seen = set()
+    for it, text, before, after in kept:
+        prompt = tuple(it.prompt)
+        assert wholes[prompt][: len(text)] == text
+        is_thought = it.wanted.think is not None and phase_of(text)
+        answer = chosen[prompt] if it.wanted.answer is None else it.wanted.answer
+        temperature = it.wanted.think if is_thought else answer
+        assert torch.equal(after, before / torch.tensor(temperature))
+        seen.add((is_thought, temperature))
+    assert {(True, 1.2), (False, 0.4), (True, 0.7), (False, 1.0)} < seen
+
+
+def test_a_phase_is_as_its_own_temperature_while_it_lasts(llm, phase_of):
+    tokenizer = load_tokenizer()
+    prompts = [prompt for prompt in (f"{asked(GLASS)}Well,", f"{asked(GLASS)}Well.", asked(SUM)) for _ in range(3)]
+    starts = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    options = [{"seed": seed, "max_tokens": 32} for seed in range(len(prompts))]
+    got = texts(llm, prompts, [params(extra_args=PHASES, **each) for each in options])
+    name = {True: "think_temperature", False: "answer_temperature"}
+    temperatures = [PHASES[name[phase_of(start)]] for start in starts]
+    both = zip(options, temperatures, strict=True)
+    own = texts(llm, prompts, [params(temperature=value, **each) for each, value in both])
+    ends = set()
+    for start, (mine,), (theirs,) in zip(starts, got, own, strict=True):
+        phases = [phase_of(start + mine[:stop]) for stop in range(len(mine))]
+        lasts = next((i for i, phase in enumerate(phases) if phase != phases[0]), len(phases))
+        assert mine[:lasts] == theirs[:lasts]
+        ends.add((phases[0], lasts < len(phases), mine == theirs))
+    assert {(True, True, False), (False, True, False)} <= ends
+
+
 def test_prompts_without_text_do_not_stop_the_engine(llm, batches):
     nothing = {"prompt_token_ids": [load_tokenizer().eos_token_id]}
     got = texts(llm, [nothing], params(extra_args=AUTO))
@@ -154,6 +237,10 @@ def test_bad_arguments_are_refused_and_the_engine_lives_on(llm):
         ({"extra_args": AUTO, "temperature": 0}, "must be 1, not 0 "),
         ({"extra_args": AUTO, "temperature": 0.5}, "must be 1, not 0.5 "),
         ({"extra_args": AUTO | {"style": "nobody"}}, "unknown style"),
+        ({"extra_args": PHASES, "temperature": 0.7}, "think_temperature and answer_temperature .* must be 1, not 0.7 "),
+        ({"extra_args": PHASES | AUTO}, '"answer_temperature": "auto"'),
+        ({"extra_args": {"think_temperature": "auto"}}, "must be a number"),
+        ({"extra_args": {"answer_temperature": True}}, "positive number"),
     ):
         with pytest.raises(VLLMValidationError, match=reason):
             llm.generate([GLASS], params(**options), use_tqdm=False)
@@ -175,6 +262,14 @@ def test_without_a_declared_selector_the_processor_is_refused_at_start(llm, monk
         TemperatureLogitsProcessor(llm.llm_engine.vllm_config, torch.device("cpu"), False)
 
 
+def test_without_known_markers_phases_are_refused_at_start(llm, monkeypatch):
+    from decoding.vllm.processor import TemperatureLogitsProcessor
+
+    monkeypatch.setenv("DECODING_TEMPERATURE", '{"selector": false, "phases": true}')
+    with pytest.raises(ValueError, match="neither the chat template nor the vocabulary"):
+        TemperatureLogitsProcessor(llm.llm_engine.vllm_config, torch.device("cpu"), False)
+
+
 def test_the_v2_interface_scales_through_the_processor(llm, selector):
     from decoding.vllm.processor import TemperatureLogitsProcessor
 
@@ -186,8 +281,11 @@ def test_the_v2_interface_scales_through_the_processor(llm, selector):
     assert processor.add_request(0, params(extra_args=AUTO))
     stand_in.take_slot(states, 1, prompt)
     assert not processor.add_request(1, params())
+    stand_in.take_slot(states, 2, [*prompt, *load_tokenizer()(MARKERS[0])["input_ids"]])
+    assert processor.add_request(2, params(extra_args=PHASES))
     processor.apply_staged_writes()
-    logits = torch.randn(2, config.model_config.get_vocab_size())
-    got = processor.apply(logits.clone(), stand_in.context(states, [1, 0], {0: [], 1: []}))
+    logits = torch.randn(3, config.model_config.get_vocab_size())
+    got = processor.apply(logits.clone(), stand_in.context(states, [1, 0, 2], {0: [], 1: [], 2: []}))
     assert torch.equal(got[0], logits[0])
     assert torch.equal(got[1], logits[1] / selector.temperatures([GERMAN], "medium"))
+    assert torch.equal(got[2], logits[2] / PHASES["think_temperature"])

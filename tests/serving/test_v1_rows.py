@@ -9,7 +9,9 @@ import torch
 
 from decoding.vllm.requests import UNLIMITED
 from decoding.vllm.v1 import BudgetRows, StyleRows, TemperatureRows
+from tests.decoding.temperature.thinking import SMALL, markers
 from tests.serving.conftest import (
+    PHASED,
     UNKNOWN,
     WIDTH,
     V,
@@ -17,6 +19,7 @@ from tests.serving.conftest import (
     fake_temperature,
     random_arguments,
     steered,
+    wanted_temperature,
 )
 
 
@@ -231,6 +234,64 @@ def test_a_request_keeps_its_temperature_when_its_prompt_is_forgotten(choose, se
     rows.update(batch_update(moved=[(0, 2, Direction.SWAP)]))
     assert torch.equal(rows.apply(logits.flip(0)), first.flip(0))
     assert selector.batches == [["1", "2", "3"]]
+
+
+def phased_request(rng, most=12):
+    arguments = PHASED[rng.integers(len(PHASED))]
+    prompt = rng.integers(1, SMALL, rng.integers(1, most)).tolist()
+    return SimpleNamespace(params=SimpleNamespace(extra_args=arguments), prompt=prompt, output=[])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_batches_think_and_answer_at_the_temperatures_of_each(choose, seed):
+    """With what preemption, greedy steps, placeholders and tokens taken back make of histories."""
+    rng = np.random.default_rng(seed)
+    rows = TemperatureRows(choose, torch.device("cpu"), markers())
+    resumed, seen = [], set()
+
+    def fill_in(it):
+        if it.output and it.output[-1] == -1:
+            it.output[-1] = int(rng.integers(0, SMALL))
+
+    def new_request():
+        return resumed.pop() if resumed and rng.random() < 0.5 else phased_request(rng)
+
+    last = []
+    for batch, update in steps(rng, new_request, 60):
+        resumed += [it for it in last if not any(it is other for other in batch)]  # they come back with their output
+        last = list(batch)
+        rows.update(update)
+        for it in batch:
+            if rng.random() < 0.5:  # else it comes late
+                fill_in(it)
+        if batch and rng.random() < 0.8:  # a step of greedy requests alone does not ask
+            scores = torch.randn(len(batch), WIDTH)
+            got = rows.apply(scores.clone())
+            for row, it in enumerate(batch):
+                wanted = wanted_temperature(it.params.extra_args, it.prompt, it.prompt + it.output)
+                torch.testing.assert_close(got[row], scores[row] / wanted, atol=0, rtol=0)
+                seen.add(wanted)
+        for it in batch:
+            fill_in(it)
+            if rng.random() < 0.1:
+                del it.output[-3:]
+                continue
+            it.output.extend(rng.integers(0, SMALL, rng.integers(1, 3)).tolist())
+            if rng.random() < 0.2:
+                it.output[-1] = -1
+    assert {2.0, 0.5, 3, 1} < seen
+
+
+def test_phases_need_no_selector_and_prompts_may_be_embeddings():
+    rows = TemperatureRows(None, torch.device("cpu"), markers())
+    both = SimpleNamespace(extra_args={"think_temperature": 2.0, "answer_temperature": 0.5})
+    output = []
+    rows.update(batch_update(added=[(0, both, None, output)]))
+    logits = torch.ones(2, WIDTH)
+    for token, wanted in ((1, 0.5), (7, 2), (5, 2), (7, 0.5)):
+        got = rows.apply(logits.clone())
+        assert got[:, 0].tolist() == [1 / wanted, 1]
+        output.append(token)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from decoding.vllm.v2 import StyleSlots, TemperatureSlots
+from decoding.vllm.v2 import PhaseSlots, StyleSlots, TemperatureSlots
+from tests.decoding.temperature.thinking import SMALL, markers
 from tests.serving.conftest import (
+    PHASED,
     UNKNOWN,
     WIDTH,
     V,
@@ -18,6 +20,7 @@ from tests.serving.conftest import (
     fake_temperature,
     random_arguments,
     steered,
+    wanted_temperature,
 )
 
 SLOTS, LENGTH = 6, 64
@@ -39,10 +42,13 @@ def request_states():
     )
 
 
-def context(states, order, drafts):
-    """One step's layout: requests in ``order`` of slots, each with its rows: the committed token, then its drafts."""
+def context(states, order, drafts, read=None):
+    """One step's layout: requests in ``order`` of slots, each with its rows: the committed token, then its drafts.
+
+    ``read`` has how many of each one's tokens are read in this step, by default all.
+    """
     rows = [(slot, i) for slot in order for i in range(len(drafts[slot]) + 1)]
-    total = states.total_len.gpu
+    total = states.total_len.gpu if read is None else read
     return SimpleNamespace(
         expanded_idx_mapping=torch.tensor([slot for slot, _ in rows], dtype=torch.int64),
         idx_mapping=torch.tensor(order, dtype=torch.int64),
@@ -190,6 +196,88 @@ def test_random_steps_get_the_temperature_of_each_prompt(choose, selector, seed)
         prompts |= {tuple(live[slot]) for slot in order if live[slot]}
     read = [prompt for batch in selector.batches for prompt in batch]
     assert len(read) == len(set(read)) >= len(prompts)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_steps_think_and_answer_at_the_temperatures_of_each_row(choose, seed):
+    """With drafts, prompts read in pieces, preemption, and rows that only pad a batch."""
+    rng = np.random.default_rng(seed)
+    states, most = request_states(), int(rng.integers(0, 4))
+    states.all_token_ids.gpu.random_(0, SMALL)
+    slots = TemperatureSlots(choose, states, PhaseSlots(markers(), states, most))
+    live, preempted, seen = {}, [], set()
+    for _ in range(80):
+        for slot in [s for s in live if rng.random() < 0.15]:
+            preempted.append(live.pop(slot))
+        for slot in [s for s in range(SLOTS) if s not in live and rng.random() < 0.5]:
+            new = PHASED[rng.integers(len(PHASED))], rng.integers(1, SMALL, rng.integers(1, 12)).tolist(), []
+            arguments, prompt, output = preempted.pop() if preempted and rng.random() < 0.5 else new
+            take_slot(states, slot, prompt, output)
+            asks = arguments is not None and "style" not in arguments
+            assert slots.add(slot, SimpleNamespace(extra_args=arguments)) == asks
+            live[slot] = arguments, prompt, output
+        slots.flush()
+        order = rng.permutation([slot for slot in live if rng.random() < 0.7]).astype(int).tolist()
+        if not order:
+            continue
+        drafts = {slot: rng.integers(0, SMALL, rng.integers(0, most + 1)).tolist() for slot in order}
+        read = {slot: int(states.total_len.np[slot]) for slot in order}
+        for slot in order:  # only a piece of what it begins with is read in this step
+            if states.total_len.np[slot] == states.prefill_len.np[slot] > 1 and rng.random() < 0.4:
+                drafts[slot], read[slot] = [], int(rng.integers(1, states.prefill_len.np[slot]))
+        ctx = context(states, order, drafts, read)
+        ctx.expanded_idx_mapping[-1] = -1 if drafts[order[-1]] else ctx.expanded_idx_mapping[-1]
+        scores = torch.randn(len(ctx.pos), WIDTH)
+        got = slots.apply(scores.clone(), ctx)
+        for row, (slot, local) in enumerate(
+            zip(ctx.expanded_idx_mapping.tolist(), ctx.expanded_local_pos.tolist(), strict=True)
+        ):
+            if slot < 0:
+                assert torch.equal(got[row], scores[row])
+            elif read[slot] == states.total_len.np[slot]:
+                arguments, prompt, output = live[slot]
+                wanted = wanted_temperature(arguments, prompt, prompt + output + drafts[slot][:local])
+                assert torch.equal(got[row], scores[row] / wanted)
+                seen.add(wanted)
+        for slot in order:
+            total = int(states.total_len.np[slot])
+            if read[slot] == total:
+                accepted = [*drafts[slot][: rng.integers(0, len(drafts[slot]) + 1)], int(rng.integers(0, SMALL))]
+                states.all_token_ids.gpu[slot, total : total + len(accepted)] = torch.tensor(accepted)
+                states.total_len.np[slot] += len(accepted)
+                live[slot][2].extend(accepted)
+            if states.total_len.np[slot] > LENGTH - 8:
+                del live[slot]
+    assert {2.0, 0.5, 3, 1} < seen
+
+
+def test_a_marker_is_found_as_far_back_as_it_may_have_come():
+    """It ended with the first of three tokens that the last step committed, and two more are drafted."""
+    states = request_states()
+    slots = TemperatureSlots(None, states, PhaseSlots(markers(), states, 2))
+    take_slot(states, 0, [7, 2, 3])
+    slots.add(0, SimpleNamespace(extra_args={"think_temperature": 2.0, "answer_temperature": 0.5}))
+    slots.flush()
+    for tokens, drafts, wanted in (([], [], [2]), ([2, 7, 7], [7, 7], [0.5] * 3), ([7, 7, 7], [6, 6], [0.5, 0.5, 2])):
+        begin = int(states.total_len.np[0])
+        states.all_token_ids.gpu[0, begin : begin + len(tokens)] = torch.tensor(tokens)
+        states.total_len.np[0] += len(tokens)
+        logits = torch.ones(1 + len(drafts), WIDTH)
+        assert slots.apply(logits, context(states, [0], {0: drafts}))[:, 0].tolist() == wanted
+
+
+def test_phases_need_no_selector():
+    states = request_states()
+    slots = TemperatureSlots(None, states, PhaseSlots(markers(), states))
+    for slot, prompt in enumerate(([1], [1, 5], [1])):
+        take_slot(states, slot, prompt)
+    for slot in range(2):
+        assert slots.add(slot, SimpleNamespace(extra_args={"think_temperature": 2.0, "answer_temperature": 0.5}))
+    assert not slots.add(2, OWN)
+    slots.flush()
+    logits = torch.ones(3, WIDTH)
+    got = slots.apply(logits.clone(), context(states, [2, 0, 1], {0: [], 1: [], 2: []}))
+    assert got[:, 0].tolist() == [1, 0.5, 2]
 
 
 def test_without_open_temperatures_in_the_step_the_logits_come_back_themselves(choose, selector):
