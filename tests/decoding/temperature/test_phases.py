@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerFast
 from decoding import AutoTemperature, DecodingError, FixedTemperature, PhaseTemperature, generate
 from decoding.temperature.markers import Markers, markers_of
 from tests.conftest import WORDS, make_model, make_tokenizer
+from tests.decoding.temperature.families import FAMILIES, NAMES, tokenizer_of
 from tests.decoding.temperature.test_processors import FixedSelector, rows
 from tests.decoding.temperature.thinking import BEGIN, END, SMALL, is_thinking, markers
 
@@ -200,6 +201,20 @@ def test_markers_of_the_template_come_first_and_are_looked_for_in_the_vocabulary
     assert phases_of(cohere, "<|START_THINKING|>a<|END_THINKING|>b") == [True, True, False, False]
     plain = of_bytes([], template="{% if '</think>' in content %}{{ content }}{% endif %}")
     assert phases_of(plain, "<think>a</think>b")[-len("a</think>b") - 1 :] == [True] * 9 + [False] * 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_templates_tell_their_markers(name):
+    tokenizer = tokenizer_of(FAMILIES[name])
+    pair = {"gpt-oss": HARMONY} | dict.fromkeys(("deepseek-r1", "qwen-3", "smollm3"), (OPEN, CLOSE))
+    if name not in pair:
+        with pytest.raises(DecodingError, match="neither the chat template nor the vocabulary"):
+            markers_of(tokenizer)
+        return
+    begin, end = pair[name]
+    phases = phases_of(tokenizer, f"a{begin}b{end}c")
+    assert phases == phases_of(tokenizer, f"a{begin}b{end}c", begin=begin, end=end)
+    assert True in phases and not phases[0] and not phases[-1]
 
 
 def test_markers_of_plain_text_are_found_however_their_edges_are_split():
