@@ -86,4 +86,4 @@ def test_the_readmes_python_runs(at_hand):
         code = block.replace("path-or-hub-id", DEFAULT_MODEL)
         exec(compile(code, "README.md", "exec"), at_hand)  # noqa: S102  # our own file; names stay for the next
         ran += 1
-    assert ran == 5
+    assert ran == 6
