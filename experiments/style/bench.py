@@ -49,6 +49,8 @@ def main(corpus: Corpus, model_name: str, out: Path | None, lmplz: Path | None) 
     documents = tokenize(corpus.documents, tokenizer)
     ids = np.concatenate(documents)
     priors = {k: prior_of_tokens(documents, corpus, tokenizer, k, "kneser-ney") for k in (3, 5)}
+    # First, so that the rest is measured beside a model too, as in use: memory is then kept between steps.
+    share = _decode_share(model_name, tokenizer, priors[3], corpus.documents)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.inference_mode():
@@ -60,8 +62,7 @@ def main(corpus: Corpus, model_name: str, out: Path | None, lmplz: Path | None) 
             *(figure for prior in priors.values() for figure in _file(prior)),
         ]
     torch.set_num_threads(threads)
-    figures.append(_decode_share(model_name, tokenizer, priors[3], corpus.documents))
-    figures += gpu_figures(ids)
+    figures += [share, *gpu_figures(ids)]
     title = f"style prior of {corpus.name} ({len(ids):,} tokens)"
     report(figures, title, {"corpus": corpus.name, "tokens": len(ids)}, out)
 
