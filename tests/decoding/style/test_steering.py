@@ -129,3 +129,15 @@ def test_guards_outside_their_range_are_refused(prior, name, value):
 
 def test_no_guards_are_none():
     assert guards_of([GuardSettings(), GuardSettings()], "cpu") is None
+
+
+def test_the_plausible_are_moved_alike_on_devices(prior, history, scores, monkeypatch):
+    scores[:, ::3] = -torch.inf
+    tables = join([prior.tables.shape] * 2, [prior.tables] * 2)
+    rows, strength = torch.tensor([0, 1] * 4), torch.tensor([0.8] * 7 + [0.0])
+    guards = guards_of([GuardSettings(plausibility=0.1), GuardSettings()], "cpu")
+    on_host = steer(tables, scores, history, strength, guards=guards, prior=rows)
+    monkeypatch.setattr(steering, "counts_on_host", lambda device: False)
+    elsewhere = steer(tables, scores, history, strength, guards=guards, prior=rows)
+    torch.testing.assert_close(elsewhere, on_host)
+    assert torch.equal(elsewhere[-1], scores[-1])
