@@ -133,7 +133,7 @@ def _encoded(documents: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
         encoded = _plain(tokenizer, [documents[number][place] for number, place in batch])
         for (number, _), ids in zip(batch, encoded, strict=True):
             parts[number].append(np.array(ids, np.int32))
-    return [np.concatenate([np.zeros(0, np.int64), *each]).astype(np.int64) for each in parts]
+    return [np.concatenate(each).astype(np.int64) for each in parts]
 
 
 _MANY_SLICES = 8

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding.errors import DecodingError
-from decoding.style.text import is_hard_wrapped, one_line_end, prose, read_text
+from decoding.style.text import one_line_end, prose, read_prose, read_text
 from decoding.tokens import require_text
 
 _NAMED = 3  # of the files left out of a folder
@@ -64,15 +64,14 @@ _OTHER_FORMATS = frozenset(
 
 
 def _read_prose(path: Path, join_lines: bool | None) -> str:
-    text = read_text(path)
-    found, kept = prose(text, join_lines), prose(text, False)
-    if join_lines is None and found != kept:
+    found = read_prose(read_text(path), join_lines)
+    if join_lines is None and found.is_joined:
         _report(f"joined the hard-wrapped lines of {path}: unwrap=False (--no-unwrap) keeps them")
-    elif join_lines is None and is_hard_wrapped(kept):
+    elif join_lines is None and found.is_wrapped:
         _report(f"{path} may have hard-wrapped lines, which were kept: unwrap=True (--unwrap) joins them")
-    elif join_lines and found == kept:
+    elif join_lines and not found.is_joined:
         _report(f"{path} has no hard-wrapped lines: it was left as it is")
-    return found
+    return found.text
 
 
 def _report(sentence: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decoding.errors import DecodingError
 from decoding.metrics import LN2
-from ngram.tables import Tables, add_log_prior, counts_on_host, mixture_of_orders
+from ngram.tables import NEVER, Tables, add_log_prior, counts_on_host, mixture_of_orders
 
 Combine = Literal["matching", "interpolated"]
 HALVINGS = 12
@@ -257,11 +257,8 @@ def steer(
 def _entropy(scores: Tensor, p: Tensor) -> Tensor:
     """Of p = softmax(scores), in nats, float32 [B]: logsumexp(scores) − Σ p · scores."""
     log_sum = scores.amax(-1).float() - p.amax(-1).log()
-    finite = scores.float().clamp(min=_LEAST)  # −inf · 0 is NaN
+    finite = scores.float().clamp(min=NEVER)  # −inf · 0 is NaN
     return (log_sum - finite.mul_(p).sum(-1)).clamp_(min=0)
-
-
-_LEAST = -1e30
 
 
 def _among_plausible(scores: Tensor, change: Tensor, plausibility: Tensor, strength: Tensor) -> Tensor:
@@ -290,7 +287,7 @@ def _among_few(scores: Tensor, change: Tensor, top: Tensor, least: Tensor, stren
     rows = where.div(scores.shape[1], rounding_mode="floor")
     moves = change.view(-1).index_select(0, where)
     own = (scores.view(-1).index_select(0, where).float() - top[:, 0].index_select(0, rows)).exp_()
-    highest = torch.full((len(scores),), _LEAST).scatter_reduce_(0, rows, moves, "amax")
+    highest = torch.full((len(scores),), NEVER).scatter_reduce_(0, rows, moves, "amax")
     sums = torch.zeros(2, len(scores))
     sums[0].index_add_(0, rows, own)
     sums[1].index_add_(0, rows, own * (moves - highest.index_select(0, rows)).exp_())

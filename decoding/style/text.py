@@ -8,6 +8,7 @@ import re
 import statistics
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 from decoding.errors import DecodingError
 
@@ -59,7 +60,20 @@ def one_line_end(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+class Prose(NamedTuple):
+    """What `read_prose` makes of a text."""
+
+    text: str
+    is_wrapped: bool  # whether its lines were hard-wrapped
+    is_joined: bool  # whether they are joined now
+
+
 def prose(text: str, join_lines: bool | None = None) -> str:
+    """The text of `read_prose`."""
+    return read_prose(text, join_lines).text
+
+
+def read_prose(text: str, join_lines: bool | None = None) -> Prose:
     """A text without a Project Gutenberg frame, and with hard-wrapped paragraphs on one line each, if wanted.
 
     Args:
@@ -70,9 +84,10 @@ def prose(text: str, join_lines: bool | None = None) -> str:
     """
     frame = _FRAME.search(text)
     body = frame[1] if frame else text
-    if join_lines is False or not is_hard_wrapped(body):
-        return body
-    return unwrap(body) if join_lines or frame or _breaks_words(body) else body
+    is_wrapped = is_hard_wrapped(body)
+    is_sure = is_wrapped and (frame is not None or _breaks_words(body))
+    is_joined = is_wrapped and (is_sure if join_lines is None else join_lines)
+    return Prose(unwrap(body) if is_joined else body, is_wrapped, is_joined)
 
 
 def is_hard_wrapped(text: str) -> bool:
