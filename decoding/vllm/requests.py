@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from torch.nn.functional import pad
 
 from decoding.errors import DecodingError
 from decoding.style.prior import StylePrior
+from decoding.style.source import StyleSource
 from decoding.style.steering import Guards, Stops, guards_of, steer, stops_of
 from decoding.style.strength import checked_lambda
+from decoding.style.training import name_and_file
 from decoding.temperature.processors import checked_temperature
 from decoding.vllm.declaration import (
     checked_budget,
@@ -323,9 +326,14 @@ def load_styles(
         DecodingError: a style that is missing, damaged, or of another tokenizer.
     """
 
+    @lru_cache
+    def source_of(name: str) -> str:
+        source = StyleSource.parse(declared[name])  # a text is read, and trained on, once
+        return name_and_file(source, tokenizer)[1] if source.is_text else declared[name]
+
     def opened(name: str) -> StylePrior:
         try:
-            prior = StylePrior(declared[name], tokenizer=tokenizer)
+            prior = StylePrior(source_of(name), tokenizer=tokenizer)
         except DecodingError as error:
             raise DecodingError(f"style {name!r}: {error}") from error
         size = prior.tables.vocab_size
