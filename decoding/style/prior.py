@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from operator import index
 from os import PathLike
 from typing import Any, Literal
 
@@ -166,7 +167,7 @@ class StylePrior(LogitsProcessor):
         check_training(order, smoothing)
         self.order = order
         self.smoothing = smoothing
-        self._pad_token_id = pad_token_id
+        self._pad_token_id = taken("pad_token_id", pad_token_id, index)
         self._require_text_if_needed()
         self._bound: BoundStyle | None = None
         self._last: tuple[Any, BoundStyle] | None = None

@@ -73,4 +73,4 @@ def taken(name: str, given: Any, take: Callable[[Any], Any]) -> Any:
     try:
         return take(given)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DecodingError(f"{name} must hold numbers, whole ones for orders, not {given!r}") from error
+        raise DecodingError(f"{name} must hold numbers, whole ones for orders and ids, not {given!r}") from error

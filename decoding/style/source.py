@@ -79,6 +79,8 @@ class StyleSource:
         """
         if isinstance(spec, StyleSource):
             return spec
+        if not isinstance(unwrap, bool | None):
+            raise DecodingError(f"unwrap must be True, False or None, not {unwrap!r}")
         name, where = _split_name(str(spec))
         own = None
         if not exists(where) and "#" in where:

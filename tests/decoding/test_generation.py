@@ -205,6 +205,8 @@ def test_a_processor_that_is_no_list_is_one_error(model, tokenizer, style_file):
         ({"order": 2.5}, "order must be"),
         ({"smoothing": "laplace"}, "unknown smoothing 'laplace': choose from kneser-ney"),
         ({"background": "shakespear"}, "no style 'shakespear'"),
+        ({"unwrap": "yes"}, "unwrap must be True, False or None"),
+        ({"pad_token_id": "x"}, "pad_token_id must hold numbers"),
     ],
 )
 def test_parameters_are_refused_before_a_text_is_read(style_file, wrong, says):
