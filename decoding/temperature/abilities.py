@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chunkllm.late import send
 from decoding.errors import DecodingError
 
 ABILITIES = ("CR", "CT", "ICL", "IF", "MT", "SUMM")
@@ -29,6 +30,10 @@ SIZES = ("small", "medium", "large")
 # The classes of the table: 1 to 4, 7 to 13, 47 to 70 thousand million parameters. The borders are ours.
 _BORDERS = (5e9, 25e9)
 DEFAULT_TOLERANCE = 0.01
+# How far apart two scores of the table must be to say anything, as shares of the best: for each size the median, over
+# abilities and temperatures up to 1, of the standard error of a score's distance from its ability's best, over the 5, 4
+# and 3 models whose means the table has. Of four medium models one put 1.3 ahead in causal reasoning, by 1.4 %.
+NOISE = {"small": 0.011, "medium": 0.02, "large": 0.011}
 
 
 @cache
@@ -53,12 +58,12 @@ def published_scores(size: str) -> tuple[list[float], np.ndarray]:
     return table["temperatures"], np.array([table["sizes"][size]["scores"][ability] for ability in ABILITIES])
 
 
-def best_temperatures(size: str, tolerance: float = DEFAULT_TOLERANCE) -> list[float]:
+def best_temperatures(size: str, tolerance: float | None = None) -> list[float]:
     """The temperature of each ability, and of a prompt of unknown ability in seventh place.
 
     Args:
         size: of the model.
-        tolerance: as for `lowest_within`.
+        tolerance: as for `lowest_within`; by default the selector's, or the table's noise if that is more.
 
     Raises:
         DecodingError: no such size.
@@ -66,7 +71,33 @@ def best_temperatures(size: str, tolerance: float = DEFAULT_TOLERANCE) -> list[f
     temperatures, scores = published_scores(size)
     relative = scores / scores.max(1, keepdims=True)
     rows = torch.from_numpy(np.concatenate([scores, relative.mean(0, keepdims=True)]))
+    tolerance = max(DEFAULT_TOLERANCE, NOISE[size]) if tolerance is None else tolerance
     return [temperatures[at] for at in lowest_within(rows, tolerance).tolist()]
+
+
+def expected_temperatures(shares: Tensor, size: str, tolerance: float = DEFAULT_TOLERANCE) -> Tensor:
+    """The temperatures of highest expected score for prompts that are not surely of one ability.
+
+    With p [N, 6] the probabilities and r [6, K] the published scores as shares of each ability's best, p r is to be
+    expected, and the lowest temperature counts that comes within the tolerance, or the table's noise, of the best.
+    Where all abilities are as likely that is what is best for all of them.
+
+    Args:
+        shares: probabilities of abilities, float32 [N, 6].
+        size: of the model.
+        tolerance: as for `lowest_within`; the size's noise, if that is more.
+
+    Returns:
+        float32 [N], on the probabilities' device.
+
+    Raises:
+        DecodingError: no such size.
+    """
+    temperatures, scores = published_scores(size)
+    relative = torch.from_numpy(scores / scores.max(1, keepdims=True)).to(shares.dtype)
+    expected = shares @ send(relative, shares.device)
+    chosen = lowest_within(expected, max(tolerance, NOISE[size]))
+    return send(torch.tensor(temperatures, dtype=torch.float32), shares.device)[chosen]
 
 
 def lowest_within(scores: Tensor, tolerance: float) -> Tensor:

@@ -14,11 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from chunkllm.late import send
 from decoding.errors import DecodingError
 from decoding.hub import find_file, upload
 from decoding.models import model_fingerprint
-from decoding.temperature.abilities import ABILITIES, DEFAULT_TOLERANCE, best_temperatures, lowest_within
+from decoding.temperature.abilities import ABILITIES, DEFAULT_TOLERANCE, expected_temperatures, lowest_within
 from decoding.temperature.encoder import Encoder, load_encoder
 from decoding.temperature.heads import AbilityHead, CurveHead, Prediction
 from ngram.storage import write_atomically
@@ -28,22 +27,27 @@ CONFIG_FILE = "temperature_selector.json"
 HEADS_FILE = "temperature_selector.safetensors"
 ENCODER_FOLDER = "encoder"
 EMBEDDED = Path(__file__).with_name("embedded")
-_FORMAT = 1
+# Format 1 is that of version 0.1.0: texts are read whole, and whatever their language.
+_READING = {1: "whole", 2: "parts"}
 
 
 @dataclass(repr=False)
 class TemperatureSelector:
     """Chooses the sampling temperature of prompts, by what they ask for (arXiv 2506.07295).
 
-    Policy "ability" is the paper's: a BERT-family classifier of six abilities, then the most probable ability's best
-    temperature for the model's size class, from the paper's published scores. Where temperatures score alike the lowest
-    within ``tolerance`` of the best is taken, since the paper's table is noisy: arg-max would set 1.3 for 0.8 points.
+    Policy "ability" is the paper's: a BERT-family classifier of six abilities, then the best temperature for the
+    model's size class, from the paper's published scores. The classifier's doubt counts: the score is expected over
+    its probabilities. Where temperatures score alike the lowest within ``tolerance`` of the best is taken, or within
+    the table's noise (1.1 % for small and large models, 2 % for medium ones): arg-max would set 1.3 for 0.8 points,
+    which one model of four decides.
 
     Policy "curve" is ours, for one given model: a regression of its scores at each temperature on the prompt's
     encoding. It takes the lowest temperature within ``tolerance`` of the highest expected score, and keeps to the best
     fixed temperature unless the expected gain over it exceeds ``caution`` standard errors.
 
-    A prompt of which the encoder knows no more than half the tokens gets what is best for all abilities.
+    A prompt that the encoder cannot read gets what is best for all abilities, which are as probable then: one of which
+    it knows no more than half the tokens, or, where the encoder is not multilingual, one that asks in another language
+    than English.
 
     Examples:
         >>> selector = TemperatureSelector.from_pretrained()
@@ -56,6 +60,7 @@ class TemperatureSelector:
         curve: regression for the model with fingerprint ``about["model_fingerprint"]``, if there is one.
         tolerance: a share of the best score.
         caution: in standard errors.
+        curve_ability: the classifier whose probabilities the curve was fitted to, if it is another than ``ability``.
         about: what made the heads: model, data, command, scores.
     """
 
@@ -64,15 +69,26 @@ class TemperatureSelector:
     curve: CurveHead | None = None
     tolerance: float = DEFAULT_TOLERANCE
     caution: float = 1.0
+    curve_ability: AbilityHead | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
     def abilities(self, prompts: Sequence[str]) -> Tensor:
         """Probabilities of the six abilities: float32 [N, 6] on the encoder's device, in the order of `ABILITIES`.
 
+        Those of a prompt that the encoder cannot read are 1/6 each.
+
         Raises:
             DecodingError: no prompt, or an empty one.
         """
-        return self.ability(self._encoded(prompts))
+        return self._shares(self._encoded(prompts))
+
+    def reads(self, prompts: Sequence[str]) -> list[bool]:
+        """Whether the encoder can read each prompt.
+
+        Raises:
+            DecodingError: no prompt, or an empty one.
+        """
+        return self._encoded(prompts).any(-1).tolist()
 
     def curves(self, prompts: Sequence[str]) -> Prediction:
         """What the model's scores are expected to be at each temperature, as shares of the best mean score of a task.
@@ -103,11 +119,12 @@ class TemperatureSelector:
         """As `temperatures`, for prompts that are encoded: float32 [N, width] -> float32 [N]."""
         if policy not in (None, *get_args(Policy)):
             raise DecodingError(f"unknown policy {policy!r}: choose from {', '.join(get_args(Policy))}")
-        known = vectors.any(-1)
         if policy == "curve":
-            return self._by_curve(vectors, known)
-        table = send(torch.tensor(best_temperatures(model_size, self.tolerance)), vectors.device)
-        return table[self.ability(vectors).argmax(-1).where(known, len(ABILITIES))]
+            return self._by_curve(vectors, vectors.any(-1))
+        return expected_temperatures(self._shares(vectors), model_size, self.tolerance)
+
+    def _shares(self, vectors: Tensor) -> Tensor:
+        return self.ability(vectors).where(vectors.any(-1, keepdim=True), 1 / len(ABILITIES))
 
     def _by_curve(self, vectors: Tensor, known: Tensor) -> Tensor:
         mean, gain, error = self._curve(vectors)
@@ -119,7 +136,9 @@ class TemperatureSelector:
     def _curve(self, vectors: Tensor) -> Prediction:
         if self.curve is None:
             raise DecodingError("this selector has no curve: train one with `decoding temperature train --collection`")
-        return self.curve(vectors, self.ability(vectors))
+        # The averages of whole texts stand first, whatever the encoder reads beside them.
+        read = vectors[:, : len(self.curve.centre)]
+        return self.curve(read, (self.curve_ability or self.ability)(read if self.curve_ability else vectors))
 
     def _encoded(self, prompts: Sequence[str]) -> Tensor:
         if isinstance(prompts, str):
@@ -138,14 +157,17 @@ class TemperatureSelector:
     def save_pretrained(self, save_directory: str | PathLike) -> None:
         """Writes heads and settings to a folder, and the encoder too if it was fine-tuned."""
         folder = Path(save_directory)
-        tensors = {f"ability.{name}": value for name, value in self.ability._asdict().items()}
+        tensors = {f"ability.{name}": value for name, value in self.ability.tensors().items()}
         if self.curve is not None:
             tensors |= {f"curve.{name}": value for name, value in self.curve._asdict().items()}
+        if self.curve_ability is not None:
+            tensors |= {f"curve_ability.{name}": value for name, value in self.curve_ability.tensors().items()}
         config = {
-            "format": _FORMAT,
+            "format": next(number for number, reading in _READING.items() if reading == self.encoder.reading),
             "encoder": self.encoder.name,
             "encoder_fingerprint": model_fingerprint(self.encoder.model),
             "window": self.encoder.window,
+            "multilingual": self.encoder.multilingual,
             "abilities": list(ABILITIES),
             "tolerance": self.tolerance,
             "caution": self.caution,
@@ -181,23 +203,24 @@ class TemperatureSelector:
         )
         try:
             config = json.loads(config_path.read_bytes())
-            if config["format"] != _FORMAT or config["abilities"] != list(ABILITIES):
+            if config["format"] not in _READING or config["abilities"] != list(ABILITIES):
                 raise DecodingError(f"{config_path} is of another version of this package")
             tensors = load_file(heads_path, device=device)
             name, window, fingerprint = config["encoder"], config["window"], config["encoder_fingerprint"]
             settings = {key: config[key] for key in ("tolerance", "caution", "about")}
-            ability, curve = _heads(tensors)
+            ability, curve, curve_ability = _heads(tensors)
+            how = {"reading": _READING[config["format"]], "multilingual": config.get("multilingual", True)}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise DecodingError(f"the temperature selector at {where} is damaged: {error!r}") from error
         if name == ENCODER_FOLDER:
             find_file(where, f"{ENCODER_FOLDER}/model.safetensors", "fine-tuned encoder", hub)
             path = str(find_file(where, f"{ENCODER_FOLDER}/config.json", "fine-tuned encoder", hub).parent)
-            encoder = load_encoder(path, window, device).named(ENCODER_FOLDER)
+            encoder = load_encoder(path, window, device, **how).named(ENCODER_FOLDER)
         else:
-            encoder = load_encoder(name, window, device)
-        if fingerprint != model_fingerprint(encoder.model) or ability.weight.shape[1] != encoder.width:
+            encoder = load_encoder(name, window, device, **how)
+        if fingerprint != model_fingerprint(encoder.model) or ability.width != encoder.width:
             raise DecodingError(f"the selector at {where} was trained for another encoder than this {name}")
-        return cls(encoder, ability, curve, **settings)
+        return cls(encoder, ability, curve, curve_ability=curve_ability, **settings)
 
 
 def temperatures_of_texts(
@@ -218,22 +241,27 @@ def unknown_temperature(selector: TemperatureSelector, model_size: str, policy: 
     return selector.temperatures_of(nothing, model_size, policy)[0]
 
 
-def _heads(tensors: dict[str, Tensor]) -> tuple[AbilityHead, CurveHead | None]:
+def _heads(tensors: dict[str, Tensor]) -> tuple[AbilityHead, CurveHead | None, AbilityHead | None]:
     def part(name: str, kind: type) -> Any:
         return kind(**{key.split(".")[1]: value for key, value in tensors.items() if key.startswith(f"{name}.")})
 
     ability: AbilityHead = part("ability", AbilityHead)
-    if ability.weight.shape[0] != len(ABILITIES) or ability.bias.shape != (len(ABILITIES),):
-        raise ValueError("the classifier has another number of abilities")
+    has_own = any(key.startswith("curve_ability.") for key in tensors)
+    curve_ability: AbilityHead | None = part("curve_ability", AbilityHead) if has_own else None
+    for head in filter(None, (ability, curve_ability)):
+        if head.weight.shape[0] != len(ABILITIES) or head.bias.shape != (len(ABILITIES),):
+            raise ValueError("the classifier has another number of abilities")
+        if head.hidden is not None and head.hidden.shape[0] != head.weight.shape[1]:
+            raise ValueError("the classifier's layers do not fit each other")
     if not all(bool(value.isfinite().all()) for value in tensors.values()):
         raise ValueError("a number is not finite")
     if not any(key.startswith("curve.") for key in tensors):
-        return ability, None
+        return ability, None, None
     curve: CurveHead = part("curve", CurveHead)
-    count, width = len(curve.temperatures), ability.weight.shape[1]
+    count, width = len(curve.temperatures), (curve_ability or ability).width
     features = len(ABILITIES) + len(curve.components) + 1
     expected = [(count,), (1,), (width,), (len(curve.components), width), (features, count)]
     expected.append((count, features, features))
     if [tuple(value.shape) for value in curve] != expected or not 0 <= int(curve.fixed) < count:
         raise ValueError("the curve's tensors do not fit each other")
-    return ability, curve
+    return ability, curve, curve_ability

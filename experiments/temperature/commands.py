@@ -91,12 +91,25 @@ def _name_and_limit(spec: str, limit: int) -> tuple[str, int]:
 @click.option(
     "--fine-tune", default=0, show_default=True, type=click.IntRange(min=0), help="Epochs; 0 keeps the encoder frozen."
 )
+@click.option(
+    "--multilingual/--english", default=None, help="What the encoder reads; by default told by its vocabulary's size."
+)
+@click.option("--curve-of", help="A selector whose curve to keep, where there is no collection of its model.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the selector.")
 def train(
-    data: Path, tasks: tuple[str, ...], collection: Path | None, encoder: str, window: int, fine_tune: int, out: Path
+    data: Path,
+    tasks: tuple[str, ...],
+    collection: Path | None,
+    encoder: str,
+    window: int,
+    fine_tune: int,
+    multilingual: bool | None,
+    curve_of: str | None,
+    out: Path,
 ) -> None:
     """Trains a selector: the classifier of abilities and, from a collection, one model's scores by temperature."""
     from decoding.temperature.encoder import load_encoder
+    from decoding.temperature.selector import TemperatureSelector
     from experiments.lab.runs import check_unused
     from experiments.temperature.collect import read_collection
     from experiments.temperature.data import TRAINED, held_out_prompts, training_prompts
@@ -104,11 +117,17 @@ def train(
 
     check_unused(out)
     collected = None if collection is None else read_collection(collection)
-    names = tasks or TRAINED
-    labelled, held_out = training_prompts(data, names), held_out_prompts(data, names)
-    selector = train_selector(load_encoder(encoder, window), labelled, held_out, collected, fine_tune)
+    if collection is not None and curve_of is not None:
+        raise DecodingError("give --collection for a new curve, or --curve-of for another selector's, not both")
+    kept = None if curve_of is None else TemperatureSelector.from_pretrained(curve_of)
+    labelled, held_out = training_prompts(data, tasks), held_out_prompts(data, tasks or TRAINED)
+    reader = load_encoder(encoder, window, multilingual=multilingual)
+    selector = train_selector(reader, labelled, held_out, collected, fine_tune, kept)
     chosen = [*(f"--task {name}" for name in tasks), f"--encoder {encoder}", f"--window {window}"]
     chosen += [f"--fine-tune {fine_tune}", "--data DATA", "--collection COLLECTION"][: 2 if collected is None else 3]
+    if multilingual is not None:
+        chosen.append("--multilingual" if multilingual else "--english")
+    chosen += [] if curve_of is None else ["--curve-of SELECTOR"]
     selector.about["command"] = " ".join(["decoding temperature train", *chosen])
     selector.save_pretrained(out)
     for task, share in selector.about["held_out_accuracy"].items():
@@ -136,24 +155,24 @@ def evaluate(
     out: Path,
 ) -> None:
     """Judges a selector on prompts that it was not trained on, against fixed and entropy-based temperatures."""
-    from decoding.temperature.abilities import best_temperatures
+    from decoding.temperature.abilities import published_scores
     from decoding.temperature.selector import TemperatureSelector
     from experiments.lab.runs import check_unused
     from experiments.temperature import report
     from experiments.temperature.collect import read_collection
-    from experiments.temperature.data import TRAINED_ON, held_out_prompts, kept_out_prompts
+    from experiments.temperature.data import TRAINED_ON, held_out_prompts, kept_out_prompts, kept_out_wordings
     from experiments.temperature.evaluate import DEFAULTS
     from experiments.temperature.evaluate import evaluate as judge
 
     check_unused(out)
     judged = TemperatureSelector.from_pretrained(selector)
-    needed = [*best_temperatures(model_size, judged.tolerance), *DEFAULTS]
+    needed = [*published_scores(model_size)[0], *DEFAULTS]
     needed += [] if judged.curve is None else [round(value, 4) for value in judged.curve.temperatures.tolist()]
     collected = [read_collection(folder, needed) for folder in collections]
     held_out = held_out_prompts(data, tasks or TRAINED_ON)
     if not held_out:
         raise DecodingError("these tasks hold their prompts themselves, and none was held out: give one of a data set")
-    labelled = held_out, kept_out_prompts(data, judged.about["prompts"])
+    labelled = held_out, kept_out_prompts(data, judged.about["prompts"]), kept_out_wordings()
     results = judge(judged, collected, labelled, model_size)
     click.echo(report.write(results, out))
 
@@ -178,6 +197,7 @@ def _prediction(selector: Any, prompt: str, model_size: str, policy: str | None)
 
     shares = selector.abilities([prompt])[0].tolist()
     found: dict[str, Any] = {"abilities": {name: round(x, 4) for name, x in zip(ABILITIES, shares, strict=True)}}
+    (found["encoder_reads_it"],) = selector.reads([prompt])
     if policy != "curve":
         found["ability"] = {"model_size": model_size, "temperature": selector.select([prompt], model_size)[0]}
     if policy == "curve" or (policy is None and selector.curve is not None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from decoding.temperature.abilities import ABILITIES
 from decoding.temperature.selector import TemperatureSelector
 from experiments.temperature.collect import is_for_training
 from experiments.temperature.tasks import Task, load_tasks
+from experiments.temperature.wordings import Wording, load_systems, load_wordings
 
 # What the embedded selector learns from: one data set for each ability; plain openings, which ask for nothing but to go
 # on; and prompts written for this purpose.
@@ -35,6 +37,10 @@ KEPT_OUT = (
     "cnn-dailymail",
 )
 MOST_PROMPTS = 300
+# What a task counts in training, against a wording: it has more prompts, in several wordings.
+_TASK_WEIGHT = 1.5
+_OPENING_WEIGHT = 0.3  # Texts without a request must not make every text one to go on with.
+_EVERY_SYSTEM = 3  # Each third prompt of a wording is learnt from behind a system prompt too.
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,48 @@ class Labelled:
     task: str
     ability: str
     prompts: list[str]
+    is_wording: bool = False
+    weight: float = _TASK_WEIGHT  # of all its prompts together
 
 
-def training_prompts(data: Path, names: Sequence[str] = TRAINED) -> list[Labelled]:
-    """The training halves of tasks (all of a task that holds its prompts itself), each prompt in one of its wordings.
+def wording_prompts(data: Path) -> list[Labelled]:
+    """Natural requests to learn from, by wording, and some of them behind a system prompt."""
+    parts = []
+    for at, wording in enumerate(load_wordings(data)):
+        parts.append(Labelled(_named(wording), wording.ability, wording.prompts, True, 1.0))
+        framed = _behind_systems(wording.prompts[at % _EVERY_SYSTEM :: _EVERY_SYSTEM], at)
+        parts.append(Labelled(f"{_named(wording)}, behind a system prompt", wording.ability, framed, True, 0.5))
+    return parts
+
+
+def kept_out_wordings() -> list[Labelled]:
+    """Natural requests in wordings that nothing is learnt from."""
+    return [Labelled(_named(each), each.ability, each.prompts, True) for each in load_wordings(kept_out=True)]
+
+
+def _named(wording: Wording) -> str:
+    return f"{wording.ability}: {wording.name}"
+
+
+def _behind_systems(prompts: Sequence[str], at: int) -> list[str]:
+    systems, borders = load_systems(), ("\n\n", "\n", " ")
+    return [
+        f"{systems[(i + at) % len(systems)]}{borders[(i + at // 2) % len(borders)]}{prompt}"
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def training_prompts(data: Path, names: Sequence[str] | None = None) -> list[Labelled]:
+    """The training halves of tasks (all of a task that holds its prompts itself), each prompt in one of its templates.
+
+    By default those of `TRAINED`, and natural requests in all wordings that are not kept out.
 
     Raises:
         DecodingError: a task that is unknown, has no ability, or whose data are missing.
     """
-    return [_labelled(task, data, None if task.source is None else True) for task in load_tasks(names)]
+    tasks = load_tasks(names or TRAINED)
+    parts = [_labelled(task, data, None if task.source is None else True) for task in tasks]
+    return parts if names else [*parts, *wording_prompts(data)]
 
 
 def held_out_prompts(data: Path, names: Sequence[str] = TRAINED_ON) -> list[Labelled]:
@@ -70,21 +109,32 @@ def _labelled(task: Task, data: Path, training: bool | None) -> Labelled:
         raise DecodingError(f"task {task.name} has no ability: a classifier cannot learn from it")
     items = task.items(data, MOST_PROMPTS, all_templates=True)
     chosen = [item.prompt for item in items if training in (None, is_for_training(task.name, item.position))]
-    return Labelled(task.name, task.ability, chosen)
+    is_opening = task.name.endswith("-continuation") or task.name == "wikinews"
+    return Labelled(task.name, task.ability, chosen, weight=_OPENING_WEIGHT if is_opening else _TASK_WEIGHT)
 
 
 def classification(selector: TemperatureSelector, parts: Sequence[Labelled]) -> dict[str, Any]:
-    """How many prompts of each task are told to be of its ability, and the means over prompts and over abilities."""
-    rows = []
+    """How many prompts of each task are told to be of its ability, and the means over prompts and over abilities.
+
+    Also what most of the wrong ones are taken for, and the worst ability and task.
+    """
+    rows: list[dict[str, Any]] = []
     right: dict[str, list[np.ndarray]] = {}
     for part in parts:
-        found = selector.abilities(part.prompts).argmax(-1).cpu().numpy() == ABILITIES.index(part.ability)
-        rows.append(
-            {"task": part.task, "ability": part.ability, "prompts": len(found), "accuracy": float(found.mean())}
-        )
+        shares = selector.abilities(part.prompts).cpu()
+        found = shares.argmax(-1).numpy() == ABILITIES.index(part.ability)
+        # Unread is told to be nothing.
+        found &= (shares.amax(-1) > shares.amin(-1)).numpy()
+        taken = Counter(ABILITIES[i] for i in shares.argmax(-1).tolist())
+        row = {"task": part.task, "ability": part.ability, "prompts": len(found), "accuracy": float(found.mean())}
+        rows.append(row | {"taken_for": dict(taken.most_common())})
         right.setdefault(part.ability, []).append(found)
+    by_ability = {ability: float(np.mean([each.mean() for each in parts])) for ability, parts in right.items()}
     return {
         "tasks": rows,
+        "by_ability": by_ability,
+        "worst_ability": min(by_ability.values()),
+        "worst_task": min(row["accuracy"] for row in rows),
         "over_prompts": float(np.concatenate([each for parts in right.values() for each in parts]).mean()),
-        "over_abilities": float(np.mean([np.mean([each.mean() for each in parts]) for parts in right.values()])),
+        "over_abilities": float(np.mean(list(by_ability.values()))),
     }

@@ -216,7 +216,7 @@ def translation(collected: Collected, task: str) -> dict[str, dict[str, float]]:
 def evaluate(
     selector: TemperatureSelector,
     collections: Sequence[Collected],
-    labelled: tuple[Sequence[Labelled], Sequence[Labelled]],
+    labelled: tuple[Sequence[Labelled], Sequence[Labelled], Sequence[Labelled]],
     model_size: str,
 ) -> dict[str, Any]:
     """All of the results.
@@ -224,7 +224,7 @@ def evaluate(
     Args:
         selector: the one that is judged.
         collections: of the six abilities, of SuperGLUE, or of both.
-        labelled: prompts held out, and prompts of data sets kept out of training.
+        labelled: prompts held out, prompts of data sets kept out of training, and of wordings kept out.
         model_size: for policy "ability".
 
     Raises:
@@ -240,6 +240,7 @@ def evaluate(
         "classification": {
             "held_out": classification(selector, labelled[0]),
             "kept_out": classification(selector, labelled[1]),
+            "wordings": classification(selector, labelled[2]),
         },
     }
     for collected in collections:

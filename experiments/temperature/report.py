@@ -49,12 +49,16 @@ def _tables(results: Mapping[str, Any]) -> str:
 
 
 def _classification_table(parts: Mapping[str, Any]) -> str:
-    lines = [["prompts", "data set", "ability", "number", "classified right, %"]]
-    for name, part in (("held out", parts["held_out"]), ("data set kept out", parts["kept_out"])):
+    lines = [["prompts", "data set or wording", "ability", "number", "classified right, %"]]
+    named = (("held out", "held_out"), ("data set kept out", "kept_out"), ("wording kept out", "wordings"))
+    for name, part in ((name, parts[key]) for name, key in named if key in parts):
         for row in part["tasks"]:
             lines.append([name, row["task"], row["ability"], str(row["prompts"]), f"{100 * row['accuracy']:.1f}"])
         lines.append([f"**{name}**", "all prompts", "", "", f"**{100 * part['over_prompts']:.1f}**"])
         lines.append([f"**{name}**", "mean of abilities", "", "", f"**{100 * part['over_abilities']:.1f}**"])
+        if "worst_task" in part:
+            lines.append([f"**{name}**", "worst ability", "", "", f"**{100 * part['worst_ability']:.1f}**"])
+            lines.append([f"**{name}**", "worst data set or wording", "", "", f"**{100 * part['worst_task']:.1f}**"])
     return "### Abilities told apart\n\n" + markdown(lines)
 
 

@@ -13,6 +13,7 @@ from rich.progress import track
 from torch import Tensor
 
 from decoding.errors import DecodingError
+from decoding.models import model_fingerprint
 from decoding.temperature.abilities import ABILITIES
 from decoding.temperature.encoder import Encoder
 from decoding.temperature.heads import AbilityHead, CurveHead
@@ -29,8 +30,9 @@ def train(
     held_out: Sequence[Labelled],
     collected: Collected | None,
     epochs: int = 0,
+    curve_of: TemperatureSelector | None = None,
 ) -> TemperatureSelector:
-    """A selector, its curve from the training half of a collection if there is one.
+    """A selector, its curve from the training half of a collection if there is one, or another selector's.
 
     Args:
         encoder: reads the prompts.
@@ -38,9 +40,10 @@ def train(
         held_out: others, to say how many of them it tells right.
         collected: one model's scores.
         epochs: of fine-tuning the encoder; 0 leaves it frozen.
+        curve_of: whose curve to keep, with the classifier that it was fitted to.
 
     Raises:
-        DecodingError: an ability without prompts, or without scores.
+        DecodingError: an ability without prompts or scores, or a selector without a curve, or of another encoder.
     """
     prompts = [prompt for each in labelled for prompt in each.prompts]
     labels = [ABILITIES.index(each.ability) for each in labelled for _ in each.prompts]
@@ -49,8 +52,13 @@ def train(
     halves = [] if collected is None else _training_halves(collected, [each.task for each in labelled])
     if epochs:
         encoder = fine_tuned(encoder, prompts, labels, epochs)
-    head = AbilityHead.fit(_encoded(encoder, prompts), labels, len(ABILITIES))
-    about: dict[str, Any] = {"prompts": {each.task: len(each.prompts) for each in labelled}, "fine_tuned": epochs}
+    weights = torch.tensor([each.weight / len(each.prompts) for each in labelled for _ in each.prompts])
+    head = AbilityHead.fit_hidden(_encoded(encoder, prompts), labels, len(ABILITIES), weights)
+    about: dict[str, Any] = {
+        "prompts": {each.task: len(each.prompts) for each in labelled if not each.is_wording},
+        "wordings": _by_ability([each for each in labelled if each.is_wording]),
+        "fine_tuned": epochs,
+    }
     selector = TemperatureSelector(encoder, head, about=about)
     rows = classification(selector, held_out)["tasks"] if held_out else []
     about["held_out_accuracy"] = {row["task"]: round(row["accuracy"], 4) for row in rows}
@@ -58,7 +66,29 @@ def train(
         selector.curve = fit_curve(selector, halves, collected.temperatures)
         about |= {key: collected.settings[key] for key in ("model", "model_fingerprint", "dtype", "seeds", "top_p")}
         about["best_fixed_temperature"] = round(float(selector.curve.temperatures[selector.curve.fixed]), 4)
+    elif curve_of is not None:
+        _keep_curve(selector, curve_of)
     return selector
+
+
+def _by_ability(parts: Sequence[Labelled]) -> dict[str, int]:
+    """How many prompts there are of each ability."""
+    counts: Counter[str] = Counter()
+    for each in parts:
+        counts[each.ability] += len(each.prompts)
+    return dict(counts)
+
+
+def _keep_curve(selector: TemperatureSelector, other: TemperatureSelector) -> None:
+    """Puts another selector's curve in, with its classifier: the curve's features are that one's probabilities."""
+    if other.curve is None:
+        raise DecodingError("the selector whose curve is to be kept has none")
+    if model_fingerprint(other.encoder.model) != model_fingerprint(selector.encoder.model):
+        raise DecodingError("the selector whose curve is to be kept has another encoder")
+    selector.curve, selector.curve_ability = other.curve, other.curve_ability or other.ability
+    kept = ("model", "model_fingerprint", "dtype", "seeds", "top_p", "best_fixed_temperature", "curve_command")
+    found = {"curve_command": other.about.get("command"), **other.about}
+    selector.about |= {key: found[key] for key in kept if key in found}
 
 
 def _training_halves(collected: Collected, names: Sequence[str]) -> list[Scores]:
@@ -94,7 +124,7 @@ def fine_tuned(encoder: Encoder, prompts: Sequence[str], labels: Sequence[int], 
     AdamW, learning rate 5e-5 falling to 0, batches of 16.
     """
     model = copy.deepcopy(encoder.model).train()
-    tuned = Encoder(model, encoder.tokenizer, ENCODER_FOLDER, encoder.window)
+    tuned = Encoder(model, encoder.tokenizer, ENCODER_FOLDER, encoder.window, encoder.reading, encoder.multilingual)
     classifier = torch.nn.Linear(tuned.width, len(ABILITIES)).to(model.device)
     parameters = [*model.parameters(), *classifier.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=5e-5)

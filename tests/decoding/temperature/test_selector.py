@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from decoding import AutoTemperature, DecodingError, TemperatureSelector, generate
-from decoding.temperature.abilities import ABILITIES, best_temperatures, lowest_within, published_scores, size_class
+from decoding.temperature.abilities import (
+    ABILITIES,
+    NOISE,
+    best_temperatures,
+    expected_temperatures,
+    lowest_within,
+    published_scores,
+    size_class,
+)
 from decoding.temperature.encoder import load_encoder
 from decoding.temperature.heads import AbilityHead, CurveHead
 from decoding.temperature.selector import CONFIG_FILE, EMBEDDED, HEADS_FILE
@@ -55,7 +63,43 @@ def test_abilities_are_probabilities(selector):
 
 @pytest.mark.parametrize("size", ["small", "medium", "large"])
 def test_the_ability_policy_looks_its_table_up(selector, size):
+    sure = selector.ability._replace(weight=1e3 * selector.ability.weight, bias=1e3 * selector.ability.bias)
+    selector.ability = sure
     assert selector.select(PROMPTS, model_size=size) == best_temperatures(size)[:6]
+
+
+def test_doubt_counts():
+    # By hand: of poems, half a poem, and nothing known, on a small model.
+    temperatures, scores = published_scores("small")
+    relative = scores / scores.max(1, keepdims=True)
+    shares = torch.tensor([[0, 1, 0, 0, 0, 0], [0.5, 0.5, 0, 0, 0, 0], [1 / 6] * 6])
+    for row, found in zip(shares.numpy(), expected_temperatures(shares, "small").tolist(), strict=True):
+        expected = row @ relative
+        within = [t for t, x in zip(temperatures, expected, strict=True) if x >= expected.max() * (1 - NOISE["small"])]
+        assert found == pytest.approx(within[0])
+    assert expected_temperatures(shares[2:], "small").tolist() == pytest.approx(best_temperatures("small")[6:])
+
+
+def test_noise_sets_nothing():
+    # One of four models puts 1.3 ahead in causal reasoning, by 0.8 points.
+    shares = torch.eye(6)
+    assert expected_temperatures(shares, "medium").max() < 1.3
+    assert best_temperatures("medium")[0] == pytest.approx(expected_temperatures(shares, "medium")[0].item())
+    assert best_temperatures("medium", tolerance=0)[0] == 1.3
+
+
+def test_the_noise_is_that_of_the_published_scores(shared):
+    rows = [json.loads(line) for line in (shared / "reference/temperature_eval_results.jsonl").read_text().splitlines()]
+    held = {(row["model_name"], row["category"], float(row["temperature"])): float(row["accuracy"]) for row in rows}
+    table = json.loads((EMBEDDED.parent / "ability_scores.json").read_text())
+    for size, part in table["sizes"].items():
+        errors = []
+        for ability in ABILITIES:
+            scores = np.array([[held[model, ability, t] for t in table["temperatures"]] for model in part["models"]])
+            best = scores.mean(0).argmax()
+            error = (scores - scores[:, [best]]).std(0, ddof=1) / len(scores) ** 0.5 / scores.mean(0).max()
+            errors += [error[i] for i, t in enumerate(table["temperatures"]) if t <= 1 and i != best]
+        assert NOISE[size] == pytest.approx(np.median(errors), abs=5e-4)
 
 
 def test_the_published_table():
@@ -205,6 +249,40 @@ def test_prompts_that_the_encoder_cannot_read_get_the_temperature_for_all(curved
     strange = ["ሰላም ለዓለም ይሁን", "🌊🌊🌊"]
     assert curved.select(strange) == [best_temperatures("small")[6]] * 2
     assert curved.select(strange, policy="curve") == [0.1, 0.1]
+    assert curved.reads([*strange, "storm and sea"]) == [False, False, True]
+    torch.testing.assert_close(curved.abilities(strange), torch.full((2, 6), 1 / 6))
+
+
+def test_a_request_in_another_language_is_for_multilingual_encoders(selector, tmp_path):
+    german = "sea storm sea storm : warum ist das Meer so schwarz"
+    assert selector.reads([german]) == [False]
+    selector.save_pretrained(tmp_path / "s")
+    assert TemperatureSelector.from_pretrained(tmp_path / "s").encoder.multilingual is False
+    selector.encoder.multilingual = True
+    selector.save_pretrained(tmp_path / "s")
+    assert TemperatureSelector.from_pretrained(tmp_path / "s").encoder.multilingual is True
+
+
+def test_a_curve_keeps_the_classifier_that_it_was_fitted_to(curved, tmp_path):
+    wanted = curved.curves(PROMPTS).mean
+    vectors = curved.encoder(PROMPTS)
+    curved.curve_ability = curved.ability
+    curved.ability = AbilityHead.fit_hidden(vectors.repeat(20, 1), list(range(6)) * 20, 6, torch.ones(120))
+    curved.save_pretrained(tmp_path / "s")
+    opened = TemperatureSelector.from_pretrained(tmp_path / "s")
+    torch.testing.assert_close(opened.curves(PROMPTS).mean, wanted)
+    assert torch.equal(opened.abilities(PROMPTS), curved.abilities(PROMPTS))
+
+
+def test_a_classifier_with_a_hidden_layer_tells_what_no_linear_one_does():
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]]).repeat(200, 1)
+    labels = (corners.sum(1) == 1).long().tolist()
+    vectors = corners.repeat_interleave(8, 1) + 0.05 * torch.randn(800, 16, generator=generator)
+    weights = torch.ones(800)
+    right = AbilityHead.fit_hidden(vectors, labels, 2, weights)(vectors).argmax(1) == torch.tensor(labels)
+    linear = AbilityHead.fit(vectors, labels, 2)(vectors).argmax(1) == torch.tensor(labels)
+    assert right.float().mean() > 0.95 > 0.8 > linear.float().mean()
 
 
 def test_long_prompts_are_read_at_their_ends(encoder):
@@ -213,7 +291,8 @@ def test_long_prompts_are_read_at_their_ends(encoder):
     longer = f"{start} {'captain ' * 100_000} {end}"
     same = encoder([long])
     assert torch.equal(encoder([longer]), same)
-    assert torch.equal(encoder([f"{start} {'never ' * 500} {end}"]), same)
+    averages = slice(0, 32)  # of the whole; its parts are longer than the ends of a window of 16
+    assert torch.equal(encoder([f"{start} {'never ' * 500} {end}"])[:, averages], same[:, averages])
     assert not torch.equal(encoder([f"{end} {'never ' * 500} {start}"]), same)
     assert len(encoder._clipped(longer)) == encoder.window
 

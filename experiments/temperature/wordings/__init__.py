@@ -1,0 +1,166 @@
+"""Natural requests by ability and wording: what a classifier of abilities learns phrasings from, and is judged by.
+
+One file for each ability: ``{"ability": …, "wordings": {name: …}}``. A wording has
+
+    kept_out: whether nothing is learnt from it, so that it can judge,
+
+and one of
+
+    prompts: as they are;
+    templates with fills: from a template's fields to pools (``pools.json``; "a+b" takes turns) or lists. A field
+        in capitalized spelling ({Event}) takes its text with a capital letter;
+    layouts: solved examples. Each is a pair of templates: of a solved example of {a} and {b}, and of the open one.
+        With shots (how many are solved, up to two more) and, if need be, intros and names of pairs (``pairs.json``).
+
+Wordings that are kept out take every second text of a pool, the others the rest, so that a classifier is judged by
+texts as well as wordings that it never saw. All texts here were written for this purpose; pools with a ``source`` are
+fields of records in the data folder, and wordings that are kept out need none of those.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from decoding.errors import DecodingError
+from decoding.temperature.abilities import ABILITIES
+
+_FOLDER = Path(__file__).parent
+_FIELDS = {
+    "prompts": {"kept_out", "prompts"},
+    "templates": {"kept_out", "templates", "fills"},
+    "layouts": {"kept_out", "layouts", "shots", "intros", "pairs"},
+}
+PROMPTS_OF_A_WORDING = 36
+# Steps through pools, without a common divisor with their lengths: two fills of one pool never meet themselves.
+_STRIDES = (1, 5, 11)
+
+
+class Wording(NamedTuple):
+    """Prompts of one phrasing."""
+
+    ability: str
+    name: str
+    kept_out: bool
+    prompts: list[str]
+
+
+def load_wordings(data: Path | None = None, kept_out: bool = False, folder: Path = _FOLDER) -> list[Wording]:
+    """The wordings that are kept out, or those that are not, of all abilities in order.
+
+    Args:
+        data: the folder that sources of pools are relative to.
+        kept_out: which.
+        folder: of the files.
+
+    Raises:
+        DecodingError: a damaged file, or a pool's data that are missing.
+    """
+    pools = _Pools(data, kept_out, folder)
+    found = []
+    for ability in ABILITIES:
+        definition = _read(folder / f"{ability}.json")
+        if not isinstance(definition, dict) or definition.get("ability") != ability:
+            raise DecodingError(f'{folder / ability}.json must say "ability": "{ability}"')
+        for name, wording in definition["wordings"].items():
+            where = f"{ability}.json, wording {name!r}"
+            _check(where, wording)
+            if wording["kept_out"] == kept_out:
+                found.append(Wording(ability, name, kept_out, _prompts(where, wording, pools)))
+    return found
+
+
+def load_systems(folder: Path = _FOLDER) -> list[str]:
+    """System prompts, as they stand before a user's text where no frame tells them apart."""
+    return list(_read(folder / "pools.json")["systems"])
+
+
+class _Pools:
+    """Texts to fill templates with: every second one."""
+
+    def __init__(self, data: Path | None, kept_out: bool, folder: Path):
+        self._data, self._offset = data, int(kept_out)
+        self._pools, self.pairs = _read(folder / "pools.json"), _read(folder / "pairs.json")
+
+    def texts(self, pool: str | Sequence[str]) -> Sequence[str]:
+        if not isinstance(pool, str):
+            return pool
+        halves = [self._all(name)[self._offset :: 2] for name in pool.split("+")]
+        return [text for texts in zip_longest(*halves) for text in texts if text is not None]
+
+    def _all(self, name: str) -> Sequence[str]:
+        texts = self._pools[name]
+        return self._records(texts) if isinstance(texts, dict) else texts
+
+    def _records(self, pool: Mapping[str, Any]) -> list[str]:
+        if self._data is None:
+            raise DecodingError(f"these wordings are filled from {pool['source']}: give the data folder")
+        texts = _field(self._data / pool["source"], pool["field"])
+        return [text[: pool["clip"]] for text in texts[:: max(len(texts) // 150, 1)]]
+
+
+@cache
+def _field(path: Path, name: str) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return tuple(json.loads(line)[name] for line in lines if line.strip())
+    except (OSError, ValueError, KeyError) as error:
+        raise DecodingError(f"cannot read {path} ({error!r}): give its folder with --data") from error
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DecodingError(f"{path} is no file of wordings ({error})") from error
+
+
+def _check(where: str, wording: Any) -> None:
+    kinds = [kind for kind in _FIELDS if isinstance(wording, dict) and kind in wording]
+    if len(kinds) != 1 or not isinstance(wording.get("kept_out"), bool):
+        raise DecodingError(f"{where}: needs kept_out (true or false) and one of {', '.join(_FIELDS)}")
+    if unknown := wording.keys() - _FIELDS[kinds[0]]:
+        raise DecodingError(f"{where}: unknown field {min(unknown)!r}: choose from {', '.join(_FIELDS[kinds[0]])}")
+    if not wording[kinds[0]] or not isinstance(wording[kinds[0]], list):
+        raise DecodingError(f"{where}: {kinds[0]} must be a list that is not empty")
+
+
+def _prompts(where: str, wording: Mapping[str, Any], pools: _Pools) -> list[str]:
+    try:
+        if "templates" in wording:
+            return _filled(wording["templates"], {name: pools.texts(pool) for name, pool in wording["fills"].items()})
+        if "layouts" in wording:
+            return _solved(wording, pools.pairs)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise DecodingError(f"{where}: no such field, pool or pair: {error}") from error
+    return list(wording["prompts"])
+
+
+def _filled(templates: Sequence[str], pools: Mapping[str, Sequence[str]]) -> list[str]:
+    """The templates in turn, each with the next texts of the pools."""
+    prompts = []
+    for i in range(PROMPTS_OF_A_WORDING):
+        values: dict[str, str] = {}
+        for at, (name, texts) in enumerate(pools.items()):
+            text = texts[(i * _STRIDES[at % len(_STRIDES)] + i // len(texts) + 3 * at) % len(texts)]
+            values |= {name: text, name.capitalize(): text[:1].upper() + text[1:]}
+        prompts.append(templates[i % len(templates)].format_map(values))
+    return list(dict.fromkeys(prompts))
+
+
+def _solved(wording: Mapping[str, Any], sets: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
+    """The layouts in turn, each with the next set of pairs, from another pair on."""
+    names, intros, layouts = wording.get("pairs") or list(sets), wording.get("intros") or [""], wording["layouts"]
+    prompts = []
+    for i in range(PROMPTS_OF_A_WORDING):
+        pairs = sets[names[i % len(names)]]
+        start, count = i * 3 + i // len(names), min(wording["shots"] + i % 3, len(pairs) - 1)
+        shown = [pairs[(start + j) % len(pairs)] for j in range(count + 1)]
+        solved, last = layouts[(i + i // len(layouts)) % len(layouts)]
+        parts = [solved.format(a=a, b=b) for a, b in shown[:-1]]
+        prompts.append(intros[i // 2 % len(intros)] + "".join(parts) + last.format(a=shown[-1][0], b=""))
+    return list(dict.fromkeys(prompts))
