@@ -22,7 +22,7 @@ from experiments.lab.cells import Cell
 from ngram.storage import write_atomically
 
 HEADER, CELLS = "run.json", "cells"
-ADDED_SINCE_0_1_0 = ("tokenizer_sha256",)
+ADDED_SINCE_0_1_0 = ("tokenizer_sha256", "definitions")
 C = TypeVar("C", bound=Cell)
 
 

@@ -1,10 +1,9 @@
 """How a model scores on tasks at each temperature: samples every prompt with every sampler and keeps texts and scores.
 
 A prompt is read once and its cache shared by all of its samples, which are the rows of one batch: every sampler × seed.
-All sample from the top-p nucleus after the temperature, as transformers does.
 
-Every prompt belongs to one half for good, by a hash of its task and place: training reads one, evaluation the other.
-Tasks kept out of training altogether have their second half alone.
+Every prompt belongs to one half for good, by its record: training reads one, evaluation the other. Tasks kept out of
+training altogether have their second half alone.
 """
 
 from __future__ import annotations
@@ -23,22 +22,11 @@ from transformers import DynamicCache, LogitsProcessor
 
 from chunkllm.models import cache_argument
 from decoding.errors import DecodingError
-from decoding.temperature.processors import (
-    DynamicTemperature,
-    EntropyDependentTemperature,
-    FixedTemperature,
-    Temperature,
-)
 from experiments.lab.cells import Cell
 from experiments.lab.runs import CELLS, HEADER, RunFolder, finish
-from experiments.temperature.tasks import Item, Task
-
-TEMPERATURES = (0.1, 0.4, 0.7, 1.0, 1.3, 1.6, 1.9)
-ENTROPY_BASED: dict[str, Temperature] = {
-    "EDT 0.4": EntropyDependentTemperature(0.4, theta=1.0),
-    "EDT 1.0": EntropyDependentTemperature(1.0, theta=1.0),
-    "dynatemp 0.7": DynamicTemperature(0.7, range=0.5),
-}
+from experiments.temperature.halves import is_for_training
+from experiments.temperature.samplers import TEMPERATURES, Draw, Sampler, sampler_name, samplers
+from experiments.temperature.tasks import Item, Task, load_tasks
 
 
 @dataclass(frozen=True)
@@ -49,40 +37,36 @@ class CollectOptions:
     seeds: int = 2
     top_p: float = 0.9
     batch_size: int = 8
-    entropy_based: bool = True
+    baselines: bool = True
 
     @property
-    def samplers(self) -> dict[str, Temperature]:
+    def samplers(self) -> dict[str, Sampler]:
         """By name, fixed temperatures first."""
-        fixed: dict[str, Temperature] = {sampler_name(t): FixedTemperature(t) for t in self.temperatures}
-        return fixed | (ENTROPY_BASED if self.entropy_based else {})
-
-
-def sampler_name(temperature: float) -> str:
-    """What a fixed temperature's scores are kept under."""
-    return f"T={temperature:g}"
+        return samplers(self.temperatures, self.top_p, self.baselines)
 
 
 class ByBlock(LogitsProcessor):
-    """Gives every block of rows a processor of its own.
+    """Gives every block of rows processors of its own.
 
     Args:
-        processors: one for each block; blocks repeat until the rows end.
+        samplers: one for each block; blocks repeat until the rows end.
         size: rows of a block.
     """
 
-    def __init__(self, processors: Sequence[Temperature], size: int):
-        self._processors = processors
+    def __init__(self, samplers: Sequence[Sampler], size: int):
+        self._samplers = samplers
         self._size = size
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """``scores`` [B, V], B a multiple of all blocks' rows, each block scaled by its own processor."""
-        blocks = scores.view(-1, len(self._processors), self._size, scores.shape[-1])
-        scaled = [
-            processor(input_ids, blocks[:, i].flatten(0, 1)).view(len(blocks), self._size, -1)
-            for i, processor in enumerate(self._processors)
-        ]
-        return torch.stack(scaled, 1).view_as(scores)
+        """``scores`` [B, V], B a multiple of all blocks' rows, each block changed by its own processors."""
+        blocks = scores.view(-1, len(self._samplers), self._size, scores.shape[-1])
+        changed = []
+        for i, processors in enumerate(self._samplers):
+            rows = blocks[:, i].flatten(0, 1)
+            for processor in processors:
+                rows = processor(input_ids, rows)
+            changed.append(rows.view(len(blocks), self._size, -1))
+        return torch.stack(changed, 1).view_as(scores)
 
 
 @dataclass(frozen=True)
@@ -133,6 +117,7 @@ class Collection:
             "batch_size": options.batch_size,
             "tasks": {task.name: len(prompts) for task, prompts in items.items()},
             "prompts_sha256": hashlib.sha256(repr([*items.values()]).encode()).hexdigest(),
+            "definitions": {task.name: vars(task) for task in items},
         }
         self.folder = RunFolder(out, settings, resume)
 
@@ -162,6 +147,7 @@ class Collection:
             prompts.append(
                 {
                     "position": item.position,
+                    "training": item.training,
                     "prompt": item.prompt,
                     "answers": item.answers,
                     "scores": {name: scores[a : a + size] for name, a in starts.items()},
@@ -188,11 +174,8 @@ class Collection:
             output = self.model.generate(
                 ids.repeat_interleave(count, 0),
                 attention_mask=mask.repeat_interleave(count, 0),
-                logits_processor=[ByBlock(list(options.samplers.values()), options.seeds)],
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=options.top_p,
+                logits_processor=[ByBlock(list(options.samplers.values()), options.seeds), Draw()],
+                do_sample=False,
                 max_new_tokens=task.max_new_tokens,
                 pad_token_id=self.tokenizer.pad_token_id,
                 **{cache_argument(self.model): cache},
@@ -206,11 +189,6 @@ class Collection:
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def is_for_training(task: str, position: int) -> bool:
-    """Which half a prompt belongs to."""
-    return hashlib.sha256(f"{task} {position}".encode()).digest()[0] % 2 == 0
-
-
 @dataclass(frozen=True, eq=False)
 class Scores:
     """What was collected of one task."""
@@ -218,12 +196,13 @@ class Scores:
     task: str
     ability: str | None
     positions: list[int]
+    training: list[bool]  # which half each prompt belongs to
     prompts: list[str]
     by_sampler: dict[str, np.ndarray]  # [prompts], the mean over seeds
 
     def half(self, training: bool) -> Scores:
         """The prompts of one half."""
-        return self.only([i for i, at in enumerate(self.positions) if is_for_training(self.task, at) == training])
+        return self.only([i for i, is_for in enumerate(self.training) if is_for == training])
 
     def only(self, rows: Sequence[int]) -> Scores:
         """Some of the prompts."""
@@ -231,6 +210,7 @@ class Scores:
             self.task,
             self.ability,
             [self.positions[i] for i in rows],
+            [self.training[i] for i in rows],
             [self.prompts[i] for i in rows],
             {name: values[list(rows)] for name, values in self.by_sampler.items()},
         )
@@ -252,6 +232,11 @@ class Collected:
     def temperatures(self) -> list[float]:
         """All that were tried."""
         return list(self.settings["temperatures"])
+
+    def definition(self, task: str) -> Task:
+        """A task as it was when it was collected; as it is now, of a collection that does not say."""
+        held = self.settings.get("definitions", {}).get(task)
+        return load_tasks([task])[0] if held is None else Task(**held)
 
 
 def read_collection(folder: Path, needed: Iterable[float] = ()) -> Collected:
@@ -302,10 +287,12 @@ def _records(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def _scores(records: Sequence[Mapping[str, Any]]) -> Scores:
     prompts = [prompt for record in records for prompt in record["prompts"]]
     names = list(prompts[0]["scores"])
+    task = records[0]["task"]
     return Scores(
-        records[0]["task"],
+        task,
         records[0]["ability"],
         [prompt["position"] for prompt in prompts],
+        [prompt.get("training", is_for_training(task, prompt["position"])) for prompt in prompts],
         [prompt["prompt"] for prompt in prompts],
         {name: np.array([np.mean(prompt["scores"][name]) for prompt in prompts]) for name in names},
     )

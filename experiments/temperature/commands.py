@@ -38,7 +38,9 @@ def temperature() -> None:
 @click.option("--seeds", default=2, show_default=True, type=click.IntRange(min=1), help="Texts at each temperature.")
 @click.option("--top-p", default=0.9, show_default=True, type=click.FloatRange(0, 1, min_open=True))
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(min=1), help="Prompts in a batch.")
-@click.option("--entropy-based/--no-entropy-based", default=True, show_default=True, help="Also EDT and dynatemp.")
+@click.option(
+    "--baselines/--no-baselines", default=True, show_default=True, help="Also min-p, top-nσ, EDT and dynatemp."
+)
 @shared.model
 @shared.dtype
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the collection.")
@@ -63,7 +65,7 @@ def collect(tasks: tuple[str, ...], suite: str, data: Path, limit: int, out: Pat
     items = {task: task.items(data, count) for task, count in zip(definitions, counts, strict=True)}
     tokenizer, model = load_tokenizer(chosen["model"]), load_model(chosen["model"], chosen["dtype"])
     about = settings_of(chosen["model"], model, tokenizer)
-    settings = {key: chosen[key] for key in ("temperatures", "seeds", "top_p", "batch_size", "entropy_based")}
+    settings = {key: chosen[key] for key in ("temperatures", "seeds", "top_p", "batch_size", "baselines")}
     collection = Collection(model, tokenizer, about, items, CollectOptions(**settings), out, resume)
     shared.until_interrupted(collection.run, out, "finished batches are kept")
     click.echo(f"{out}: train with `decoding temperature train --collection {out}`")
@@ -136,45 +138,58 @@ def train(
 
 
 @temperature.command(name="eval")
-@_selector
+@click.option(
+    "--selector",
+    "selectors",
+    multiple=True,
+    help="A folder or a hub id; the embedded one by default. May repeat: curves of other models are tried as well.",
+)
 @_model_size
-@_data
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Folder of the tasks' files, to judge the telling of abilities by."
+)
 @click.option(
     "--collection", "collections", multiple=True, type=click.Path(path_type=Path), help="Of `collect`. May repeat."
 )
 @click.option(
     "--task", "tasks", multiple=True, help="That it was trained on. May repeat; the embedded one's by default."
 )
+@click.option(
+    "--generate/--no-generate",
+    "shipped",
+    default=False,
+    show_default=True,
+    help="Also run the collections' held-out prompts through decoding.generate.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for tables, figures and picture.")
 def evaluate(
-    selector: str | None,
+    selectors: tuple[str, ...],
     model_size: str,
-    data: Path,
+    data: Path | None,
     collections: tuple[Path, ...],
     tasks: tuple[str, ...],
+    shipped: bool,
     out: Path,
 ) -> None:
-    """Judges a selector on prompts that it was not trained on, against fixed and entropy-based temperatures."""
+    """Judges selectors on prompts that they were not trained on, against fixed temperatures and other sampling."""
     from decoding.temperature.abilities import published_scores
     from decoding.temperature.selector import TemperatureSelector
     from experiments.lab.runs import check_unused
     from experiments.temperature import report
     from experiments.temperature.collect import read_collection
-    from experiments.temperature.data import TRAINED_ON, held_out_prompts, kept_out_prompts, kept_out_wordings
-    from experiments.temperature.evaluate import DEFAULTS
+    from experiments.temperature.contest import DEFAULTS
+    from experiments.temperature.data import prompts_to_judge_by
     from experiments.temperature.evaluate import evaluate as judge
 
     check_unused(out)
-    judged = TemperatureSelector.from_pretrained(selector)
-    needed = [*published_scores(model_size)[0], *DEFAULTS]
-    needed += [] if judged.curve is None else [round(value, 4) for value in judged.curve.temperatures.tolist()]
-    collected = [read_collection(folder, needed) for folder in collections]
-    held_out = held_out_prompts(data, tasks or TRAINED_ON)
-    if not held_out:
-        raise DecodingError("these tasks hold their prompts themselves, and none was held out: give one of a data set")
-    labelled = held_out, kept_out_prompts(data, judged.about["prompts"]), kept_out_wordings()
-    results = judge(judged, collected, labelled, model_size)
-    click.echo(report.write(results, out))
+    published_scores(model_size)
+    if not collections and data is None:
+        raise DecodingError("there is nothing to judge by: give --collection, --data, or both")
+    opened = [TemperatureSelector.from_pretrained(each) for each in selectors or (None,)]
+    collected = [read_collection(folder, DEFAULTS) for folder in collections]
+    labelled = {} if data is None else prompts_to_judge_by(data, tasks, opened[0].about["prompts"])
+    found = judge(opened, collected, labelled, model_size, (data or Path()) if shipped else None)
+    click.echo(report.write(*found, out))
 
 
 @temperature.command()

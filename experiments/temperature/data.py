@@ -13,7 +13,6 @@ import numpy as np
 from decoding.errors import DecodingError
 from decoding.temperature.abilities import ABILITIES
 from decoding.temperature.selector import TemperatureSelector
-from experiments.temperature.collect import is_for_training
 from experiments.temperature.tasks import Task, load_tasks
 from experiments.temperature.wordings import Wording, load_systems, load_wordings
 
@@ -99,16 +98,29 @@ def held_out_prompts(data: Path, names: Sequence[str] = TRAINED_ON) -> list[Labe
     return [_labelled(task, data, False) for task in load_tasks(names) if task.source is not None]
 
 
-def kept_out_prompts(data: Path, seen: Collection[str] = ()) -> list[Labelled]:
-    """All prompts of the data sets that the embedded selector has never seen, but for tasks that another has."""
-    return [_labelled(task, data, None) for name in KEPT_OUT if name not in seen for task in load_tasks([name])]
+def prompts_to_judge_by(data: Path, names: Sequence[str], seen: Collection[str]) -> dict[str, list[Labelled]]:
+    """By kind: held-out halves of tasks trained on, data sets and wordings that nothing was learnt from.
+
+    Args:
+        data: the folder that the tasks' sources are relative to.
+        names: of tasks trained on; by default those of the embedded selector.
+        seen: tasks that the judged selector learnt from.
+
+    Raises:
+        DecodingError: tasks that hold their prompts themselves alone, of which none is held out.
+    """
+    held_out = held_out_prompts(data, names or TRAINED_ON)
+    if not held_out:
+        raise DecodingError("these tasks hold their prompts themselves, and none was held out: give one of a data set")
+    unseen = [_labelled(task, data, None) for name in KEPT_OUT if name not in seen for task in load_tasks([name])]
+    return {"prompts held out": held_out, "data sets kept out": unseen, "wordings kept out": kept_out_wordings()}
 
 
 def _labelled(task: Task, data: Path, training: bool | None) -> Labelled:
     if task.ability is None:
         raise DecodingError(f"task {task.name} has no ability: a classifier cannot learn from it")
     items = task.items(data, MOST_PROMPTS, all_templates=True)
-    chosen = [item.prompt for item in items if training in (None, is_for_training(task.name, item.position))]
+    chosen = [item.prompt for item in items if training in (None, item.training)]
     is_opening = task.name.endswith("-continuation") or task.name == "wikinews"
     return Labelled(task.name, task.ability, chosen, weight=_OPENING_WEIGHT if is_opening else _TASK_WEIGHT)
 

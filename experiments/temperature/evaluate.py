@@ -1,193 +1,140 @@
-"""Judges a temperature selector on prompts that it was not trained on.
+"""Judges temperature selectors on prompts that they were not trained on.
 
-A policy's score on a task is the mean over prompts of the score that was collected at the temperature it picks, as a
-share of the mean score at the task's best temperature (in hindsight); the shares are averaged over abilities. Intervals
-are 95 % bootstrap intervals over prompts, with the same prompts for all policies.
+What selectors chose for the prompts of collections stands beside their scores (`judged`, as data), and all tables are
+made of that (`tables`), so that they can be made again without prompts, models or selectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from decoding.environment import environment
 from decoding.errors import DecodingError
 from decoding.models import load_tokenizer
-from decoding.temperature.selector import Policy, TemperatureSelector
-from experiments.lab.stats import Estimate, resampled_rows
-from experiments.temperature.collect import ENTROPY_BASED, Collected, Scores, prompts_in, sampler_name
+from decoding.temperature.selector import TemperatureSelector
+from experiments.temperature.collect import Collected, Scores, prompts_in
+from experiments.temperature.contest import BY_TRAINING, Contest, Judged, accuracies, compared, curves
 from experiments.temperature.data import Labelled, classification
+from experiments.temperature.shipped import Shipped
 from experiments.temperature.task_metrics import spbleu
 from experiments.temperature.tasks import load_tasks
 
-_NEXT_TO_NOTHING = 1e-9  # for tasks on which a model scores 0 throughout
-DEFAULTS = (0.1, 1.0)
+AS_SHIPPED = "selector, through generate"
+_ALIKE = ("dtype", "temperatures", "seeds", "top_p")
 
 
-def curves(collected: Collected, tasks: Sequence[Scores]) -> list[dict[str, Any]]:
-    """Every task's mean score at each temperature, and where it breaks (see `mutation`)."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for task in tasks:
-        scores = task.curve(collected.temperatures)
-        resampled = scores[resampled_rows(len(scores), rng)].mean(1)
-        points = [Estimate.of(*pair) for pair in zip(scores.mean(0), resampled.T, strict=True)]
-        rows.append(
-            {
-                "task": task.task,
-                "ability": task.ability,
-                "prompts": len(scores),
-                "scores": [vars(point) for point in points],
-                "mutation": mutation(collected.temperatures, scores.mean(0), resampled),
-            }
-        )
-    return rows
+@dataclass(frozen=True)
+class Selectors:
+    """Those that are judged on one model's scores."""
+
+    own: TemperatureSelector
+    others: Mapping[str, TemperatureSelector]  # whose curves are other models', by the model's name
+    size: str  # of the model, for policy "ability"
 
 
-def mutation(temperatures: Sequence[float], means: np.ndarray, resampled: np.ndarray) -> list[float] | None:
-    """The neighbouring temperatures between which the score falls most, if it falls beyond chance (95 %).
+def evaluate(
+    selectors: Sequence[TemperatureSelector],
+    collections: Sequence[Collected],
+    labelled: Mapping[str, Sequence[Labelled]],
+    model_size: str,
+    shipped: Path | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All that was measured, and what it comes to.
 
     Args:
-        temperatures: K of them.
-        means: scores [K].
-        resampled: bootstrap means [R, K].
+        selectors: the first tells abilities apart, and chooses by the paper's table. The one whose curve is of a
+            collection's model chooses by its curve; the curves of the others are tried too.
+        collections: of one model or several.
+        labelled: prompts by their kind, to be told apart.
+        model_size: of the collections' models.
+        shipped: the data folder, to run held-out prompts through `decoding.generate` too.
+
+    Raises:
+        DecodingError: collections of one model that are not alike, or hold the same task.
     """
-    steepest = int(np.diff(means).argmin())
-    falls = resampled[:, steepest + 1] - resampled[:, steepest]
-    is_sure = means[steepest + 1] < means[steepest] and np.quantile(falls, 0.975) < 0
-    return [temperatures[steepest], temperatures[steepest + 1]] if is_sure else None
+    models = []
+    for parts in _by_model(collections):
+        chosen = _for_model(selectors, parts[0], model_size)
+        models.append(judged(chosen, parts, shipped))
+    data = {"models": models}
+    first = selectors[0]
+    results = {
+        "selector": first.about,
+        "environment": environment(),
+        "classification": {kind: classification(first, part) for kind, part in labelled.items() if part},
+        **tables(data),
+    }
+    return data, results
 
 
-Picks = Callable[[Scores], np.ndarray]  # a policy's score of every prompt, [prompts]
+def _by_model(collections: Sequence[Collected]) -> list[list[Collected]]:
+    found: dict[str, list[Collected]] = {}
+    for each in collections:
+        found.setdefault(each.settings["model_fingerprint"], []).append(each)
+    for parts in found.values():
+        first, names = parts[0], [name for part in parts for name in part.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DecodingError(f"two collections of {first.settings['model']} hold task {twice[0]}: give one of them")
+        for part in parts[1:]:
+            if differing := [key for key in _ALIKE if part.settings[key] != first.settings[key]]:
+                raise DecodingError(f"{first.folder} and {part.folder} have another {differing[0]}: judge them apart")
+    return list(found.values())
 
 
-class Contest:
-    """Policies against each other over the abilities of some tasks.
-
-    Args:
-        temperatures: that were tried.
-        training: scores that policies may be chosen by.
-        tasks: those judged on, with an ability each.
-        selector: the one that is judged.
-        model_size: for its policy "ability".
-    """
-
-    def __init__(
-        self,
-        temperatures: Sequence[float],
-        training: Sequence[Scores],
-        tasks: Sequence[Scores],
-        selector: TemperatureSelector,
-        model_size: str,
-    ):
-        self.temperatures = temperatures
-        self.training = training
-        self.tasks = tasks
-        self.selector = selector
-        self.size = model_size
-        self._vectors = {task.task: selector.encoder(task.prompts) for task in tasks}
-
-    def run(self) -> list[dict[str, Any]]:
-        """A row for each policy: its share over abilities, of each ability, and its gain over the best fixed."""
-        policies = dict(self._policies())
-        values = {name: [picks(task) for task in self.tasks] for name, picks in policies.items()}
-        best = [max(task.curve(self.temperatures).mean(0).max(), _NEXT_TO_NOTHING) for task in self.tasks]
-        rng = np.random.default_rng(0)
-        drawn = [resampled_rows(len(task.prompts), rng) for task in self.tasks]
-        means = {
-            name: [each.mean() / top for each, top in zip(rows, best, strict=True)] for name, rows in values.items()
-        }
-        resampled = {
-            name: np.stack([each[at].mean(1) / top for each, at, top in zip(rows, drawn, best, strict=True)])
-            for name, rows in values.items()
-        }
-        over = partial(_over_abilities, self.tasks)
-        (reference,) = (name for name in policies if name.startswith("best fixed on the training half"))
-        return [
-            {
-                "policy": name,
-                "all": vars(Estimate.of(over(means[name]), over(resampled[name]))),
-                "gain": vars(
-                    Estimate.of(
-                        over(means[name]) - over(means[reference]),
-                        over(resampled[name]) - over(resampled[reference]),
-                    )
-                ),
-                "by_task": {task.task: float(mean) for task, mean in zip(self.tasks, means[name], strict=True)},
-            }
-            for name in policies
-        ]
-
-    def _policies(self) -> Iterator[tuple[str, Picks]]:
-        for temperature in DEFAULTS:
-            yield sampler_name(temperature), self._fixed(temperature)
-        fixed = self._best_fixed(self.training)
-        yield f"best fixed on the training half, {sampler_name(fixed)}", self._fixed(fixed)
-        hindsight = self._best_fixed(self.tasks)
-        yield f"best fixed in hindsight, {sampler_name(hindsight)}", self._fixed(hindsight)
-        for name in ENTROPY_BASED:
-            if all(name in task.by_sampler for task in self.tasks):
-                yield name, lambda task, name=name: task.by_sampler[name]  # type: ignore[misc]
-        yield f"selector, ability ({self.size})", self._selected("ability")
-        if self.selector.curve is not None:
-            yield "selector, curve", self._selected("curve")
-        yield "best of each ability on the training half", self._best_of_each(self.training, lambda task: task.ability)
-        yield "best of each task in hindsight", self._best_of_each(self.tasks, lambda task: task.task)
-
-    def _fixed(self, temperature: float) -> Picks:
-        return lambda task: task.by_sampler[sampler_name(temperature)]
-
-    def _best_fixed(self, tasks: Sequence[Scores]) -> float:
-        means = np.stack([task.curve(self.temperatures).mean(0) for task in tasks])
-        return self.temperatures[
-            int(_over_abilities(tasks, means / means.max(1, keepdims=True).clip(_NEXT_TO_NOTHING)).argmax())
-        ]
-
-    def _selected(self, policy: Policy) -> Picks:
-        return lambda task: selected(self.selector, task, self._vectors[task.task], self.size, policy)
-
-    def _best_of_each(self, tasks: Sequence[Scores], key: Callable[[Scores], Any]) -> Picks:
-        best = {key(task): int(task.curve(self.temperatures).mean(0).argmax()) for task in tasks}
-        return lambda task: task.curve(self.temperatures)[:, best[key(task)]]
+def _for_model(selectors: Sequence[TemperatureSelector], collected: Collected, size: str) -> Selectors:
+    is_own = [each.about.get("model_fingerprint") == collected.settings["model_fingerprint"] for each in selectors]
+    own = next((each for each, own in zip(selectors, is_own, strict=True) if own), selectors[0])
+    others = {
+        _short(each.about.get("model", "another model")): each
+        for each, is_this in zip(selectors, is_own, strict=True)
+        if not is_this and each.curve is not None
+    }
+    return Selectors(own, others, size)
 
 
-def _over_abilities(tasks: Sequence[Scores], shares: Any) -> Any:
-    """The mean over abilities of the mean over an ability's tasks: [tasks, …] -> […]."""
-    abilities = [task.ability for task in tasks]
-    groups = [[i for i, each in enumerate(abilities) if each == ability] for ability in dict.fromkeys(abilities)]
-    return np.mean([np.mean(np.asarray(shares)[group], 0) for group in groups], 0)
+def judged(selectors: Selectors, collections: Sequence[Collected], shipped: Path | None) -> dict[str, Any]:
+    """One model's scores, and what was chosen for each prompt: all that its tables are made of."""
+    first = collections[0]
+    call = None if shipped is None else Shipped(selectors.own, first.settings, shipped)
+    rows, translations = [], {}
+    for collected in collections:
+        for scores in collected.tasks.values():
+            chosen, measured, sides = _choices(selectors, scores), {}, np.array(scores.training, bool)
+            if call is not None and scores.ability is not None:
+                measured[AS_SHIPPED], chosen[AS_SHIPPED] = call.scores(collected.definition(scores.task), scores)
+            rows.append(Judged(scores.task, scores.ability, sides, scores.by_sampler, chosen, measured).record())
+        if "ntrex" in collected.tasks:
+            translations = translation(collected, "ntrex")
+    return {
+        "model": _short(first.settings["model"]),
+        "size": selectors.size,
+        **{key: first.settings[key] for key in _ALIKE},
+        "trained_on": [row["task"] for row in rows if row["task"] in selectors.own.about["prompts"]],
+        "translation": translations,
+        "tasks": rows,
+    }
 
 
-def selected(
-    selector: TemperatureSelector, task: Scores, vectors: Tensor, model_size: str, policy: Policy
-) -> np.ndarray:
-    """The scores at the temperatures that a selector chooses for a task's encoded prompts, [prompts]."""
-    chosen = selector.temperatures_of(vectors, model_size, policy).tolist()
-    return np.array([task.by_sampler[sampler_name(round(t, 4))][row] for row, t in enumerate(chosen)])
+def _short(model: str) -> str:
+    """A model's name without the folders that it lies in."""
+    return model.rstrip("/").rpartition("/")[2] if model.startswith(("/", ".")) else model
 
 
-def superglue(collected: Collected, selector: TemperatureSelector, model_size: str) -> list[dict[str, Any]]:
-    """Accuracy on each task at the default temperatures and with the selector's policies, and over all questions."""
-    policies: list[Policy] = ["ability"] if selector.curve is None else ["ability", "curve"]
-    by_task = {}
-    for task in collected.tasks.values():
-        vectors = selector.encoder(task.prompts)
-        fixed = {sampler_name(t): task.by_sampler[sampler_name(t)] for t in DEFAULTS}
-        by_task[task.task] = fixed | {p: selected(selector, task, vectors, model_size, p) for p in policies}
-    names = list(next(iter(by_task.values())))
-    by_task["all questions"] = {name: np.concatenate([each[name] for each in by_task.values()]) for name in names}
-    rng = np.random.default_rng(0)
-    rows = []
-    for label, scores in by_task.items():
-        count = len(scores[names[0]])
-        drawn = resampled_rows(count, rng)
-        accuracy = {name: vars(Estimate.of(each.mean(), each[drawn].mean(1))) for name, each in scores.items()}
-        rows.append({"task": label, "questions": count, "accuracy": accuracy})
-    return rows
+def _choices(selectors: Selectors, scores: Scores) -> dict[str, np.ndarray]:
+    own = selectors.own
+    vectors = own.encoder(scores.prompts)
+    chosen = {f"selector, ability ({selectors.size})": own.temperatures_of(vectors, selectors.size, "ability")}
+    is_of_model = own.curve is not None and own not in selectors.others.values()
+    if is_of_model:
+        chosen["selector, curve"] = own.temperatures_of(vectors, selectors.size, "curve")
+    for name, other in selectors.others.items():
+        chosen[f"selector, curve of {name}"] = other.temperatures_of(other.encoder(scores.prompts), policy="curve")
+    return {policy: np.round(values.double().numpy(), 4) for policy, values in chosen.items()}
 
 
 def translation(collected: Collected, task: str) -> dict[str, dict[str, float]]:
@@ -197,7 +144,7 @@ def translation(collected: Collected, task: str) -> dict[str, dict[str, float]]:
     table alone.
     """
     pieces = load_tokenizer(collected.settings["model"]).tokenize
-    definition = load_tasks([task])[0]
+    definition = collected.definition(task)
     answered = [
         (definition.parse(text), prompt["answers"][0], name)
         for prompt in prompts_in(collected.folder, task)
@@ -213,67 +160,41 @@ def translation(collected: Collected, task: str) -> dict[str, dict[str, float]]:
     }
 
 
-def evaluate(
-    selector: TemperatureSelector,
-    collections: Sequence[Collected],
-    labelled: tuple[Sequence[Labelled], Sequence[Labelled], Sequence[Labelled]],
-    model_size: str,
-) -> dict[str, Any]:
-    """All of the results.
+def tables(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the reports show of scores, made of `judged`'s data alone."""
+    found = [_tables(model) for model in data["models"]]
+    contests = [contest for _, contest in found if contest is not None]
+    together = compared(contests) if len(contests) > 1 else []
+    return {"models": [model for model, _ in found], "together": together}
 
-    Args:
-        selector: the one that is judged.
-        collections: of the six abilities, of SuperGLUE, or of both.
-        labelled: prompts held out, prompts of data sets kept out of training, and of wordings kept out.
-        model_size: for policy "ability".
 
-    Raises:
-        DecodingError: a curve of another model than the collections', or a collection without a task that the selector
-            was trained on, which leaves nothing to choose a fixed temperature by.
-    """
-    for collected in collections:
-        _check_fit(selector, collected)
-    results: dict[str, Any] = {
-        "model_size": model_size,
-        "selector": selector.about,
-        "environment": environment(),
-        "classification": {
-            "held_out": classification(selector, labelled[0]),
-            "kept_out": classification(selector, labelled[1]),
-            "wordings": classification(selector, labelled[2]),
-        },
+def _tables(model: Mapping[str, Any]) -> tuple[dict[str, Any], Contest | None]:
+    temperatures, tasks = model["temperatures"], [Judged.of(record) for record in model["tasks"]]
+    with_ability = [task for task in tasks if task.ability is not None]
+    # A selector that was trained on none of them has seen no half: one chooses the fixed temperatures, one judges.
+    trained = [task for task in with_ability if task.task in model["trained_on"]] or with_ability
+    found = {key: model[key] for key in ("model", "size", "translation", *_ALIKE)}
+    found["curves"] = curves(temperatures, with_ability)
+    parts = {
+        "held_out": [task.half(False) for task in trained],
+        "held_out_without_creativity": [task.half(False) for task in trained if task.ability != "CT"],
+        "kept_out": [task for task in with_ability if task not in trained],
     }
-    for collected in collections:
-        settings = {key: collected.settings[key] for key in ("model", "dtype", "seeds", "top_p", "tasks")}
-        if _is_of_abilities(collected):
-            results["abilities"] = settings | _abilities(collected, selector, model_size)
-        else:
-            results["superglue"] = {**settings, "rows": superglue(collected, selector, model_size)}
-    return results
-
-
-def _is_of_abilities(collected: Collected) -> bool:
-    return all(task.ability is not None for task in collected.tasks.values())
-
-
-def _check_fit(selector: TemperatureSelector, collected: Collected) -> None:
-    of = selector.about.get("model_fingerprint")
-    if selector.curve is not None and of != collected.settings["model_fingerprint"]:
-        raise DecodingError(f"the selector's curve is of another model than {collected.settings['model']}")
-    if _is_of_abilities(collected) and not collected.tasks.keys() & selector.about["prompts"].keys():
-        raise DecodingError(f"{collected.folder} has no task that the selector was trained on, to compare with")
-
-
-def _abilities(collected: Collected, selector: TemperatureSelector, model_size: str) -> dict[str, Any]:
-    tasks = list(collected.tasks.values())
-    trained = [task for task in tasks if task.task in selector.about["prompts"]]
-    known = {task.ability for task in trained}
-    kept_out = [task for task in tasks if task not in trained and task.ability in known]
-    contest = partial(Contest, collected.temperatures, [task.half(True) for task in trained])
-    return {
-        "temperatures": collected.temperatures,
-        "curves": curves(collected, tasks),
-        "translation": translation(collected, "ntrex") if "ntrex" in collected.tasks else {},
-        "held_out": contest([task.half(False) for task in trained], selector, model_size).run(),
-        "kept_out": contest(kept_out, selector, model_size).run() if kept_out else [],
+    contests = {}
+    for part, members in parts.items():
+        abilities = {task.ability for task in members}
+        training = [task.half(True) for task in trained if task.ability in abilities]
+        members = [task for task in members if task.ability in {each.ability for each in training}]
+        contests[part] = Contest(temperatures, training, members) if members else None
+        found[part] = compared([contest]) if (contest := contests[part]) else []
+        found[f"{part}_prompts"] = {task.task: len(task.training) for task in members}
+    fixed = next((row["setting"] for row in found["held_out"] if row["policy"] == BY_TRAINING), "")
+    superglue = {task.name for task in load_tasks(suite="superglue")}
+    groups = {
+        "superglue": [task for task in tasks if task.task in superglue],
+        "others": [task for task in tasks if task.ability is None and task.task not in superglue],
     }
+    for part, members in groups.items():
+        is_there = any(task.ability is None for task in members)
+        found[part] = accuracies(temperatures, members, fixed) if is_there else []
+    return found, contests["held_out"]

@@ -11,8 +11,8 @@ from decoding.temperature.abilities import ABILITIES, NAMES
 from experiments.lab.pictures import literal, plt, save
 from experiments.lab.stats import Estimate
 from experiments.lab.tables import markdown
-from experiments.temperature.collect import sampler_name
-from experiments.temperature.evaluate import DEFAULTS
+from experiments.temperature.contest import DEFAULTS
+from experiments.temperature.samplers import sampler_name
 from ngram.storage import write_atomically
 
 # arXiv 2506.07295: accuracy over SuperGLUE at a default temperature, and with the selector.
@@ -23,48 +23,66 @@ PAPER_SUPERGLUE = {
 }
 
 
-def write(results: Mapping[str, Any], out: Path) -> str:
-    """Writes results.json, results.md and scores.png; the tables as text."""
+def write(data: Mapping[str, Any], results: Mapping[str, Any], out: Path) -> str:
+    """Writes scores.json (what was measured), results.json, results.md and scores.png; the tables as text."""
     text = _tables(results)
-    write_atomically(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
+    for name, content in (("scores.json", data), ("results.json", results)):
+        indent = 1 if name == "results.json" else None
+        write_atomically(out / name, json.dumps(content, indent=indent, ensure_ascii=False).encode())
     write_atomically(out / "results.md", text.encode())
-    _draw(results, out / "scores.png")
+    if any(model["curves"] for model in results["models"]):
+        _draw(results["models"], out / "scores.png")
     return text
 
 
 def _tables(results: Mapping[str, Any]) -> str:
-    parts = [_classification_table(results["classification"])]
-    if "abilities" in results:
-        parts += [
-            _curve_table(results["abilities"]),
-            _contest_table("Held-out prompts of the data sets trained on", results["abilities"]["held_out"]),
-        ]
-        if results["abilities"]["kept_out"]:
-            parts.append(_contest_table("Data sets kept out of training", results["abilities"]["kept_out"]))
-        if results["abilities"]["translation"]:
-            parts.append(_translation_table(results["abilities"]["translation"]))
-    if "superglue" in results:
-        parts.append(_superglue_table(results["superglue"]))
+    parts = [_classification_table(kind, part) for kind, part in results["classification"].items()]
+    if results["together"]:
+        parts.append(_contest_table("All models together, prompts held out", results["together"]))
+    for model in results["models"]:
+        parts += _of_model(model)
     return "\n".join(parts)
 
 
-def _classification_table(parts: Mapping[str, Any]) -> str:
-    lines = [["prompts", "data set or wording", "ability", "number", "classified right, %"]]
-    named = (("held out", "held_out"), ("data set kept out", "kept_out"), ("wording kept out", "wordings"))
-    for name, part in ((name, parts[key]) for name, key in named if key in parts):
-        for row in part["tasks"]:
-            lines.append([name, row["task"], row["ability"], str(row["prompts"]), f"{100 * row['accuracy']:.1f}"])
-        lines.append([f"**{name}**", "all prompts", "", "", f"**{100 * part['over_prompts']:.1f}**"])
-        lines.append([f"**{name}**", "mean of abilities", "", "", f"**{100 * part['over_abilities']:.1f}**"])
-        if "worst_task" in part:
-            lines.append([f"**{name}**", "worst ability", "", "", f"**{100 * part['worst_ability']:.1f}**"])
-            lines.append([f"**{name}**", "worst data set or wording", "", "", f"**{100 * part['worst_task']:.1f}**"])
-    return "### Abilities told apart\n\n" + markdown(lines)
+_CONTESTS = {
+    "held_out": "prompts held out",
+    "held_out_without_creativity": "prompts held out, without creativity",
+    "kept_out": "data sets kept out of training",
+}
 
 
-def _curve_table(part: Mapping[str, Any]) -> str:
-    lines = [["ability", "data set", "prompts", *map(sampler_name, part["temperatures"]), "breaks between"]]
-    for row in part["curves"]:
+def _of_model(model: Mapping[str, Any]) -> list[str]:
+    parts = [f"## {model['model']}\n\n{model['dtype']}, top-p {model['top_p']:g}, {model['seeds']} text(s) a prompt.\n"]
+    if model["curves"]:
+        parts.append(_curve_table(model))
+    for key, title in _CONTESTS.items():
+        if model[key]:
+            prompts = ", ".join(f"{task} {count}" for task, count in model[f"{key}_prompts"].items())
+            parts.append(_contest_table(f"{model['model']}, {title} ({prompts})", model[key]))
+    if model["translation"]:
+        parts.append(_translation_table(model["translation"]))
+    if model["superglue"]:
+        parts += [_accuracy_table("SuperGLUE, accuracy", model["superglue"]), _paper_table(model)]
+    if model["others"]:
+        parts.append(_accuracy_table("Tasks without an ability, mean score", model["others"]))
+    return parts
+
+
+def _classification_table(kind: str, part: Mapping[str, Any]) -> str:
+    lines = [["prompts", "ability", "number", "told right, %"]]
+    lines += [
+        [row["task"], row["ability"], str(row["prompts"]), f"{100 * row['accuracy']:.1f}"] for row in part["tasks"]
+    ]
+    lines += [["**all prompts**", "", "", f"**{100 * part['over_prompts']:.1f}**"]]
+    for ability, share in part["by_ability"].items():
+        lines.append([f"**{NAMES[ability]}**", ability, "", f"**{100 * share:.1f}**"])
+    lines += [["**mean of abilities**", "", "", f"**{100 * part['over_abilities']:.1f}**"]]
+    return f"### Abilities told apart: {kind}\n\n" + markdown(lines)
+
+
+def _curve_table(model: Mapping[str, Any]) -> str:
+    lines = [["ability", "data set", "prompts", *map(sampler_name, model["temperatures"]), "breaks between"]]
+    for row in model["curves"]:
         points = [Estimate(**point).shown(100) for point in row["scores"]]
         broken = "–" if row["mutation"] is None else "{:g} and {:g}".format(*row["mutation"])
         lines.append([row["ability"], row["task"], str(row["prompts"]), *points, broken])
@@ -72,12 +90,15 @@ def _curve_table(part: Mapping[str, Any]) -> str:
 
 
 def _contest_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    tasks = list(rows[0]["by_task"])
-    lines = [["policy", "all", "gain over the best fixed", *tasks]]
+    abilities = list(rows[0]["by_ability"])
+    gains = ["over the best fixed by training", "over the best fixed in hindsight", "worst ability, over the former"]
+    lines = [["policy", "share", *gains, *abilities]]
     for row in rows:
-        shares = [f"{100 * row['by_task'][task]:.1f}" for task in tasks]
-        lines.append([row["policy"], Estimate(**row["all"]).shown(100), Estimate(**row["gain"]).shown(100), *shares])
-    return f"### {title}: share of each ability's best, %\n\n" + markdown(lines)
+        shares = [f"{100 * row['by_ability'][ability]:.1f}" for ability in abilities]
+        estimates = [Estimate(**row[key]).shown(100) for key in ("all", "gain", "gain_in_hindsight")]
+        worst = f"{100 * row['worst']['gain']:.1f} {row['worst']['ability']}"
+        lines.append([", ".join(filter(None, (row["policy"], row["setting"]))), *estimates, worst, *shares])
+    return f"### {title}: share of each task's best, %\n\n" + markdown(lines)
 
 
 def _translation_table(part: Mapping[str, Mapping[str, float]]) -> str:
@@ -87,32 +108,38 @@ def _translation_table(part: Mapping[str, Mapping[str, float]]) -> str:
     return "### Translation\n\n" + markdown(lines)
 
 
-def _superglue_table(part: Mapping[str, Any]) -> str:
-    names = list(part["rows"][0]["accuracy"])
+def _accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    names = list(rows[0]["accuracy"])
     lines = [["task", "questions", *names]]
-    for row in part["rows"]:
-        shown = [Estimate(**row["accuracy"][name]).shown(1, 3) for name in names]
+    for row in rows:
+        shown = [Estimate(**row["accuracy"][name]).shown(100) for name in names]
         lines.append([row["task"], str(row["questions"]), *shown])
-    default = [["model", *(f"T={t:g} → selector" for t in DEFAULTS)]]
-    for model, by_default in PAPER_SUPERGLUE.items():
-        default.append([f"{model} (paper)", *("{:.4f} → {:.4f}".format(*by_default[t]) for t in DEFAULTS)])
-    means = {name: part["rows"][-1]["accuracy"][name]["mean"] for name in names}
-    for policy in names[len(DEFAULTS) :]:
+    gains = [["gain over all questions, points", *next(iter(rows[-1]["gain"].values()))]]
+    for policy, by_fixed in rows[-1]["gain"].items():
+        gains.append([policy, *(Estimate(**gain).shown(100) for gain in by_fixed.values())])
+    return f"### {title}, %\n\n" + markdown(lines) + "\n" + markdown(gains)
+
+
+def _paper_table(model: Mapping[str, Any]) -> str:
+    lines = [["model", *(f"T={t:g} → selector" for t in DEFAULTS)]]
+    for name, by_default in PAPER_SUPERGLUE.items():
+        lines.append([f"{name} (paper)", *("{:.4f} → {:.4f}".format(*by_default[t]) for t in DEFAULTS)])
+    total = model["superglue"][-1]
+    means = {name: each["mean"] for name, each in total["accuracy"].items()}
+    for policy in total["gain"]:
         changes = [f"{means[sampler_name(t)]:.4f} → {means[policy]:.4f}" for t in DEFAULTS]
-        default.append([f"{part['model']} (ours, {policy})", *changes])
-    return "### SuperGLUE, accuracy\n\n" + markdown(lines) + "\n" + markdown(default)
+        lines.append([f"{model['model']} ({policy})", *changes])
+    return markdown(lines)
 
 
-def _draw(results: Mapping[str, Any], path: Path) -> None:
-    if "abilities" not in results:
-        return
-    part = results["abilities"]
+def _draw(models: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharex=True)
     for axis, ability in zip(axes.flat, ABILITIES, strict=True):
-        for i, row in enumerate(row for row in part["curves"] if row["ability"] == ability):
+        rows = [(model, row) for model in models for row in model["curves"] if row["ability"] == ability]
+        for i, (model, row) in enumerate(rows):
             points = [Estimate(**point) for point in row["scores"]]
-            at = part["temperatures"]
-            axis.plot(at, [100 * p.mean for p in points], "o-", ms=4, color=f"C{i}", label=literal(row["task"]))
+            at, label = model["temperatures"], literal(f"{row['task']}, {model['model']}")
+            axis.plot(at, [100 * p.mean for p in points], "o-", ms=4, color=f"C{i}", label=label)
             bounds = ([100 * p.low for p in points], [100 * p.high for p in points])
             axis.fill_between(at, *bounds, color=f"C{i}", alpha=0.15, lw=0)
             if row["mutation"]:
@@ -121,11 +148,10 @@ def _draw(results: Mapping[str, Any], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         if axis.has_data():
-            axis.legend(fontsize=8, frameon=False)
+            axis.legend(fontsize=7, frameon=False)
     for axis in axes[-1]:
         axis.set_xlabel("temperature")
     for axis in axes[:, 0]:
         axis.set_ylabel("score, %")
-    title = f"{part['model']}: score over temperature, 95 % intervals; bars mark where it breaks"
-    figure.suptitle(literal(title), fontsize=11)
+    figure.suptitle("Score over temperature, 95 % intervals; bars mark where it breaks", fontsize=11)
     save(figure, path)

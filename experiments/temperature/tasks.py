@@ -7,7 +7,8 @@ A definition's fields:
     source: the records' file, relative to the data folder, or records: themselves.
     where: fields that a record must have. expand: see `_EXPANDED`.
     clip: longest text of a field, in characters. variants: additional fields, one set for each record in turn.
-    shots: solved examples (source, count, template) that stand in a template as {shots}.
+    shots: solved examples (source, count, template) that stand in a template as {shots}, of the record's half.
+    swapped: two fields, proposals whose values change places in half of the prompts, as do the two labels.
     templates: prompts; the first is for scores, all of them teach the classifier what the task may look like.
     chat: whether the model's chat template goes around the prompt.
     answer: what is right, or answers: a field with several; labels: from values of the answer to what is written.
@@ -28,6 +29,7 @@ from decoding import hooks
 from decoding.errors import DecodingError
 from decoding.temperature.abilities import ABILITIES
 from experiments.temperature import task_metrics
+from experiments.temperature.halves import is_for_training
 
 _FOLDER = Path(__file__).with_name("tasks")
 
@@ -35,10 +37,11 @@ _FOLDER = Path(__file__).with_name("tasks")
 class Item(NamedTuple):
     """One prompt of a task."""
 
-    position: int  # of the record in its file
+    position: int  # among all of the task
     prompt: str
     answers: list[str]
     record: dict[str, Any]
+    training: bool  # which half of the data the record belongs to
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,7 @@ class Task:
     clip: dict[str, int] = field(default_factory=dict)
     variants: list[dict[str, str]] = field(default_factory=list)
     shots: dict[str, Any] | None = None
+    swapped: list[str] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
     answer: str | None = None
     answers: str | None = None
@@ -75,28 +79,40 @@ class Task:
         Raises:
             DecodingError: the file or one of its fields is missing.
         """
-        records = [record for record in self._records(data) if all(record.get(k) == v for k, v in self.where.items())]
-        shots = _read(data / self.shots["source"]) if self.shots else []
+        records = [(i, each) for i, each in self._records(data) if all(each.get(k) == v for k, v in self.where.items())]
+        shots = list(enumerate(_read(data / self.shots["source"]))) if self.shots else []
         count = len(records) if limit is None else min(limit, len(records))
         chosen = [i * len(records) // count for i in range(count)]
         try:
-            return [self._item(index, records[index], shots, index if all_templates else 0) for index in chosen]
+            return [self._item(at, *records[at], shots, at if all_templates else 0) for at in chosen]
         except (KeyError, IndexError) as error:
             raise DecodingError(f"task {self.name}: its records have no {error}") from error
 
-    def _records(self, data: Path) -> list[dict[str, Any]]:
-        records = self.records if self.source is None else _read(data / self.source)
-        return [part for record in records for part in _EXPANDED[self.expand](record)] if self.expand else records
+    def _records(self, data: Path) -> list[tuple[int, dict[str, Any]]]:
+        """What prompts are made of, each with the number of its record in the file."""
+        records = enumerate(self.records if self.source is None else _read(data / self.source))
+        expand = _EXPANDED[self.expand] if self.expand else lambda record: iter([record])
+        return [(number, part) for number, record in records for part in expand(record)]
 
-    def _item(self, index: int, record: dict[str, Any], shots: list[dict[str, Any]], turn: int) -> Item:
+    def _item(
+        self, position: int, number: int, record: dict[str, Any], shots: list[tuple[int, dict[str, Any]]], turn: int
+    ) -> Item:
+        training = is_for_training(self.source or self.name, number)
         values = record | {name: record[name][:length] for name, length in self.clip.items()}
         if self.variants:
-            variant = self.variants[index % len(self.variants)]
+            variant = self.variants[position % len(self.variants)]
             values |= {name: text.format_map(record) for name, text in variant.items()}
+        answers = self._answers(values)
+        if self.swapped and random.Random(f"{self.name} {position}").random() < 0.5:
+            first, second = self.swapped
+            values |= {first: values[second], second: values[first]}
+            one, other = self.labels.values()
+            answers = [other if answer == one else one for answer in answers]
         if self.shots:
-            values["shots"] = self._shots(index, record, shots)
+            held = [each for at, each in shots if is_for_training(self.shots["source"], at) == training]
+            values["shots"] = self._shots(position, record, held)
         prompt = self.templates[turn % len(self.templates)].format_map(values)
-        return Item(index, prompt, self._answers(values), record)
+        return Item(position, prompt, answers, record, training)
 
     def _shots(self, index: int, record: dict[str, Any], held: list[dict[str, Any]]) -> str:
         assert self.shots is not None
@@ -187,11 +203,34 @@ def _read(path: Path) -> list[dict[str, Any]]:
         raise DecodingError(f"cannot read the task's data {path} ({error}): give their folder with --data") from error
 
 
+_NEGATION = re.compile(r"\b(?:not|never|nor|\w+n['’]t|rather than|instead of)\s+(?:\w+\s+){0,2}\W*$", re.IGNORECASE)
+_NO_LABEL = re.compile(
+    r"no\s+(?:doubt|question|problem|wonder|matter|worries|idea|one|way|sooner|longer|more)\b", re.IGNORECASE
+)
+_ANNOUNCED = re.compile(r"\b(?:answer|option|choice|choose|pick)(?:\s+is|\s*:)?\W*$", re.IGNORECASE)
+_SET_APART = re.compile(r"\s*(?:$|[^\w\s]|\n)|\s+(?:is|was|because|since|as|would|seems)\b")
+
+
 def _label(output: str, labels: Sequence[str]) -> str:
-    """The first label that stands in the output as a word, in any case but for single letters ("a" is an article)."""
-    words = (re.escape(label) if len(label) == 1 else f"(?i:{re.escape(label)})" for label in labels)
-    found = re.search("|".join(rf"(?<!\w){word}(?!\w)" for word in words), output)
-    return next(label for label in labels if label.lower() == found[0].lower()) if found else ""
+    """The first label that an output gives as its answer, in any case: "A.", "(b)", "The answer is yes", "option A".
+
+    Negated labels do not count ("not A"), nor does a letter that may be a word ("A cat"), nor "no" in phrases that say
+    something else ("no doubt").
+    """
+    names = "|".join(map(re.escape, sorted(labels, key=len, reverse=True)))
+    found = (each for each in re.finditer(rf"(?<!\w)(?i:{names})(?!\w)", output) if _is_answer(output, each))
+    first = next(found, None)
+    return "" if first is None else next(label for label in labels if label.lower() == first[0].lower())
+
+
+def _is_answer(output: str, found: re.Match[str]) -> bool:
+    before, behind = output[: found.start()], output[found.end() :]
+    if _NEGATION.search(before) or _NO_LABEL.match(output, found.start()):
+        return False
+    if len(found[0]) > 1:
+        return True
+    stands = _SET_APART.match(behind) or _ANNOUNCED.search(before)
+    return bool(stands) and (found[0].isupper() or not re.search(r"\w", before))
 
 
 def _line(output: str, labels: Sequence[str]) -> str:

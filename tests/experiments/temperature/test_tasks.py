@@ -7,6 +7,7 @@ import torch
 
 from decoding import DecodingError
 from experiments.temperature import task_metrics
+from experiments.temperature.halves import is_for_training
 from experiments.temperature.tasks import Item, load_tasks
 
 SCORED = [*load_tasks(), *(task for task in load_tasks(suite="superglue") if task.name != "copa")]
@@ -65,11 +66,49 @@ def test_translations_go_both_ways(shared):
 
 @pytest.mark.parametrize(
     ("output", "label"),
-    [("B.", "B"), ("the answer is A", "A"), ("a cat sat", ""), ("Abba", ""), ("", ""), ("(B) or A", "B")],
+    [
+        *(("B.", "B"), ("the answer is A", "A"), ("a cat sat", ""), ("Abba", ""), ("", ""), ("(B) or A", "B")),
+        *(("A cat is chasing it", ""), ("Not A", ""), ("It is not A, it is B", "B"), ("not the option A", "")),
+        *(("Option A fits better", "A"), ("A is the cause", "A"), ("b)", "B"), ("**B**", "B"), ("A\nB", "A")),
+        *(("I'd choose B since", "B"), ("It isn't B", ""), ("Why not? A", "A"), ("I bought a. B", "B")),
+    ],
 )
 def test_labels_are_words(output, label):
     (task,) = load_tasks(["e-care"])
     assert task.parse(output) == label
+
+
+@pytest.mark.parametrize(
+    ("output", "label"),
+    [
+        *(("No doubt, yes", "Yes"), ("Yes, no doubt", "Yes"), ("no", "No"), ("No, it is not.", "No")),
+        *(("There is no question: Yes.", "Yes"), ("not yes", ""), ("NO!", "No"), ("Nobody", "")),
+    ],
+)
+def test_yes_and_no_in_phrases(output, label):
+    (task,) = load_tasks(["boolq"])
+    assert task.parse(output) == label
+
+
+def test_choices_change_places_in_half_of_the_prompts(shared):
+    (task,) = load_tasks(["copa"])
+    items = task.items(shared)
+    swapped = 0
+    for item in items:
+        right = item.record["choice2" if item.record["label"] else "choice1"]
+        assert f"\n{item.answers[0]}. {right}\n" in item.prompt
+        swapped += item.prompt.index(item.record["choice1"]) > item.prompt.index(item.record["choice2"])
+    assert 15 < swapped < 35
+
+
+def test_a_record_and_its_examples_belong_to_one_half(shared):
+    (news,), (xsum,), (opening,) = (load_tasks([name]) for name in ("ag-news", "xsum", "news-continuation"))
+    titles = {True: set(), False: set()}
+    for item in news.items(shared, 200):
+        titles[item.training] |= set(re.findall("Article: (.*)", item.prompt))
+    assert not titles[True] & titles[False]
+    sides = {item.record["document"]: item.training for item in xsum.items(shared)}
+    assert all(sides[item.record["document"]] == item.training for item in opening.items(shared, 100))
 
 
 def test_longer_labels_are_read_in_any_case():
@@ -93,7 +132,8 @@ def test_a_task_of_ones_own(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"question": "Who", "reply": "The Duke"}\n')
     (task,) = load_tasks([str(tmp_path / "mine.json")])
     items = task.items(tmp_path)
-    assert items == [Item(0, "Who?", ["The Duke"], {"question": "Who", "reply": "The Duke"})]
+    expected = Item(0, "Who?", ["The Duke"], {"question": "Who", "reply": "The Duke"}, is_for_training("mine.jsonl", 0))
+    assert items == [expected]
     assert task.scores(items * 2, ["duke!", "the king"]) == [1.0, 0.0]
     with pytest.raises(DecodingError, match="--data"):
         task.items(tmp_path / "elsewhere")
@@ -128,7 +168,7 @@ def test_diversity_counts_distinct_n_grams():
 
 def test_diversity_and_coherence(encoder, monkeypatch):
     monkeypatch.setattr(task_metrics, "load_encoder", lambda: encoder)
-    items = [Item(0, "the captain said that his ship", [], {})] * 3
+    items = [Item(0, "the captain said that his ship", [], {}, False)] * 3
     scores = task_metrics.diversity_coherence(items, ["the captain said that his ship", "a a a a", ""])
     assert scores[0] == pytest.approx(1.0)
     assert scores[2] == 0
@@ -137,7 +177,7 @@ def test_diversity_and_coherence(encoder, monkeypatch):
 def test_corpus_scores_of_translations():
     pairs = [("the cat sat on the mat today", "the cat sat on the mat today")] * 2
     assert task_metrics.spbleu(pairs, str.split) == pytest.approx(100)
-    item = Item(0, "", ["guten Morgen"], {})
+    item = Item(0, "", ["guten Morgen"], {}, False)
     assert task_metrics.chrf([item, item], ["guten Morgen", "xyz"]) == pytest.approx([1, 0], abs=0.02)
     assert task_metrics.rouge_l([item, item], ["guten Tag", ""]) == pytest.approx([0.5, 0])
 

@@ -13,11 +13,12 @@ from experiments.temperature.collect import (
     Collection,
     CollectOptions,
     Scores,
-    is_for_training,
     prompts_in,
     read_collection,
 )
-from experiments.temperature.evaluate import Contest, mutation
+from experiments.temperature.contest import Contest, Judged, compared, mutation
+from experiments.temperature.evaluate import tables
+from experiments.temperature.samplers import Nucleus
 from experiments.temperature.tasks import Task
 
 ABOUT = {"model": "tiny", "model_fingerprint": "0", "dtype": "float32"}
@@ -54,14 +55,17 @@ def cells(collection):
 
 def test_blocks_of_rows_have_temperatures_of_their_own():
     scores = torch.randn(2 * 3 * 2, 9)
-    processors = [FixedTemperature(0.5), FixedTemperature(2.0), EntropyDependentTemperature()]
-    got = ByBlock(processors, 2)(None, scores)
-    wanted = [processors[row // 2 % 3](None, scores[row : row + 1]) for row in range(12)]
-    torch.testing.assert_close(got, torch.cat(wanted))
+    blocks = [[FixedTemperature(0.5)], [FixedTemperature(2.0), Nucleus(0.5)], [EntropyDependentTemperature()]]
+    got = ByBlock(blocks, 2)(None, scores)
+    for row in range(12):
+        wanted = scores[row : row + 1]
+        for processor in blocks[row // 2 % 3]:
+            wanted = processor(None, wanted)
+        torch.testing.assert_close(got[row : row + 1], wanted)
 
 
 def test_near_zero_temperature_is_greedy_from_a_shared_cache(collection, model, tokenizer):
-    run = collection(temperatures=(1e-4, 1.0), entropy_based=False, seeds=3)
+    run = collection(temperatures=(1e-4, 1.0), baselines=False, seeds=3)
     run.run()
     held = prompts_in(run.folder.path, "first")
     assert len(held) == 10
@@ -116,7 +120,8 @@ def scores_of(task, ability, curve, count=40, noise=0.02):
     values = np.array(curve) + noise * rng.standard_normal((count, len(curve)))
     samplers = {f"T={t:g}": values[:, i] for i, t in enumerate((0.1, 0.7, 1.3))}
     word = {"CR": "captain said storm", "MT": "translate into german sea"}[ability]
-    return Scores(task, ability, list(range(count)), [word] * count, samplers)
+    sides = [bool(i % 2) for i in range(count)]
+    return Scores(task, ability, list(range(count)), sides, [word] * count, samplers)
 
 
 def test_halves_are_for_good():
@@ -124,7 +129,7 @@ def test_halves_are_for_good():
     first, second = scores.half(True), scores.half(False)
     assert sorted(first.positions + second.positions) == scores.positions
     assert 8 < len(first.positions) < 32
-    assert all(is_for_training("a", at) for at in first.positions)
+    assert all(at % 2 for at in first.positions)
     assert np.array_equal(first.by_sampler["T=0.7"], scores.by_sampler["T=0.7"][first.positions])
 
 
@@ -137,33 +142,57 @@ def test_the_mutation_is_the_steepest_sure_fall():
     assert mutation(temperatures, rising, np.tile(rising, (9, 1))) is None
 
 
-class Knowing:
-    """A selector that knows the ability by the prompt's first word."""
-
-    curve = None
-
-    @staticmethod
-    def encoder(prompts):
-        return torch.tensor([[float(prompt.startswith("translate"))] for prompt in prompts])
-
-    @staticmethod
-    def temperatures_of(vectors, size, policy):
-        return torch.where(vectors[:, 0] > 0, 0.1, 0.7)
+def judged_of(task, ability, curve, picks, count=40, **samplers):
+    """Every prompt scores alike; a selector picks the temperatures of ``picks``."""
+    scores = {f"T={t:g}": np.full(count, x) for t, x in zip((0.1, 0.7, 1.0), curve, strict=True)}
+    scores |= {name: np.full(count, x) for name, x in samplers.items()}
+    return Judged(task, ability, np.arange(count) % 2 == 0, scores, {"selector": np.array(picks)}, {})
 
 
 def test_a_contest_by_hand():
-    tasks = [scores_of("a", "CR", [0.4, 0.8, 0.1], noise=0), scores_of("b", "MT", [1.0, 0.5, 0.5], noise=0)]
-    # T=1.0 is a default that was not tried here under that name: give it.
-    for task in tasks:
-        task.by_sampler["T=1"] = task.by_sampler["T=1.3"]
-    rows = {row["policy"]: row for row in Contest([0.1, 0.7, 1.3], tasks, tasks, Knowing(), "small").run()}
+    cuts = {"min-p 0.05, T=0.7": 0.3, "min-p 0.05, T=1": 0.6}
+    tasks = [
+        judged_of("a", "CR", [0.4, 0.8, 0.1], [0.7] * 40, **cuts),
+        judged_of("b", "MT", [1.0, 0.5, 0.5], [0.1, 0.7] * 20, **cuts),
+    ]
+    rows = {row["policy"]: row for row in compared([Contest([0.1, 0.7, 1.0], tasks, tasks)])}
     share = {name: row["all"]["mean"] for name, row in rows.items()}
     assert share["T=0.1"] == pytest.approx((0.5 + 1) / 2)
-    assert share["best fixed on the training half, T=0.1"] == pytest.approx(0.75)
-    assert share["selector, ability (small)"] == pytest.approx(1)
-    assert share["best of each task in hindsight"] == pytest.approx(1)
-    assert rows["selector, ability (small)"]["gain"]["mean"] == pytest.approx(0.25)
-    assert rows["selector, ability (small)"]["by_task"] == {"a": pytest.approx(1), "b": pytest.approx(1)}
+    assert (rows["best fixed by the training half"]["setting"], share["best fixed by the training half"]) == (
+        "T=0.1",
+        pytest.approx(0.75),
+    )
+    assert (rows["min-p 0.05"]["setting"], share["min-p 0.05"]) == ("T=1", pytest.approx((0.75 + 0.6) / 2))
+    assert share["selector"] == pytest.approx((1 + 0.75) / 2)
+    assert share["each task's best in hindsight"] == pytest.approx(1)
+    assert rows["selector"]["gain"]["mean"] == pytest.approx(0.125)
+    assert rows["selector"]["worst"] == {"ability": "MT", "gain": pytest.approx(-0.25)}
+    assert rows["selector"]["by_ability"] == {"CR": pytest.approx(1), "MT": pytest.approx(0.75)}
+    with pytest.raises(DecodingError, match=r"chooses T=0.3 for prompts of c"):
+        judged_of("c", "CR", [1, 1, 1], [0.3] * 40).picked("selector")
+
+
+def test_all_models_weigh_the_same():
+    one = [judged_of("a", "CR", [1.0, 0.5, 0.5], [0.1] * 40), judged_of("b", "CR", [1.0, 0.5, 0.5], [0.1] * 40)]
+    other = [judged_of("a", "CR", [0.2, 0.2, 0.4], [0.1] * 40)]
+    contests = [Contest([0.1, 0.7, 1.0], part, part) for part in (one, other)]
+    rows = {row["policy"]: row for row in compared(contests)}
+    assert rows["selector"]["all"]["mean"] == pytest.approx((1 + 0.5) / 2)
+    assert rows["best fixed by the training half"]["setting"] == "T=0.1, T=1"
+
+
+def test_tables_are_made_of_what_was_kept_alone():
+    tasks = [judged_of("a", "CR", [0.4, 0.8, 0.1], [0.7] * 40), judged_of("boolq", None, [0.5, 0.6, 0.7], [0.7] * 40)]
+    kept = json.loads(json.dumps([task.record() for task in tasks]))
+    model = {"model": "m", "size": "small", "dtype": "float32", "seeds": 1, "top_p": 0.9, "translation": {}}
+    model |= {"temperatures": [0.1, 0.7, 1.0], "trained_on": ["a"], "tasks": kept}
+    found = tables({"models": [model]})
+    (only,) = found["models"]
+    assert only["held_out_prompts"] == {"a": 20} and only["kept_out"] == [] and found["together"] == []
+    total = only["superglue"][-1]
+    assert (total["task"], total["questions"]) == ("all questions", 40)
+    assert total["accuracy"]["selector"]["mean"] == pytest.approx(0.6)
+    assert total["gain"]["selector"]["T=0.1"]["mean"] == pytest.approx(0.1)
 
 
 @pytest.fixture
@@ -243,11 +272,21 @@ def test_an_evaluation_writes_tables_and_a_picture(run, shared, encoder_folder, 
     trained = run("train", "--data", shared, "--collection", "scores", *encoder, "--out", "selector")
     assert trained.exit_code == 0, trained.output
     collections = ("--collection", "scores", "--collection", "glue")
-    result = run("eval", "--data", shared, *collections, "--selector", "selector", "--out", "judged")
+    result = run("eval", "--data", shared, *collections, "--selector", "selector", "--generate", "--out", "judged")
     assert result.exit_code == 0, result.output
     results = json.loads((tmp_path / "judged" / "results.json").read_text())
-    assert {row["task"] for row in results["abilities"]["curves"]} == {"e-care", "ntrex", "sst2"}
-    assert [row["policy"] for row in results["abilities"]["held_out"]][-1] == "best of each task in hindsight"
-    assert results["superglue"]["rows"][-1]["questions"] == 8
+    (model,) = results["models"]
+    assert {row["task"] for row in model["curves"]} == {"e-care", "ntrex", "sst2"}
+    policies = [row["policy"] for row in model["held_out"]]
+    assert policies[-3:] == ["selector, through generate", *policies[-2:]]
+    assert policies[-1] == "each task's best in hindsight"
+    assert "selector, curve" in policies and "min-p 0.05" in policies
+    assert model["superglue"][-1]["questions"] == 8
     assert "Llama-3.2-1B (paper)" in (tmp_path / "judged" / "results.md").read_text()
+    data = json.loads((tmp_path / "judged" / "scores.json").read_text())
+    assert json.loads(json.dumps(tables(data)))["models"] == results["models"]
+    for task in data["models"][0]["tasks"]:
+        if task["ability"]:  # The public call chooses what the tables say.
+            pairs = zip(task["chosen"]["selector, through generate"], task["chosen"]["selector, curve"], strict=True)
+            assert all(one == other for one, other in pairs if one is not None)
     assert (tmp_path / "judged" / "scores.png").stat().st_size > 10_000
