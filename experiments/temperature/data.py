@@ -99,7 +99,7 @@ def held_out_prompts(data: Path, names: Sequence[str] = TRAINED_ON) -> list[Labe
 
 
 def prompts_to_judge_by(data: Path, names: Sequence[str], seen: Collection[str]) -> dict[str, list[Labelled]]:
-    """By kind: held-out halves of tasks trained on, data sets and wordings that nothing was learnt from.
+    """By kind: held-out halves of tasks trained on, data sets that are there and wordings that nothing was learnt from.
 
     Args:
         data: the folder that the tasks' sources are relative to.
@@ -112,7 +112,8 @@ def prompts_to_judge_by(data: Path, names: Sequence[str], seen: Collection[str])
     held_out = held_out_prompts(data, names or TRAINED_ON)
     if not held_out:
         raise DecodingError("these tasks hold their prompts themselves, and none was held out: give one of a data set")
-    unseen = [_labelled(task, data, None) for name in KEPT_OUT if name not in seen for task in load_tasks([name])]
+    others = [task for task in load_tasks(KEPT_OUT) if task.name not in seen and (data / str(task.source)).is_file()]
+    unseen = [_labelled(task, data, None) for task in others]
     return {"prompts held out": held_out, "data sets kept out": unseen, "wordings kept out": kept_out_wordings()}
 
 

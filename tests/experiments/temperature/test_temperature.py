@@ -18,6 +18,7 @@ from experiments.temperature.collect import (
 )
 from experiments.temperature.contest import Contest, Judged, compared, mutation
 from experiments.temperature.evaluate import tables
+from experiments.temperature.halves import is_for_training
 from experiments.temperature.samplers import Nucleus
 from experiments.temperature.tasks import Task
 
@@ -40,8 +41,8 @@ def task_of(name, ability, word, **changes):
 
 @pytest.fixture
 def collection(model, tokenizer, tmp_path):
-    def make(out="run", resume=False, **options):
-        tasks = [task_of("first", "CR", "captain"), task_of("second", "MT", "wind")]
+    def make(out="run", resume=False, max_new_tokens=5, **options):
+        tasks = [task_of("first", "CR", "captain", max_new_tokens=max_new_tokens), task_of("second", "MT", "wind")]
         chosen = CollectOptions(**({"temperatures": (0.1, 1.0), "batch_size": 4} | options))
         items = {task: task.items(tmp_path, 10) for task in tasks}
         return Collection(model, tokenizer, ABOUT, items, chosen, tmp_path / out, resume)
@@ -97,8 +98,11 @@ def test_an_interrupted_collection_goes_on_as_if_nothing_had_been(collection, mo
     resumed = collection("broken", resume=True)
     resumed.run()
     assert cells(resumed) == cells(whole)
-    with pytest.raises(DecodingError, match="another"):
+    with pytest.raises(DecodingError, match=r"another top_p \(0\.9, not 0\.5\)"):
         collection("broken", resume=True, top_p=0.5)
+    with pytest.raises(DecodingError, match="another definitions") as raised:
+        collection("broken", resume=True, max_new_tokens=4)
+    assert len(str(raised.value)) < 300
 
 
 def test_collections_that_will_not_do(collection, tmp_path):
@@ -237,6 +241,30 @@ def test_collect_train_and_predict(run, definitions, model_folder, encoder_folde
     assert found["ability"]["model_size"] == "small"
     assert "holds other files" in run(*arguments, "--out", "selector0").output
     assert "ability" not in json.loads(run("predict", "sea", "--selector", "selector0", "--policy", "curve").output)
+
+
+def test_ones_own_tasks_are_judged_with_nothing_else_there(run, definitions, model_folder, tmp_path):
+    mine = json.loads(definitions[0].read_text()) | {"name": "mine", "ability": None}
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+    tasks = [part for path in (definitions[0], tmp_path / "mine.json") for part in ("--task", path)]
+    sizes = ("--limit", 12, "--seeds", 1, "--no-baselines")
+    result = run("collect", *tasks, "--data", tmp_path, *sizes, "--model", model_folder, "--out", "scores")
+    assert result.exit_code == 0, result.output
+    definitions[0].unlink()
+    result = run("eval", "--collection", "scores", "--out", "judged")
+    assert result.exit_code == 0, result.output
+    (model,) = json.loads((tmp_path / "judged" / "results.json").read_text())["models"]
+    assert sum(model["held_out_prompts"].values()) == sum(
+        is_for_training("because.jsonl", i * 2) is False for i in range(12)
+    )
+    assert [row["task"] for row in model["others"]] == ["mine", "all questions"] and not model["superglue"]
+    assert "Tasks without an ability" in (tmp_path / "judged" / "results.md").read_text()
+    result = run("eval", "--task", tmp_path / "mine.json", "--data", tmp_path, "--out", "again")
+    assert (result.exit_code, "no ability" in result.output) == (2, True)
+    result = run("eval", "--task", definitions[1], "--data", tmp_path, "--out", "told")
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "told" / "results.json").read_text())["classification"]
+    assert set(told) == {"prompts held out", "wordings kept out"}
 
 
 @pytest.mark.parametrize(
