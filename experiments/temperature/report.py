@@ -25,7 +25,7 @@ PAPER_SUPERGLUE = {
 
 def write(data: Mapping[str, Any], results: Mapping[str, Any], out: Path) -> str:
     """Writes scores.json (what was measured), results.json, results.md and scores.png; the tables as text."""
-    text = _tables(results)
+    text = markdown_of(results)
     for name, content in (("scores.json", data), ("results.json", results)):
         indent = 1 if name == "results.json" else None
         write_atomically(out / name, json.dumps(content, indent=indent, ensure_ascii=False).encode())
@@ -35,7 +35,8 @@ def write(data: Mapping[str, Any], results: Mapping[str, Any], out: Path) -> str
     return text
 
 
-def _tables(results: Mapping[str, Any]) -> str:
+def markdown_of(results: Mapping[str, Any]) -> str:
+    """All tables."""
     parts = [_classification_table(kind, part) for kind, part in results["classification"].items()]
     if results["together"]:
         parts.append(_contest_table("All models together, prompts held out", results["together"]))
