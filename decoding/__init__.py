@@ -12,7 +12,7 @@ from decoding.neighbours import installed_neighbours
 if TYPE_CHECKING:
     from chunkllm import ChunkAdapters, ChunkError, ChunkSelection
     from decoding.errors import DecodingError
-    from decoding.generation import generate
+    from decoding.generation import Generation, generate
     from decoding.style import StylePrior
     from decoding.temperature import (
         AutoTemperature,
@@ -34,6 +34,7 @@ __all__ = [
     "DynamicTemperature",
     "EntropyDependentTemperature",
     "FixedTemperature",
+    "Generation",
     "NGramError",
     "NGramModel",
     "PhaseTemperature",
@@ -44,7 +45,7 @@ __all__ = [
 _ROOMS = {
     "chunkllm": ("ChunkAdapters", "ChunkError", "ChunkSelection"),
     "decoding.errors": ("DecodingError",),
-    "decoding.generation": ("generate",),
+    "decoding.generation": ("Generation", "generate"),
     "decoding.style": ("StylePrior",),
     "decoding.temperature": (
         "AutoTemperature",

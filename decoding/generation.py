@@ -4,18 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from os import PathLike
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from chunkllm import ChunkError, ChunkSelection
 from decoding.errors import DecodingError
 from decoding.models import TRUNCATIONS, input_device, load_model, load_tokenizer, undoing
 from decoding.style.prior import StylePrior
 from decoding.temperature.phases import PhaseTemperature
-from decoding.temperature.processors import AutoTemperature, Temperature
+from decoding.temperature.processors import AutoTemperature, BoundTemperature, FixedTemperature, Temperature
 from decoding.tokens import as_chats, continuations, pad_id, padded, require_text
 
 
+@dataclass(frozen=True)
+class Generation:
+    """A text, and how it was sampled.
+
+    Attributes:
+        text: the continuation, without its prompt.
+        temperature: the processor's, with phases the answer's; None without one, and where each token has its own.
+        think_temperature: that of thinking, with phases.
+        top_p: what was asked for, or the selector's.
+        ability: the most probable one of the prompt, and with ``abilities``, ``prompt``, ``policy`` and ``reason`` as
+            for `decoding.temperature.Explained`; None where no selector chose.
+        abilities: their probabilities.
+        prompt: what the selector read, the last turn of a conversation.
+        policy: by which it chose.
+        reason: why it chose what is best for all prompts, if it did.
+    """
+
+    text: str
+    temperature: float | None = None
+    think_temperature: float | None = None
+    top_p: float | None = None
+    ability: str | None = None
+    abilities: dict[str, float] | None = None
+    prompt: str | None = None
+    policy: str | None = None
+    reason: str | None = None
+
+
+@overload
+def generate(model: Any, prompts: str, *, return_info: Literal[True], **options: Any) -> Generation: ...
+@overload
+def generate(model: Any, prompts: list[str], *, return_info: Literal[True], **options: Any) -> list[Generation]: ...
 @overload
 def generate(model: Any, prompts: str, **options: Any) -> str: ...
 @overload
@@ -28,8 +61,9 @@ def generate(
     logits_processor: Sequence[Any] = (),
     max_new_tokens: int = 64,
     chat: bool = False,
+    return_info: bool = False,
     **options: Any,
-) -> str | list[str]:
+) -> str | Generation | list[str] | list[Generation]:
     """Continues one prompt, or a list of them in one batch, or answers them.
 
     Args:
@@ -39,14 +73,18 @@ def generate(
         logits_processor: transformers' processors. A `StylePrior`, an `AutoTemperature` and a `PhaseTemperature` are
             bound to tokenizer and model for the call, and a `ChunkSelection` is attached to the model.
             With one of `decoding.temperature.processors` the texts are sampled, from all tokens unless
-            ``options`` has ``top_k``, ``top_p`` or the like.
+            ``options`` has ``top_k``, ``top_p`` or the like, by itself or in a ``generation_config``. With an
+            `AutoTemperature` they are sampled with its selector's top-p instead, which its temperatures were found
+            with; ``top_p=1.0`` is all tokens.
         max_new_tokens: how many tokens to write at most.
         chat: whether prompts are what a user says, to be put into the model's chat template. Without it they are
             continued as they stand, which few models that are made to be talked to do well.
+        return_info: whether to tell how the texts were sampled. They are the same.
         options: anything that ``model.generate`` takes (``do_sample``, ``num_beams``, ``stop_strings``, …).
 
     Returns:
-        The continuations, without the prompts: one text for one prompt, else a list.
+        The continuations, without the prompts: one text for one prompt, else a list; with ``return_info`` a
+        `Generation` for each.
 
     Raises:
         DecodingError: no prompt, an empty one, a loaded model without its tokenizer, two temperatures, or ``chat`` with
@@ -60,8 +98,7 @@ def generate(
         require_text(prompt, f"prompt {number}")
     if not isinstance(logits_processor, Sequence):
         raise DecodingError(f"logits_processor must be a list: write [{type(logits_processor).__name__}(…)]")
-    temperatures = sum(isinstance(processor, Temperature) for processor in logits_processor)
-    _require_one_of_each(temperatures, logits_processor, options)
+    _require_one_of_each(logits_processor, options)
     is_loaded = not isinstance(model, str | PathLike)
     if is_loaded and tokenizer is None:
         raise DecodingError("a loaded model needs its tokenizer: generate(model, prompts, tokenizer=tokenizer)")
@@ -76,8 +113,9 @@ def generate(
         elif isinstance(processor, AutoTemperature | PhaseTemperature):
             processor = processor.bound(tokenizer, model)
         processors.append(processor)
-    if temperatures:
-        _sample_at_temperature_1(model, options)
+    temperature = next((each for each in processors if isinstance(each, Temperature)), None)
+    if temperature is not None:
+        _sample_at_temperature_1(model, options, _top_p_of(temperature))
     if "stop_strings" in options:
         options.setdefault("tokenizer", tokenizer)
     options.setdefault("pad_token_id", pad_id(tokenizer))
@@ -91,15 +129,38 @@ def generate(
         output = model.generate(**inputs, logits_processor=steps, max_new_tokens=max_new_tokens, **options)
     sequences = getattr(output, "sequences", output)
     texts = continuations(sequences, inputs["input_ids"].shape[1] if is_decoder else 0, tokenizer)
-    return texts[0] if isinstance(prompts, str) and len(texts) == 1 else texts
+    found = _informed(texts, len(batch), temperature, options) if return_info else texts
+    return found[0] if isinstance(prompts, str) and len(found) == 1 else found
 
 
-def _require_one_of_each(temperatures: int, processors: Sequence[Any], options: dict[str, Any]) -> None:
+def _informed(
+    texts: Sequence[str], prompts: int, temperature: Temperature | None, options: dict[str, Any]
+) -> list[Generation]:
+    """Texts, as many for each prompt, with what a call's processor says of them."""
+    top_p = _given(options, "top_p")
+    if isinstance(temperature, FixedTemperature):
+        return [Generation(text, temperature.temperature, top_p=top_p) for text in texts]
+    if isinstance(temperature, PhaseTemperature):
+        return [Generation(text, temperature.answer, temperature.think, top_p) for text in texts]
+    rows = temperature.explained() if isinstance(temperature, BoundTemperature) else []
+    if not rows:  # Each token has a temperature of its own, none was set, or no step was taken.
+        return [Generation(text, top_p=top_p) for text in texts]
+    think = temperature.thinking[0] if isinstance(temperature, BoundTemperature) and temperature.thinking else None
+    # Beams of a prompt are rows beside each other, and of as many rows as there are beams fewer may be returned.
+    of_texts = (rows[at * prompts // len(texts) * (len(rows) // prompts)] for at in range(len(texts)))
+    return [
+        Generation(text, row.temperature, think, top_p, row.ability, row.abilities, row.prompt, row.policy, row.reason)
+        for text, row in zip(texts, of_texts, strict=True)
+    ]
+
+
+def _require_one_of_each(processors: Sequence[Any], options: dict[str, Any]) -> None:
     """Refuses what would be done twice.
 
     Raises:
         DecodingError: two temperatures. ChunkError: two selections.
     """
+    temperatures = sum(isinstance(processor, Temperature) for processor in processors)
     if temperatures > 1:
         raise DecodingError("two processors that set the temperature: each divides what the other left; keep one")
     for name, plain in (("temperature", 1.0), ("do_sample", True)):
@@ -109,8 +170,24 @@ def _require_one_of_each(temperatures: int, processors: Sequence[Any], options: 
         raise ChunkError("with two selections in one call the model has a selection attached already: keep one")
 
 
-def _sample_at_temperature_1(model: Any, options: dict[str, Any]) -> None:
-    """What a processor that sets the temperature needs of ``model.generate``, whatever the model's own defaults are."""
+def _sample_at_temperature_1(model: Any, options: dict[str, Any], top_p: float | None) -> None:
+    """What a processor that sets the temperature needs of ``model.generate``, whatever the model's own defaults are.
+
+    The caller's truncations stand; without any there is ``top_p``.
+    """
     options |= {"do_sample": True, "temperature": 1.0}
-    for name, value in ({"top_k": 0} | undoing(model, TRUNCATIONS)).items():
-        options.setdefault(name, value)
+    given = {name: value for name in TRUNCATIONS if (value := _given(options, name)) is not None}
+    if not given and top_p is not None:
+        given = {"top_p": top_p}
+    options |= {"top_k": 0} | undoing(model, TRUNCATIONS) | given
+
+
+def _given(options: dict[str, Any], name: str) -> Any:
+    """What the caller asks for, by itself or in a ``generation_config``; None for nothing."""
+    value = options.get(name)
+    return getattr(options.get("generation_config"), name, None) if value is None else value
+
+
+def _top_p_of(temperature: Temperature) -> float | None:
+    """The top-p that a processor's temperatures go with."""
+    return temperature.selector.top_p if isinstance(temperature, BoundTemperature) else None

@@ -33,15 +33,32 @@ from decoding.tokens import has_chat_template, require_text
     help='"auto" has it chosen for the prompt; 0 takes the most probable token at every step.',
 )
 @click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Sample from the likeliest tokens with this share together. By default 1, with --temperature auto the "
+    "selector's.",
+)
+@click.option(
     "--chat/--no-chat",
     default=None,
     help="Answer PROMPT in the model's chat template, or continue it as it stands. By default as the model is made.",
 )
+@click.option("--info", is_flag=True, help="Print a line of JSON: the text, and how it was sampled.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, shared.MOST_SEED))
 def generate(
-    prompt: str, style: str, lambda_: float | str | None, seed: int, temperature: float | str, **options: Any
+    prompt: str,
+    style: str,
+    lambda_: float | str | None,
+    seed: int,
+    temperature: float | str,
+    top_p: float | None,
+    info: bool,
+    **options: Any,
 ) -> None:
     """Answers PROMPT in a style, or continues it."""
+    import json
+    from dataclasses import asdict
+
     import torch
 
     from decoding import AutoTemperature, FixedTemperature
@@ -51,6 +68,8 @@ def generate(
     if not prompt.strip():
         raise DecodingError("the prompt is empty")
     require_text(prompt, "the prompt")
+    if temperature == 0 and top_p is not None:
+        raise DecodingError("--temperature 0 takes the most probable token: leave --top-p out")
     prior = shared.style_prior(style, lambda_, options)
     tokenizer = load_tokenizer(options["model"])
     chat = has_chat_template(tokenizer) if options["chat"] is None else options["chat"]
@@ -61,13 +80,16 @@ def generate(
     if temperature != 0:
         processors.append(AutoTemperature() if temperature == "auto" else FixedTemperature(float(temperature)))
     torch.manual_seed(seed)
-    text = continue_text(
+    sampling = {"do_sample": False} if temperature == 0 else {} if top_p is None else {"top_p": top_p}
+    found = continue_text(
         model,
         prompt,
         tokenizer=tokenizer,
         logits_processor=processors,
         max_new_tokens=options["max_new_tokens"],
         chat=chat,
-        **({} if temperature else {"do_sample": False}),
+        return_info=True,
+        **sampling,
     )
-    click.echo(text if chat else prompt + text)
+    text = found.text if chat else prompt + found.text
+    click.echo(json.dumps(asdict(found) | {"text": text}, ensure_ascii=False) if info else text)

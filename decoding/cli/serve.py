@@ -27,8 +27,9 @@ def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **
     """Serves a model over HTTP: vLLM's OpenAI-compatible server, which takes all of its own options.
 
     A request names its style in vllm_xargs, {"style": "NAME", "lambda": 0.1}, has its temperature chosen with
-    {"temperature": "auto"}, thinks and answers at two with {"think_temperature": 1, "answer_temperature": 0.3} (a
-    number or "auto"), and reads another number of tokens with {"kv_budget": 4096}, or all with "full".
+    {"temperature": "auto"}, and with it the selector's top-p unless it has its own, thinks and answers at two with
+    {"think_temperature": 1, "answer_temperature": 0.3} (a number or "auto"), and reads another number of tokens with
+    {"kv_budget": 4096}, or all with "full".
     """
     from decoding.models import load_tokenizer, resolve_model
     from decoding.style.source import require_distinct

@@ -1,5 +1,6 @@
 """Temperatures: fixed, by entropy, by phase, or chosen for each prompt."""
 
+from decoding.temperature.explained import Explained
 from decoding.temperature.phases import PhaseTemperature
 from decoding.temperature.processors import (
     AutoTemperature,
@@ -16,6 +17,7 @@ __all__ = [
     "BoundTemperature",
     "DynamicTemperature",
     "EntropyDependentTemperature",
+    "Explained",
     "FixedTemperature",
     "PhaseTemperature",
     "Temperature",

@@ -75,11 +75,29 @@ def best_temperatures(size: str, tolerance: float | None = None) -> list[float]:
     return [temperatures[at] for at in lowest_within(rows, tolerance).tolist()]
 
 
-def expected_temperatures(shares: Tensor, size: str, tolerance: float = DEFAULT_TOLERANCE) -> Tensor:
-    """The temperatures of highest expected score for prompts that are not surely of one ability.
+def expected_scores(shares: Tensor, size: str) -> tuple[Tensor, Tensor]:
+    """What prompts are expected to score at each temperature, which are not surely of one ability.
 
-    With p [N, 6] the probabilities and r [6, K] the published scores as shares of each ability's best, p r is to be
-    expected, and the lowest temperature counts that comes within the tolerance, or the table's noise, of the best.
+    With p [N, 6] the probabilities and r [6, K] the published scores as shares of each ability's best, it is p r.
+
+    Args:
+        shares: probabilities of abilities, float32 [N, 6].
+        size: of the model.
+
+    Returns:
+        The temperatures, float32 [K], and the scores, float32 [N, K], on the probabilities' device.
+
+    Raises:
+        DecodingError: no such size.
+    """
+    temperatures, scores = published_scores(size)
+    relative = torch.from_numpy(scores / scores.max(1, keepdims=True)).to(shares.dtype)
+    return send(torch.tensor(temperatures, dtype=torch.float32), shares.device), shares @ send(relative, shares.device)
+
+
+def expected_temperatures(shares: Tensor, size: str, tolerance: float = DEFAULT_TOLERANCE) -> Tensor:
+    """The temperatures of highest `expected_scores`: the lowest that comes within the tolerance, or the table's noise.
+
     Where all abilities are as likely that is what is best for all of them.
 
     Args:
@@ -93,11 +111,8 @@ def expected_temperatures(shares: Tensor, size: str, tolerance: float = DEFAULT_
     Raises:
         DecodingError: no such size.
     """
-    temperatures, scores = published_scores(size)
-    relative = torch.from_numpy(scores / scores.max(1, keepdims=True)).to(shares.dtype)
-    expected = shares @ send(relative, shares.device)
-    chosen = lowest_within(expected, max(tolerance, NOISE[size]))
-    return send(torch.tensor(temperatures, dtype=torch.float32), shares.device)[chosen]
+    temperatures, expected = expected_scores(shares, size)
+    return temperatures[lowest_within(expected, max(tolerance, NOISE[size]))]
 
 
 def lowest_within(scores: Tensor, tolerance: float) -> Tensor:

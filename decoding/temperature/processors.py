@@ -19,9 +19,10 @@ from decoding import metrics
 from decoding.errors import DecodingError
 from decoding.late import LateAnswer
 from decoding.temperature.abilities import size_class
+from decoding.temperature.explained import Explained
 from decoding.temperature.markers import Markers, markers_of
 from decoding.temperature.prompts import PromptFrame
-from decoding.temperature.selector import Policy, TemperatureSelector, temperatures_of_texts
+from decoding.temperature.selector import Policy, TemperatureSelector, read_texts
 
 _LEAST = 1e-2  # Temperatures below it differ from greedy search by rounding alone.
 
@@ -140,16 +141,25 @@ class BoundTemperature(Temperature):
         self.policy = policy
         self.thinking = thinking
         self.chosen: Tensor | None = None
+        self._texts: list[str] = []  # of the rows, and what the encoder made of them
+        self._vectors: Tensor | None = None
 
     def of(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: D102
         if self.chosen is None or len(self.chosen) != len(input_ids):
-            texts = [self.frame.text_of(ids) for ids in input_ids.tolist()]
-            found = temperatures_of_texts(self.selector, texts, self.model_size or "small", self.policy)
+            self._texts = [self.frame.text_of(ids) for ids in input_ids.tolist()]
+            self._vectors = read_texts(self.selector, self._texts)
+            found = self.selector.temperatures_of(self._vectors, self.model_size or "small", self.policy)
             self.chosen = found.to(scores.device)
         if self.thinking is None:
             return self.chosen
         think, markers = self.thinking
         return torch.where(markers.thinking(input_ids), think, self.chosen)
+
+    def explained(self) -> list[Explained]:
+        """Why the call's rows have their temperatures, from what was read for them; none before its first step."""
+        if self._vectors is None:
+            return []
+        return self.selector.explain_read(self._texts, self._vectors, self.model_size or "small", self.policy)
 
     def again(self) -> BoundTemperature:
         """The same for another call."""
@@ -162,7 +172,7 @@ class AutoTemperature(Temperature):
     Examples:
         >>> generate("path-or-hub-id", prompt, logits_processor=[AutoTemperature()])
         >>> auto = AutoTemperature(TemperatureSelector.from_pretrained(), tokenizer, model=model)
-        >>> model.generate(**inputs, do_sample=True, logits_processor=[auto])
+        >>> model.generate(**inputs, do_sample=True, top_k=0, top_p=auto.top_p, logits_processor=[auto])
 
     An instance can be used again. `decoding.generate` has it made for the call, as `bound` does. ``model.generate``
     does not say when a call begins: rows that are not those of the step before with one token more are taken for
@@ -172,8 +182,11 @@ class AutoTemperature(Temperature):
     each call, does neither. On CUDA, where no step waits for the device, other prompts that are one token longer than
     the rows of the last step are noticed one step late.
 
+    The selector's scores were sampled with a top-p, which `decoding.generate` samples with unless it is given another
+    truncation. ``model.generate`` has to be told: ``top_p=auto.top_p``.
+
     Args:
-        selector: the embedded one by default, opened by `bind`.
+        selector: the embedded one by default, opened by `bind` or when something of it is asked for.
         tokenizer: the generating model's. `decoding.generate` binds it; ``model.generate`` needs it here.
         model: the generating model, likewise.
         model_size: "small", "medium" or "large"; by default by the model's parameters. Without either it is "small",
@@ -215,6 +228,11 @@ class AutoTemperature(Temperature):
         return None if self._last is None else self._last.chosen
 
     @property
+    def top_p(self) -> float | None:
+        """The selector's top-p: what its temperatures go with. None where it is not known."""
+        return self._opened().top_p
+
+    @property
     def model_size(self) -> str | None:
         """As given, or of the model of the last call."""
         return self._asked[0] if self._last is None else self._last.model_size
@@ -239,18 +257,22 @@ class AutoTemperature(Temperature):
         Raises:
             DecodingError: as `bind`.
         """
-        self.selector = self.selector or TemperatureSelector.from_pretrained()
+        selector = self._opened()
         size, policy = self._asked
         if model is not None:
-            is_for = self.selector.is_for(model)
+            is_for = selector.is_for(model)
             if policy == "curve" and not is_for:
                 raise DecodingError("the selector has no curve of this model: train one, or leave policy out")
             size = size or size_class(model.num_parameters())
             policy = policy or ("curve" if is_for else "ability")
         thinking = None if self.think is None else (self.think, markers_of(tokenizer))
-        self._last = BoundTemperature(self.selector, PromptFrame(tokenizer), size, policy, thinking)
+        self._last = BoundTemperature(selector, PromptFrame(tokenizer), size, policy, thinking)
         self._bound = self._bound or self._last
         return self._last
+
+    def _opened(self) -> TemperatureSelector:
+        self.selector = self.selector or TemperatureSelector.from_pretrained()
+        return self.selector
 
     def of(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: D102
         if self._bound is None:

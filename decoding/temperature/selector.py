@@ -14,11 +14,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from chunkllm.late import send
 from decoding.errors import DecodingError
 from decoding.hub import find_file, upload
 from decoding.models import model_fingerprint
-from decoding.temperature.abilities import ABILITIES, DEFAULT_TOLERANCE, expected_temperatures, lowest_within
+from decoding.temperature.abilities import (
+    ABILITIES,
+    DEFAULT_TOLERANCE,
+    expected_scores,
+    expected_temperatures,
+    lowest_within,
+)
 from decoding.temperature.encoder import Encoder, load_encoder
+from decoding.temperature.explained import BLANK, NO_GAIN, UNREAD, Explained
 from decoding.temperature.heads import AbilityHead, CurveHead, Prediction
 from ngram.storage import write_atomically
 
@@ -109,7 +117,7 @@ class TemperatureSelector:
         Raises:
             DecodingError: no prompt, an empty one, an unknown size or policy, or a selector without a curve.
         """
-        return [round(value, 4) for value in self.temperatures(prompts, model_size, policy).tolist()]
+        return _rounded(self.temperatures(prompts, model_size, policy))
 
     def temperatures(self, prompts: Sequence[str], model_size: str = "small", policy: Policy | None = None) -> Tensor:
         """As `select`, float32 [N] on the encoder's device, without waiting for it."""
@@ -122,6 +130,59 @@ class TemperatureSelector:
         if policy == "curve":
             return self._by_curve(vectors, vectors.any(-1))
         return expected_temperatures(self._shares(vectors), model_size, self.tolerance)
+
+    @property
+    def top_p(self) -> float | None:
+        """The top-p that scores were sampled with, for which the temperatures are chosen; None where not recorded."""
+        value = self.about.get("top_p")
+        return float(value) if isinstance(value, int | float) and 0 < value <= 1 else None
+
+    def explain(
+        self, prompts: Sequence[str], model_size: str = "small", policy: Policy | None = None
+    ) -> list[Explained]:
+        """As `select`, with all that led to each temperature.
+
+        Raises:
+            DecodingError: as `select`.
+        """
+        return self.explain_read(prompts, self._encoded(prompts), model_size, policy)
+
+    def explain_read(
+        self, prompts: Sequence[str], vectors: Tensor, model_size: str = "small", policy: Policy | None = None
+    ) -> list[Explained]:
+        """As `explain`, for prompts that are encoded, float32 [N, width]; blank ones are zero vectors."""
+        chosen, shares = self.temperatures_of(vectors, model_size, policy), self._shares(vectors)
+        is_known, errors, best_fixed = vectors.any(-1), None, None
+        has_gain = torch.ones_like(is_known)
+        if policy == "curve":
+            expected, _, errors = self._curve(vectors)
+            assert self.curve is not None
+            tried, best_fixed = self.curve.temperatures, _rounded(self.curve.temperatures[self.curve.fixed])[0]
+            has_gain = chosen == tried[lowest_within(expected, self.tolerance)]
+        else:
+            tried, expected = expected_scores(shares, model_size)
+        temperatures, tried_ones, known, gains = _rounded(chosen), _rounded(tried), is_known.tolist(), has_gain.tolist()
+
+        def explained(at: int, prompt: str) -> Explained:
+            has_scores = known[at] or policy != "curve"
+            unread = UNREAD if prompt.strip() else BLANK
+            return Explained(
+                prompt,
+                abilities=dict(zip(ABILITIES, shares[at].tolist(), strict=True)),
+                temperatures=tuple(tried_ones),
+                expected=tuple(expected[at].tolist()) if has_scores else None,
+                errors=tuple(errors[at].tolist()) if has_scores and errors is not None else None,
+                best_fixed=best_fixed,
+                temperature=temperatures[at],
+                policy=policy or "ability",
+                reason=unread if not known[at] else None if gains[at] else NO_GAIN,
+            )
+
+        return [explained(at, prompt) for at, prompt in enumerate(prompts)]
+
+    def kinds_of(self, vectors: Tensor) -> Tensor:
+        """The most probable ability of prompts that are encoded: int64 [N], 6 for those that were not read."""
+        return self._shares(vectors).argmax(-1).where(vectors.any(-1), len(ABILITIES))
 
     def _shares(self, vectors: Tensor) -> Tensor:
         return self.ability(vectors).where(vectors.any(-1, keepdim=True), 1 / len(ABILITIES))
@@ -223,22 +284,20 @@ class TemperatureSelector:
         return cls(encoder, ability, curve, curve_ability=curve_ability, **settings)
 
 
-def temperatures_of_texts(
-    selector: TemperatureSelector, texts: Sequence[str], model_size: str, policy: Policy | None = None
-) -> Tensor:
-    """What the selector chooses for each text, float32 [N]. Equal texts are read once, blank ones not at all."""
+def _rounded(temperatures: Tensor) -> list[float]:
+    return [round(value, 4) for value in temperatures.tolist()]
+
+
+def read_texts(selector: TemperatureSelector, texts: Sequence[str]) -> Tensor:
+    """Texts as `TemperatureSelector.temperatures_of` takes them: float32 [N, width] on the encoder's device.
+
+    Equal texts are read once. Blank ones are not read at all: they are zero, as are those that the encoder cannot read.
+    """
     legible = list(dict.fromkeys(text for text in texts if text.strip()))
-    found = dict(zip(legible, selector.temperatures(legible, model_size, policy), strict=True)) if legible else {}
-    blank = [text for text in texts if text not in found]
-    if blank:
-        found |= dict.fromkeys(blank, unknown_temperature(selector, model_size, policy))
-    return torch.stack([found[text] for text in texts])
-
-
-def unknown_temperature(selector: TemperatureSelector, model_size: str, policy: Policy | None = None) -> Tensor:
-    """What the selector chooses for prompts that it cannot read: a float32 scalar."""
     nothing = torch.zeros(1, selector.encoder.width, device=selector.encoder.model.device)
-    return selector.temperatures_of(nothing, model_size, policy)[0]
+    vectors = torch.cat([selector.encoder(legible), nothing]) if legible else nothing
+    places = {text: place for place, text in enumerate(legible)}
+    return vectors[send(torch.tensor([places.get(text, len(legible)) for text in texts]), vectors.device)]
 
 
 def _heads(tensors: dict[str, Tensor]) -> tuple[AbilityHead, CurveHead | None, AbilityHead | None]:

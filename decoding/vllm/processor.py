@@ -100,6 +100,7 @@ class TemperatureLogitsProcessor(_Processor):
     The request's own temperature is 1. It cannot be the chosen one: vLLM checks requests without their prompts, and has
     copied their temperatures before processors hear of them. So the logits are divided here, where vLLM would divide:
     after penalties and before top-k and top-p on both runners. Only min-p differs: V1 takes it first, at temperature 1.
+    Where a temperature is chosen for a request that has no top-k, top-p or min-p, the selector's top-p follows.
 
     Declare it as the style processor. Draft tokens under V2 get the temperature of their request.
     """
@@ -169,4 +170,6 @@ def _temperatures_of(vllm_config: VllmConfig, device: torch.device) -> tuple[Pro
     markers = None if phases is None else markers_of(tokenizer, *phases)
     if selector is None:
         return None, markers
-    return load_temperatures(selector, tokenizer, config.hf_text_config, str(device)), markers
+    parallel = vllm_config.parallel_config
+    is_first = parallel.rank % parallel.tensor_parallel_size == 0  # the others choose the same
+    return load_temperatures(selector, tokenizer, config.hf_text_config, str(device), is_first), markers

@@ -32,6 +32,7 @@ from ngram.tables import Tables
 
 MOST_STYLES_PER_REQUEST = 8
 AUTO = "auto"
+_TOP_P = "temperature_top_p"
 _TEMPERATURES = _WHOLE, _THINK, _ = "temperature", "think_temperature", "answer_temperature"
 _LEAST = 1e-2  # what vLLM raises lower temperatures to, before scores overflow
 FULL = "full"
@@ -92,7 +93,8 @@ def check_temperature(
 
     Args:
         extra_args: a request's own arguments: ``temperature``, "auto" or not there; or ``think_temperature``, a number,
-            and ``answer_temperature``, a number or "auto", both or one of them. Others are somebody else's.
+            and ``answer_temperature``, a number or "auto", both or one of them; beside "auto" ``temperature_top_p``,
+            true or false. Others are somebody else's.
         own: the request's own temperature, by which vLLM divides as well.
         has_selector: whether the server has a selector.
         has_phases: whether it tells thinking from answering.
@@ -101,6 +103,11 @@ def check_temperature(
         DecodingError: other values, no selector, no phases, or an own temperature other than 1.
     """
     asked = {name: value for name in _TEMPERATURES if (value := (extra_args or {}).get(name)) is not None}
+    top_p = (extra_args or {}).get(_TOP_P)
+    if top_p not in (None, True, False):
+        raise DecodingError(f"{_TOP_P} must be true or false, not {top_p!r}")
+    if top_p is not None and AUTO not in asked.values():
+        raise DecodingError(f'{_TOP_P} goes with a temperature that is "{AUTO}"')
     if not asked:
         return
     if asked.get(_WHOLE, AUTO) != AUTO:
@@ -146,6 +153,23 @@ def wanted_temperatures(extra_args: Mapping[str, Any] | None) -> Temperatures | 
         return Temperatures() if whole == AUTO else None
     chosen = answer == AUTO
     return Temperatures(None if chosen else _of_phase(answer), _of_phase(think))
+
+
+def chosen_top_p(params: Any, top_p: float | None) -> float | None:
+    """The top-p that goes with the temperature chosen for a request that `check_temperature` let pass.
+
+    None where none is chosen, where something of the request's own leaves tokens out (vLLM sees to that), and where it
+    says ``temperature_top_p: false``.
+
+    Args:
+        params: vLLM's ``SamplingParams``.
+        top_p: the selector's.
+    """
+    wanted = wanted_temperatures(params.extra_args)
+    if top_p is None or wanted is None or wanted.answer is not None:
+        return None
+    is_whole = params.top_p == 1 and params.top_k <= 0 and params.min_p == 0
+    return top_p if is_whole and params.extra_args.get(_TOP_P) in (None, True) else None
 
 
 def _of_phase(value: float | None) -> float:

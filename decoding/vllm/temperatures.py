@@ -8,21 +8,29 @@ from collections.abc import Sequence
 from copy import deepcopy
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from chunkllm.late import Arriving
 from decoding.errors import DecodingError
 from decoding.temperature.abilities import size_class
 from decoding.temperature.prompts import PromptFrame
-from decoding.temperature.selector import Policy, TemperatureSelector, temperatures_of_texts, unknown_temperature
+from decoding.temperature.selector import Policy, TemperatureSelector, read_texts
+from decoding.vllm.counts import KINDS, Counts, counts_of_process
 from decoding.vllm.declaration import DeclaredSelector
 
 logger = logging.getLogger(__name__)
+_requests = logging.getLogger(f"vllm.{__name__}")  # below vLLM's, whose handler and VLLM_LOGGING_LEVEL it has
 _REMEMBERED = 4096
+
+
+class _Choice(NamedTuple):
+    temperature: Tensor  # a float32 scalar
+    kind: Tensor  # int64, an index of `KINDS`
 
 
 class PromptTemperatures:
@@ -37,6 +45,10 @@ class PromptTemperatures:
         model_size: as for `TemperatureSelector.select`.
         policy: likewise.
         remembered: how many prompts.
+        counts: where it counts what it chooses, for each request.
+
+    Attributes:
+        top_p: the selector's; None where not known.
 
     Raises:
         DecodingError: an unknown size or policy, or a selector without a curve.
@@ -49,13 +61,17 @@ class PromptTemperatures:
         model_size: str,
         policy: Policy | None = None,
         remembered: int = _REMEMBERED,
+        counts: Counts | None = None,
     ):
         self._selector = selector
         self._frame = frame
         self._settings = (model_size, policy)
         self._remembered = remembered
-        self._chosen: OrderedDict[bytes, Tensor] = OrderedDict()
-        self._unknown = unknown_temperature(selector, *self._settings)
+        self._chosen: OrderedDict[bytes, _Choice] = OrderedDict()
+        self._counts = counts
+        self._untold: list[Arriving] = []
+        self.top_p = selector.top_p
+        (self._unknown,) = self._choices([""])
 
     def __call__(self, prompts: Sequence[Sequence[int] | None]) -> list[Tensor]:
         """The temperature of each prompt: float32 scalars on the selector's device.
@@ -71,12 +87,36 @@ class PromptTemperatures:
         chosen = [self._chosen[key] for key in keys]
         while len(self._chosen) > self._remembered:
             self._chosen.popitem(last=False)
-        return chosen
+        temperatures = [each.temperature for each in chosen]
+        if chosen and (self._counts is not None or _requests.isEnabledFor(logging.DEBUG)):
+            kinds = torch.stack([each.kind for each in chosen])
+            self._untold.append(Arriving(torch.stack((torch.stack(temperatures), kinds.float()))))
+            if not kinds.is_cuda:
+                self.tell()
+        return temperatures
 
-    def _read(self, prompts: Sequence[Sequence[int] | None]) -> list[Tensor]:
+    def tell(self) -> None:
+        """Logs and counts what was chosen since the last call. On a device that has arrived a step later."""
+        arrived = [pair for each in self._untold for pair in each.get().T.tolist()]
+        self._untold.clear()
         try:
-            texts = [self._text_of(prompt) for prompt in prompts]
-            return list(temperatures_of_texts(self._selector, texts, *self._settings)) if texts else []
+            for temperature, kind in arrived:
+                value, name = round(temperature, 4), KINDS[int(kind)]
+                _requests.debug("temperature %g for a request of kind %s", value, name)
+                if self._counts is not None:
+                    self._counts.add(name, value)
+        except Exception:  # Figures are not worth an engine.
+            logger.exception("chosen temperatures are no longer counted")
+            self._counts = None
+
+    def _choices(self, texts: Sequence[str]) -> list[_Choice]:
+        vectors = read_texts(self._selector, texts)
+        temperatures = self._selector.temperatures_of(vectors, *self._settings)
+        return [_Choice(*both) for both in zip(temperatures, self._selector.kinds_of(vectors), strict=True)]
+
+    def _read(self, prompts: Sequence[Sequence[int] | None]) -> list[_Choice]:
+        try:
+            return self._choices([self._text_of(prompt) for prompt in prompts]) if prompts else []
         except Exception:  # Whatever it is: see above.
             logger.exception("the temperature selector failed; %d prompts count as of unknown kind", len(prompts))
             return [self._unknown] * len(prompts)
@@ -90,7 +130,9 @@ def _key(prompt: Sequence[int] | None) -> bytes:
     return blake2b(np.asarray(prompt or (), np.int64).tobytes(), digest_size=16).digest()
 
 
-def load_temperatures(declared: DeclaredSelector, tokenizer: Any, config: Any, device: str) -> PromptTemperatures:
+def load_temperatures(
+    declared: DeclaredSelector, tokenizer: Any, config: Any, device: str, is_counting: bool = True
+) -> PromptTemperatures:
     """Opens a declared selector, once in a process.
 
     Args:
@@ -98,6 +140,7 @@ def load_temperatures(declared: DeclaredSelector, tokenizer: Any, config: Any, d
         tokenizer: the model's.
         config: transformers' configuration of the model, for its size if none is declared.
         device: where prompts are read.
+        is_counting: whether this process counts what it chooses.
 
     Raises:
         DecodingError: no tokenizer, a selector that is missing or damaged, or settings that it does not have.
@@ -105,7 +148,8 @@ def load_temperatures(declared: DeclaredSelector, tokenizer: Any, config: Any, d
     if tokenizer is None:
         raise DecodingError("the temperature selector reads prompts with the model's tokenizer: do not skip its start")
     size = declared.model_size or model_size_of(config)
-    temperatures = PromptTemperatures(_opened(declared.selector, device), PromptFrame(tokenizer), size, declared.policy)
+    selector, counts = _opened(declared.selector, device), counts_of_process() if is_counting else None
+    temperatures = PromptTemperatures(selector, PromptFrame(tokenizer), size, declared.policy, counts=counts)
     logger.info("loaded a temperature selector: %s, for a %s model", declared.selector or "the embedded one", size)
     return temperatures
 

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from chunkllm.late import send
 from decoding.temperature.markers import Markers
+from decoding.temperature.nucleus import cut_to_nucleus
 from decoding.vllm.requests import (
     Layer,
     LoadedStyles,
     Temperatures,
+    chosen_top_p,
     layers_of,
     requested_budget,
     stops_table,
@@ -116,6 +118,7 @@ class _Request:
     wanted: Temperatures
     prompt: Sequence[int] | None  # None for one of embeddings
     output: Sequence[int]
+    top_p: float | None = None  # the selector's, where it is cut to that
     chosen: Tensor | None = None
     is_thinking: bool = False
     read: int | None = None  # the tokens of the output that the above knows of; None before the first step
@@ -154,24 +157,31 @@ class TemperatureRows:
         self._device = device
         self._rows: dict[int, _Request] = {}
         self._temperatures: Tensor | None = None  # of the rows as they stand; None if they changed
+        self._top_p: Tensor | None = None  # likewise; None also where no row is cut
 
     def update(self, batch_update: Any | None) -> None:
         """Takes in a vLLM ``BatchUpdate``."""
+        if self._choose is not None:
+            self._choose.tell()
         if batch_update is not None:
             self._temperatures = None
             take_in(batch_update, self._rows, self._kept)
 
     def _kept(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> _Request | None:
         wanted = wanted_temperatures(params.extra_args)
-        return None if wanted is None else _Request(wanted, prompt, output)
+        if wanted is None:
+            return None
+        top_p = None if self._choose is None else chosen_top_p(params, self._choose.top_p)
+        return _Request(wanted, prompt, output, top_p)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Divides the rows of a step by their temperatures, in place: logits float32 [rows, W]."""
+        """Divides the rows of a step by their temperatures and cuts them, in place: logits float32 [rows, W]."""
         if not self._rows:
             return logits
         if self._is_other_phase() or self._temperatures is None or len(self._temperatures) != len(logits):
-            self._temperatures = self._of_rows(len(logits))
-        return logits.div_(self._temperatures[:, None])
+            self._temperatures, self._top_p = self._of_rows(len(logits)), self._top_p_of_rows(len(logits))
+        logits.div_(self._temperatures[:, None])
+        return logits if self._top_p is None else cut_to_nucleus(logits, self._top_p)
 
     def _is_other_phase(self) -> bool:
         """Whether any request began or ended thinking. Reads what they wrote, on the host."""
@@ -207,6 +217,11 @@ class TemperatureRows:
         if open_rows:
             found[send(torch.tensor(list(open_rows)), self._device)] = torch.stack(list(open_rows.values()))
         return found
+
+    def _top_p_of_rows(self, count: int) -> Tensor | None:
+        """Float32 [count], 1 for rows that are not cut here; None where none is."""
+        cut = {row: top_p for row in range(count) if row in self._rows and (top_p := self._rows[row].top_p) is not None}
+        return send(torch.tensor([cut.get(row, 1.0) for row in range(count)]), self._device) if cut else None
 
 
 class BudgetRows:

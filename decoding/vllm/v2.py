@@ -10,10 +10,12 @@ from torch import Tensor
 
 from chunkllm.late import send
 from decoding.temperature.markers import Markers
+from decoding.temperature.nucleus import cut_to_nucleus
 from decoding.vllm.requests import (
     MOST_STYLES_PER_REQUEST,
     Layer,
     LoadedStyles,
+    chosen_top_p,
     stops_table,
     wanted_temperatures,
 )
@@ -139,6 +141,8 @@ class TemperatureSlots:
         self._states = req_states
         self._phases = phases
         self._is_ours = np.zeros(req_states.max_num_reqs, bool)
+        self._is_cut = np.zeros(req_states.max_num_reqs, bool)
+        self._top_p = torch.ones(req_states.max_num_reqs, device=req_states.device)
         self._temperatures = torch.ones(req_states.max_num_reqs, device=req_states.device)
         self._joined: dict[int, int] = {}  # slot -> length of its prompt, since the last `flush`
         self._waiting: dict[int, tuple[_Copy, slice]] = {}  # slot -> where its prompt arrives
@@ -157,12 +161,21 @@ class TemperatureSlots:
             self._temperatures[slot] = wanted.answer
         elif was_ours:
             self._temperatures[slot] = 1
+        self._cut(slot, None if self._choose is None else chosen_top_p(params, self._choose.top_p))
         return wanted is not None
+
+    def _cut(self, slot: int, top_p: float | None) -> None:
+        """Has a slot's rows cut to a top-p, or not."""
+        was_cut, self._is_cut[slot] = bool(self._is_cut[slot]), top_p is not None
+        if top_p is not None or was_cut:
+            self._top_p[slot] = 1.0 if top_p is None else top_p
 
     def flush(self) -> None:
         """Sends for the prompts of the requests that joined."""
         if self._phases is not None:
             self._phases.flush()
+        if self._choose is not None:
+            self._choose.tell()
         if not self._joined:
             return
         ids = self._states.all_token_ids.gpu
@@ -174,7 +187,7 @@ class TemperatureSlots:
         self._joined.clear()
 
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
-        """Divides the rows of a step by their temperatures, in place.
+        """Divides the rows of a step by their temperatures and cuts them, in place.
 
         Args:
             logits: float32 [rows, W].
@@ -189,7 +202,10 @@ class TemperatureSlots:
         temperatures = self._temperatures[slots]
         if self._phases is not None:
             temperatures = self._phases.mix(temperatures, slots, in_use, ctx)
-        return logits.div_(temperatures.where(in_use, 1)[:, None])
+        logits.div_(temperatures.where(in_use, 1)[:, None])
+        if not self._is_cut[ctx.idx_mapping_np].any():
+            return logits
+        return cut_to_nucleus(logits, self._top_p[slots].where(in_use, 1))
 
     def _choose_waiting(self, choose: PromptTemperatures) -> None:
         prompts = [copy.arrived()[place].tolist() for copy, place in self._waiting.values()]

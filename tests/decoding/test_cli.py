@@ -85,6 +85,14 @@ def test_generate_at_a_chosen_temperature(run, model_folder, style_file):
     assert auto.exit_code == 0, auto.output
     assert auto.output != run("generate", "the captain said", *arguments, "--temperature", 1.7).output
     assert "auto" in run("generate", "the captain said", *arguments, "--temperature", "hot").output
+    found = json.loads(run("generate", "the captain said", *arguments, "--temperature", "auto", "--info").output)
+    assert (found["text"] + "\n", found["top_p"], found["policy"]) == (auto.output, 0.9, "ability")
+    assert len(found["abilities"]) == 6
+    at = ["--temperature", found["temperature"]]
+    assert run("generate", "the captain said", *arguments, *at, "--top-p", 0.9).output == auto.output
+    auto_of_all = run("generate", "the captain said", *arguments, "--temperature", "auto", "--top-p", 1)
+    assert auto_of_all.output == run("generate", "the captain said", *arguments, *at).output
+    assert "leave --top-p out" in run("generate", "rain", *arguments, "--temperature", 0, "--top-p", 0.9).output
 
 
 @pytest.fixture

@@ -6,11 +6,25 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 
-from decoding import AutoTemperature, DecodingError, FixedTemperature, NGramModel, StylePrior, generate
+from decoding import (
+    AutoTemperature,
+    DecodingError,
+    EntropyDependentTemperature,
+    FixedTemperature,
+    Generation,
+    NGramModel,
+    PhaseTemperature,
+    StylePrior,
+    TemperatureSelector,
+    generate,
+)
 from decoding.style.steering import mixture_of
-from tests.conftest import TEXT, make_model, make_tokenizer
+from decoding.temperature.encoder import Encoder
+from decoding.temperature.heads import AbilityHead
+from tests.conftest import TEXT, WORDS, make_model, make_tokenizer
+from tests.decoding.temperature.test_processors import FixedSelector
 from tests.decoding.test_tokens import byte_level
 
 
@@ -100,6 +114,117 @@ def test_a_models_own_configuration_does_not_reach_temperatures(tokenizer, held)
     assert generate(own, "the captain", top_p=0.01, **options) != texts[0]
 
 
+def sampled(model, tokenizer, prompt="the captain", **options):
+    torch.manual_seed(0)
+    return generate(model, prompt, tokenizer=tokenizer, **{"max_new_tokens": 16} | options)
+
+
+def auto_at(top_p, **by_word):
+    selector = FixedSelector(by_word or {"the": 1.5})
+    selector.top_p = top_p
+    return [AutoTemperature(selector)]
+
+
+@pytest.mark.parametrize("held", [{}, {"top_p": 0.01}, {"top_k": 1}, {"min_p": 0.99}])
+def test_a_chosen_temperature_brings_its_top_p(tokenizer, held):
+    plain, own = (make_model(len(tokenizer)) for _ in range(2))
+    own.generation_config.update(**held)
+    fixed = {"logits_processor": [FixedTemperature(1.5)]}
+    cut, whole = sampled(plain, tokenizer, **fixed, top_p=0.3), sampled(plain, tokenizer, **fixed)
+    assert cut != whole
+    assert sampled(own, tokenizer, logits_processor=auto_at(0.3)) == cut
+    assert sampled(own, tokenizer, logits_processor=auto_at(None)) == whole
+    assert sampled(own, tokenizer, logits_processor=auto_at(0.3), top_p=1.0) == whole
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"top_p": 0.6}, {"top_k": 3}, {"min_p": 0.2}, {"typical_p": 0.5}, {"epsilon_cutoff": 0.02}, {"eta_cutoff": 0.02}],
+)
+@pytest.mark.parametrize("is_configured", [False, True])
+def test_a_truncation_of_the_callers_own_stands_alone(model, tokenizer, own, is_configured):
+    given = {"generation_config": GenerationConfig(do_sample=True, **own)} if is_configured else own
+    wanted = sampled(model, tokenizer, logits_processor=[FixedTemperature(1.5)], **own)
+    assert wanted != sampled(model, tokenizer, logits_processor=[FixedTemperature(1.5)])
+    assert sampled(model, tokenizer, logits_processor=auto_at(1e-6), **given) == wanted
+    assert sampled(model, tokenizer, logits_processor=[FixedTemperature(1.5)], **given) == wanted
+
+
+def test_the_answers_chosen_temperature_brings_its_top_p_with_thinking_too(selecting):
+    tokenizer = make_tokenizer([*WORDS, "<think>", "</think>"])
+    model, prompt = make_model(len(tokenizer)), "storm and sea <think>"
+    auto = [AutoTemperature(selecting, think=1.5)]
+    found = sampled(model, tokenizer, prompt, logits_processor=auto, return_info=True)
+    assert (found.think_temperature, found.top_p, found.ability) == (1.5, 0.8, "CT")
+    phases = [PhaseTemperature(1.5, found.temperature)]
+    assert found.text == sampled(model, tokenizer, prompt, logits_processor=phases, top_p=0.8)
+    told = sampled(model, tokenizer, prompt, logits_processor=phases, return_info=True)
+    assert told == Generation(told.text, temperature=found.temperature, think_temperature=1.5)
+
+
+PROMPTS = ["storm and sea", "wind", "none of them"]
+
+
+@pytest.fixture
+def selecting(encoder):
+    return TemperatureSelector(encoder, AbilityHead.fit(encoder(PROMPTS), [1, 2, 4], 6), about={"top_p": 0.8})
+
+
+@pytest.mark.parametrize("options", [{}, {"num_return_sequences": 2}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_information_belongs_to_its_text(model, tokenizer, selecting, options):
+    plain = sampled(model, tokenizer, PROMPTS, logits_processor=[AutoTemperature(selecting)], **options)
+    found = sampled(
+        model, tokenizer, PROMPTS, logits_processor=[AutoTemperature(selecting)], return_info=True, **options
+    )
+    assert [each.text for each in found] == plain
+    each_prompt = options.get("num_return_sequences", 1)
+    wanted = [row for row in selecting.explain(PROMPTS) for _ in range(each_prompt)]
+    for mine, row in zip(found, wanted, strict=True):
+        assert (mine.prompt, mine.temperature, mine.ability) == (row.prompt, row.temperature, row.ability)
+        assert list(mine.abilities.values()) == pytest.approx(list(row.abilities.values()), abs=1e-5)
+        assert (mine.policy, mine.reason, mine.top_p, mine.think_temperature) == ("ability", None, 0.8, None)
+
+
+def test_one_prompt_has_one_and_what_was_not_read_says_why(model, tokenizer, selecting, monkeypatch):
+    reads, encoded = [], Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, texts: reads.append(texts) or encoded(self, texts))
+    auto = [AutoTemperature(selecting)]
+    one = sampled(model, tokenizer, "storm and sea", logits_processor=auto, return_info=True)
+    assert isinstance(one, Generation) and one.ability == "CT" and reads == [["storm and sea"]]
+    strange = ["<unk> <unk> <unk>", "storm and sea"]
+    found = sampled(model, tokenizer, strange, logits_processor=auto, return_info=True)
+    assert [(each.reason, each.ability, each.prompt) for each in found] == [
+        ("blank", None, ""),
+        (None, "CT", "storm and sea"),
+    ]
+    many = sampled(model, tokenizer, "wind", logits_processor=auto, num_return_sequences=2, return_info=True)
+    assert [each.prompt for each in many] == ["wind", "wind"]
+    assert len(reads) == 3
+
+
+@pytest.mark.parametrize("processors", [[], [FixedTemperature(0.7)], [EntropyDependentTemperature(0.7)]])
+def test_information_without_a_selector(model, tokenizer, processors):
+    (found,) = sampled(model, tokenizer, ["the captain"], logits_processor=processors, return_info=True)
+    temperature = 0.7 if any(isinstance(each, FixedTemperature) for each in processors) else None
+    text = sampled(model, tokenizer, logits_processor=processors)
+    assert found == Generation(text, temperature=temperature)
+
+
+def test_a_streamer_gets_the_same_text(model, tokenizer, selecting):
+    from transformers import TextStreamer
+
+    class Kept(TextStreamer):
+        text = ""
+
+        def on_finalized_text(self, text, stream_end=False):
+            self.text += text
+
+    streamer = Kept(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    options = {"logits_processor": [AutoTemperature(selecting)], "streamer": streamer, "return_info": True}
+    found = sampled(model, tokenizer, "storm and sea", **options)
+    assert found.text.split() == streamer.text.split() != []
+
+
 def test_two_temperatures_are_refused(model, tokenizer):
     with pytest.raises(DecodingError, match="two processors that set the temperature"):
         generate(model, "rain", tokenizer=tokenizer, logits_processor=[FixedTemperature(0.7), FixedTemperature(0.6)])
@@ -114,18 +239,12 @@ def test_an_offloaded_model(model, tokenizer, style_file):
     assert generate(offloaded, "the captain", logits_processor=[StylePrior(style_file, λ=1)], **options) == wanted
 
 
-class _Selector:
-    def is_for(self, model):
-        return False
-
-    def temperatures(self, prompts, model_size, policy):
-        return torch.full((len(prompts),), 0.7)
-
-
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])  # noqa: S301
 @pytest.mark.parametrize("kind", ["style", "temperature"])
 def test_processors_are_copied_and_pickled_before_and_after_use(model, tokenizer, style_file, copied, kind):
-    processor = StylePrior(style_file, λ=0.5, max_js=0.1) if kind == "style" else AutoTemperature(_Selector())
+    processor = (
+        StylePrior(style_file, λ=0.5, max_js=0.1) if kind == "style" else AutoTemperature(FixedSelector({"the": 0.7}))
+    )
 
     def text(each):
         torch.manual_seed(0)

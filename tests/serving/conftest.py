@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import TopPLogitsWarper
 
 from decoding import StylePrior, TemperatureSelector
 from decoding.style.source import load_corpus
@@ -122,21 +123,61 @@ def wanted_temperature(arguments, prompt, ids):
     return fake_temperature(prompt) if answer == "auto" else answer
 
 
+TOP_P = 0.6
+PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}  # of SamplingParams
+
+
+def sampling(extra_args, **options):
+    """As much of SamplingParams as matters."""
+    return SimpleNamespace(extra_args=extra_args, **PLAIN | options)
+
+
+CUT = [  # requests, and whether the selector's top-p goes with their temperature
+    (sampling({"temperature": "auto"}), True),
+    (sampling({"temperature": "auto", "temperature_top_p": 1}, top_k=-1), True),
+    (sampling({"temperature": "auto", "temperature_top_p": False}), False),
+    (sampling({"temperature": "auto"}, top_p=0.95), False),
+    (sampling({"temperature": "auto"}, top_k=5), False),
+    (sampling({"temperature": "auto"}, min_p=0.1), False),
+    (sampling({"style": "plain"}), False),
+    (sampling(None), False),
+]
+
+
+def wanted_scores(params, is_cut, prompt, row):
+    """A row's scores: divided by its prompt's temperature, and cut."""
+    is_open = "temperature" in (params.extra_args or {})
+    row = row / fake_temperature(prompt) if is_open else row
+    return TopPLogitsWarper(TOP_P)(None, row[None])[0] if is_cut else row
+
+
 class FakeSelector:
     """Reads prompts that `FakeFrame` wrote, and keeps them."""
 
+    top_p = None
+
     def __init__(self):
         self.batches = []
-        self.encoder = SimpleNamespace(width=2, model=SimpleNamespace(device="cpu"))
-
-    def temperatures(self, prompts, model_size, policy):
-        assert (model_size, policy) == ("medium", None)
-        self.batches.append(prompts)
-        return torch.tensor([fake_temperature(map(int, prompt.split())) for prompt in prompts])
+        self.encoder = FakeEncoder(self.batches)
 
     def temperatures_of(self, vectors, model_size, policy):
-        assert not vectors.any()
-        return torch.tensor([UNKNOWN])
+        assert (model_size, policy) == ("medium", None)
+        return vectors[:, 0].where(vectors[:, 1] > 0, UNKNOWN)
+
+    def kinds_of(self, vectors):
+        """By the temperature."""
+        return ((8 * vectors[:, 0]).long() % len(ABILITIES)).where(vectors[:, 1] > 0, len(ABILITIES))
+
+
+class FakeEncoder:
+    width, model = 2, SimpleNamespace(device="cpu")
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __call__(self, prompts):
+        self.batches.append(prompts)
+        return torch.tensor([[fake_temperature(map(int, prompt.split())), 1.0] for prompt in prompts])
 
 
 class FakeFrame:

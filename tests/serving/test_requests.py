@@ -10,6 +10,7 @@ from decoding.vllm.requests import (
     UNLIMITED,
     check_request,
     check_temperature,
+    chosen_top_p,
     layers_of,
     load_styles,
     requested_budget,
@@ -18,7 +19,7 @@ from decoding.vllm.requests import (
     wanted_temperatures,
 )
 from tests.conftest import WORDS, make_tokenizer
-from tests.serving.conftest import assert_same_distribution
+from tests.serving.conftest import CUT, TOP_P, assert_same_distribution, sampling
 
 KNOWN = ["a", "b"]
 
@@ -143,6 +144,36 @@ def test_what_phases_refuse(arguments, own, served, reason):
 def test_what_the_selector_refuses(asked, own, is_served, reason):
     with pytest.raises(DecodingError, match=reason):
         check_temperature({"temperature": asked}, own, is_served)
+
+
+@pytest.mark.parametrize(("params", "is_cut"), CUT)
+def test_the_selectors_top_p_goes_with_its_temperature(params, is_cut):
+    if params.extra_args is not None:
+        check_temperature(params.extra_args, 1, has_selector=True)
+    assert chosen_top_p(params, TOP_P) == (TOP_P if is_cut else None)
+    assert chosen_top_p(params, None) is None
+
+
+def test_the_selectors_top_p_goes_with_phases_whose_answer_is_chosen():
+    chosen, fixed = ({"think_temperature": 1.0, "answer_temperature": value} for value in ("auto", 0.3))
+    assert chosen_top_p(sampling(chosen), TOP_P) == TOP_P
+    assert chosen_top_p(sampling(fixed), TOP_P) is chosen_top_p(sampling({"think_temperature": 1.0}), TOP_P) is None
+    check_temperature(chosen | {"temperature_top_p": False}, 1, has_selector=True, has_phases=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"temperature": "auto", "temperature_top_p": 0.9}, "must be true or false, not 0.9"),
+        ({"temperature": "auto", "temperature_top_p": "no"}, "must be true or false, not 'no'"),
+        ({"temperature": "auto", "temperature_top_p": [1]}, "must be true or false"),
+        ({"temperature_top_p": True}, 'goes with a temperature that is "auto"'),
+        ({"temperature_top_p": 0, "think_temperature": 1.0}, 'goes with a temperature that is "auto"'),
+    ],
+)
+def test_what_the_top_p_refuses(arguments, reason):
+    with pytest.raises(DecodingError, match=reason):
+        check_temperature(arguments, 1, has_selector=True, has_phases=True)
 
 
 def test_what_a_server_does_not_have_is_refused(monkeypatch):

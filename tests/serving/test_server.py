@@ -32,14 +32,19 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory, selector_folder):
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("server") / "log.txt"
+
+
+@pytest.fixture(scope="module")
+def client(log, selector_folder):
     _, presidents = name_and_file("presidents", load_tokenizer(), order=3, smoothing="kneser-ney")
-    port, log = free_port(), tmp_path_factory.mktemp("server") / "log.txt"
+    port = free_port()
     command = [sys.executable, "-m", "decoding", "serve", "--style", "king-james", "--style", f"speeches={presidents}"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8", "--enforce-eager"]
     command += ["--max-model-len", "2048", "--dtype", "float32", "--temperature-selector", str(selector_folder)]
     command += ["--chunk-adapters", "default", "--kv-budget", "384"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
@@ -144,6 +149,39 @@ def test_two_temperatures_are_a_400(client, temperature, asked):
     with pytest.raises(openai.BadRequestError, match="temperature"):
         sample(client, temperature, vllm_xargs={"temperature": asked})
     assert sample(client, 1, **AUTO)
+
+
+def chosen_temperatures(client):
+    """What ``/metrics`` has of them: for each kind the cumulated counts of the buckets, their sum, and how many."""
+    text = urlopen(str(client.base_url).replace("/v1/", "/metrics"), timeout=10).read().decode()
+    assert "vllm:num_requests_running" in text
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("decoding:chosen_temperature"):
+            name, value = line.rsplit(" ", 1)
+            found[name.removeprefix("decoding:chosen_temperature")] = float(value)
+    return found
+
+
+def test_what_is_chosen_shows_in_the_servers_figures_and_its_log(client, selector_folder, log):
+    selector = TemperatureSelector.from_pretrained(selector_folder)
+    (explained,) = selector.explain([POEM])
+    kind, value = explained.ability, explained.temperature
+    before = chosen_temperatures(client)
+    for _ in range(3):  # the second and third prompt are remembered, and count all the same
+        sample(client, 1, **AUTO)
+    sample(client, 0.5)
+    unknown = {"vllm_xargs": {"temperature": "auto", "temperature_top_p": False}}
+    options = {"prompt": [load_tokenizer().eos_token_id], "max_tokens": 1, "temperature": 1}
+    client.completions.create(model=DEFAULT_MODEL, extra_body=unknown, **options)
+    after = chosen_temperatures(client)
+    rise = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name)}
+    assert rise[f'_count{{ability="{kind}"}}'] == 3
+    assert rise[f'_sum{{ability="{kind}"}}'] == pytest.approx(3 * value)
+    assert rise[f'_bucket{{ability="{kind}",le="{value:g}"}}'] == 3
+    assert f'_bucket{{ability="{kind}",le="{value - 0.1:.1f}"}}' not in rise
+    assert rise['_count{ability="unknown"}'] == 1
+    assert f"temperature {value:g} for a request of kind {kind}" in log.read_text()
 
 
 def test_passkeys_are_found_among_selected_chunks(client):

@@ -12,6 +12,7 @@ import torch
 from decoding import TemperatureSelector
 from decoding.models import DEFAULT_MODEL, load_tokenizer, resolve_model
 from decoding.style.training import name_and_file
+from decoding.temperature.encoder import Encoder
 from decoding.temperature.prompts import PromptFrame
 from decoding.vllm import engine_args
 from decoding.vllm.temperatures import model_size_of
@@ -58,8 +59,8 @@ def selector(selector_folder):
 @pytest.fixture
 def batches(monkeypatch):
     """The prompts that are read, by batch."""
-    read, encoded = [], TemperatureSelector._encoded
-    monkeypatch.setattr(TemperatureSelector, "_encoded", lambda self, texts: read.append(texts) or encoded(self, texts))
+    read, encoded = [], Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, texts: read.append(texts) or encoded(self, texts))
     return read
 
 
@@ -148,6 +149,48 @@ def test_requests_that_come_and_go_get_what_each_gets_alone(llm, batches):
     assert sum(map(len, batches)) == 16
     assert together == [texts(llm, [prompt], each)[0] for prompt, each in zip(prompts, sampling, strict=True)]
     assert sum(map(len, batches)) == 16
+
+
+TOP_P = 0.6
+
+
+@pytest.fixture
+def cut(llm, monkeypatch):
+    """The selector's scores were sampled with a top-p."""
+    _, ours = processor_of(llm)
+    monkeypatch.setattr(ours._rows._choose, "top_p", TOP_P)
+
+
+def test_a_chosen_temperature_brings_its_top_p(llm, selector, cut):
+    glass, german = selector.select([GLASS, GERMAN], "medium")
+    auto, both = {"extra_args": AUTO}, {"extra_args": AUTO | {"temperature_top_p": False}}
+    phases = {"think_temperature": 1.2, "answer_temperature": "auto"}
+    requests = [
+        (GLASS, auto, {"temperature": glass, "top_p": TOP_P}),
+        (GERMAN, auto, {"temperature": german, "top_p": TOP_P}),
+        (GLASS, both, {"temperature": glass}),
+        (GLASS, auto | {"top_p": 0.95}, {"temperature": glass, "top_p": 0.95}),
+        (GLASS, auto | {"top_k": 40}, {"temperature": glass, "top_k": 40}),
+        (GLASS, auto | {"top_k": -1, "presence_penalty": 0.5}, {"temperature": glass, "top_p": TOP_P}),
+        (GLASS, {"temperature": 0.6}, {}),
+        (GLASS, {"temperature": 0}, {}),
+        (GLASS, {"extra_args": phases}, {"temperature": glass, "top_p": TOP_P}),
+    ]
+    prompts = [prompt for prompt, _, _ in requests]
+    for seed in range(3):
+        got = texts(llm, prompts, [params(seed=seed, **options) for _, options, _ in requests])
+        own = [params(seed=seed, **(options | own | {"extra_args": {}})) for _, options, own in requests]
+        wanted = texts(llm, prompts, own)
+        assert got[:-1] == wanted[:-1]
+    assert texts(llm, prompts[:1], own[0]) == got[:1]
+    assert len({str(got[row]) for row in (0, 2, 3)}) == 3  # top-p matters at this seed
+
+
+def test_an_object_that_the_caller_gave_stays_as_it_is(llm, cut):
+    sampling = params(extra_args=AUTO)
+    before = repr(sampling)
+    texts(llm, [GLASS, GERMAN], sampling)
+    assert repr(sampling) == before
 
 
 @pytest.fixture
@@ -241,6 +284,8 @@ def test_bad_arguments_are_refused_and_the_engine_lives_on(llm):
         ({"extra_args": PHASES | AUTO}, '"answer_temperature": "auto"'),
         ({"extra_args": {"think_temperature": "auto"}}, "must be a number"),
         ({"extra_args": {"answer_temperature": True}}, "positive number"),
+        ({"extra_args": AUTO | {"temperature_top_p": 0.9}}, "must be true or false, not 0.9"),
+        ({"extra_args": {"temperature_top_p": True}}, 'goes with a temperature that is "auto"'),
     ):
         with pytest.raises(VLLMValidationError, match=reason):
             llm.generate([GLASS], params(**options), use_tqdm=False)

@@ -40,10 +40,11 @@ def test_prompts_without_text_are_of_unknown_kind(choose, selector):
 
 
 def test_an_error_does_not_come_through(choose, selector, monkeypatch, caplog):
-    def fail(prompts, model_size, policy):
+    def fail(prompts):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(selector, "temperatures", fail)
+    fail.width, fail.model = selector.encoder.width, selector.encoder.model
+    monkeypatch.setattr(selector, "encoder", fail)
     assert values(choose, [[1], [2]]) == [UNKNOWN] * 2
     assert "out of memory" in caplog.text
 

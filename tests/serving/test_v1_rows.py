@@ -11,7 +11,9 @@ from decoding.vllm.requests import UNLIMITED
 from decoding.vllm.v1 import BudgetRows, StyleRows, TemperatureRows
 from tests.decoding.temperature.thinking import SMALL, markers
 from tests.serving.conftest import (
+    CUT,
     PHASED,
+    TOP_P,
     UNKNOWN,
     WIDTH,
     V,
@@ -19,6 +21,7 @@ from tests.serving.conftest import (
     fake_temperature,
     random_arguments,
     steered,
+    wanted_scores,
     wanted_temperature,
 )
 
@@ -198,6 +201,28 @@ def test_random_batches_get_the_temperature_of_each_prompt(choose, selector, see
     read = [prompt for batch in selector.batches for prompt in batch]
     assert len(read) == len(set(read)) == len(prompts)
     assert in_vain
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_batches_are_cut_to_the_top_p_of_chosen_temperatures(choose, seed):
+    rng = np.random.default_rng(seed)
+    choose.top_p = TOP_P
+    rows = TemperatureRows(choose, torch.device("cpu"))
+
+    def new_request():
+        params, is_cut = CUT[rng.integers(len(CUT))]
+        prompt = rng.integers(1, V, rng.integers(1, 3)).tolist()
+        return SimpleNamespace(params=params, is_cut=is_cut, prompt=prompt, output=[])
+
+    for batch, update in steps(rng, new_request):
+        rows.update(update)
+        if not batch:
+            continue
+        scores = torch.randn(len(batch), WIDTH)
+        scores[:, ::5] = -torch.inf
+        got = rows.apply(scores.clone())
+        for row, it in enumerate(batch):
+            assert torch.equal(got[row], wanted_scores(it.params, it.is_cut, it.prompt, scores[row]))
 
 
 def test_without_open_temperatures_the_logits_come_back_themselves(choose, selector):

