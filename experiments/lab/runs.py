@@ -93,7 +93,10 @@ class RunFolder:
         for name in (cell.key, cell.label):
             path = self._cells / f"{name}.json"
             if path.is_file():
-                return json.loads(path.read_bytes())
+                try:
+                    return json.loads(path.read_bytes())
+                except (OSError, ValueError) as error:
+                    raise DecodingError(f"{path} is damaged ({error}): remove it and go on with --resume") from error
         return None
 
     def write(self, cell: Cell, record: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,27 +248,22 @@ def read_collection(folder: Path, needed: Iterable[float] = ()) -> Collected:
         needed: temperatures that must have been tried.
 
     Raises:
-        DecodingError: no collection, an unfinished one, or one that misses temperatures.
+        DecodingError: no collection, a damaged or unfinished one, or one that misses temperatures.
     """
-    try:
-        settings = json.loads((folder / HEADER).read_bytes())
-        expected = settings["tasks"]
-        temperatures = settings["temperatures"]
-        records = _records(folder)
-        tasks = {name: _scores(records[name]) for name in expected}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise DecodingError(f"{folder} holds no collection of `decoding temperature collect` ({error!r})") from error
-    for name, count in expected.items():
-        if len(tasks[name].prompts) < count:
+    settings, records = _header(folder), _records(folder)
+    temperatures = settings["temperatures"]
+    for name, count in settings["tasks"].items():
+        found = sum(len(record["prompts"]) for record in records.get(name, []))
+        if found < count:
             raise DecodingError(
-                f"the collection in {folder} has {len(tasks[name].prompts)} of {count} prompts of {name}: "
+                f"the collection in {folder} has {found} of {count} prompts of {name}: "
                 f"finish it with `decoding temperature collect --resume --out {folder}`"
             )
     if missing := sorted(set(needed) - set(temperatures)):
         raise DecodingError(f"the collection in {folder} misses temperature {missing[0]:g}: collect it again")
     if len(temperatures) < 2:
         raise DecodingError(f"the collection in {folder} has one temperature only: there is nothing to choose from")
-    return Collected(folder, settings, tasks)
+    return Collected(folder, settings, {name: _scores(records[name]) for name in settings["tasks"]})
 
 
 def prompts_in(folder: Path, task: str) -> list[dict[str, Any]]:
@@ -275,13 +271,78 @@ def prompts_in(folder: Path, task: str) -> list[dict[str, Any]]:
     return [prompt for record in _records(folder)[task] for prompt in record["prompts"]]
 
 
+def _header(folder: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((folder / HEADER).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DecodingError(f"{folder} holds no collection of `decoding temperature collect` ({error})") from error
+    for name, what, holds in (
+        ("tasks", "whole numbers by name", lambda value: isinstance(value, dict) and _are(int, value.values(), 1)),
+        ("temperatures", "positive numbers", lambda value: isinstance(value, list) and _are(float, value, 1e-9)),
+        ("samplers", "a list of names", lambda value: isinstance(value, list) and _are(str, value)),
+    ):
+        if not isinstance(settings, dict) or not holds(settings.get(name)):
+            raise DecodingError(
+                f"{folder} holds no collection of `decoding temperature collect`: {name} in {HEADER} must be {what}"
+            )
+    return settings
+
+
 def _records(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The batches of each task, in the order of its prompts."""
+    samplers = _header(folder)["samplers"]
     found: dict[str, list[dict[str, Any]]] = {}
     for path in (folder / CELLS).glob("*.json"):
-        record = json.loads(path.read_bytes())
+        record = _cell(path, samplers)
         found.setdefault(record["task"], []).append(record)
     return {task: sorted(records, key=lambda each: each["prompts"][0]["position"]) for task, records in found.items()}
+
+
+def _cell(path: Path, samplers: Sequence[str]) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+        wrong = _wrong_in(record, samplers)
+    except (OSError, ValueError, RecursionError) as error:
+        wrong = str(error)
+    if wrong is not None:
+        resume = f"decoding temperature collect --resume --out {path.parents[1]}"
+        raise DecodingError(f"{path} is damaged: {wrong}: remove it, and go on with `{resume}`")
+    return record
+
+
+def _wrong_in(record: Any, samplers: Sequence[str]) -> str | None:
+    """Which field of a cell is wrong, and what it must be."""
+    if not isinstance(record, dict) or not isinstance(record.get("task"), str):
+        return "task must be a name"
+    if not isinstance(record.get("ability"), str | None):
+        return "ability must be a name, or null"
+    prompts = record.get("prompts")
+    if not isinstance(prompts, list) or not prompts:
+        return "prompts must be a list with some"
+    return next(
+        (f"prompts[{i}].{wrong}" for i, each in enumerate(prompts) if (wrong := _wrong_of(each, samplers))), None
+    )
+
+
+def _wrong_of(prompt: Any, samplers: Sequence[str]) -> str | None:
+    prompt = prompt if isinstance(prompt, dict) else {}
+    kinds = {"position": int, "prompt": str, "answers": list, "scores": dict, "texts": dict}
+    for name, kind in kinds.items():
+        if type(prompt.get(name)) is not kind:
+            return f"{name} must be of type {kind.__name__}"
+    for name in samplers:
+        scores, texts = prompt["scores"].get(name), prompt["texts"].get(name)
+        if not (isinstance(scores, list) and scores and _are(float, scores)):
+            return f"scores[{name!r}] must be finite numbers"
+        if not (isinstance(texts, list) and len(texts) == len(scores) and _are(str, texts)):
+            return f"texts[{name!r}] must be texts, one for each score"
+    return None
+
+
+def _are(kind: type, values: Iterable[Any], least: float = -math.inf) -> bool:
+    """Whether all values are of a kind, numbers finite and at least so much. A whole number is a float too."""
+    kinds = (int, float) if kind is float else (kind,)
+    return all(type(each) in kinds and (kind is str or least <= each < math.inf) for each in values)
 
 
 def _scores(records: Sequence[Mapping[str, Any]]) -> Scores:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from decoding.cli import options as shared
 from decoding.cli.groups import Group
@@ -81,7 +82,12 @@ def _name_and_limit(spec: str, limit: int) -> tuple[str, int]:
 
 
 @temperature.command()
-@_data
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Folder that the tasks' files are relative to. Without it another selector's classifier is kept.",
+)
+@click.option("--classifier-of", help="The selector whose classifier to keep; the embedded one by default.")
 @click.option("--task", "tasks", multiple=True, help="Tasks to learn from. May repeat; the embedded head's by default.")
 @click.option(
     "--collection",
@@ -99,7 +105,8 @@ def _name_and_limit(spec: str, limit: int) -> tuple[str, int]:
 @click.option("--curve-of", help="A selector whose curve to keep, where there is no collection of its model.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the selector.")
 def train(
-    data: Path,
+    data: Path | None,
+    classifier_of: str | None,
     tasks: tuple[str, ...],
     collection: Path | None,
     encoder: str,
@@ -109,7 +116,10 @@ def train(
     curve_of: str | None,
     out: Path,
 ) -> None:
-    """Trains a selector: the classifier of abilities and, from a collection, one model's scores by temperature."""
+    """Trains a selector: the classifier of abilities and, from a collection, one model's scores by temperature.
+
+    For tasks of your own a collection is enough: without --data the classifier is the embedded selector's.
+    """
     from decoding.temperature.encoder import load_encoder
     from decoding.temperature.selector import TemperatureSelector
     from experiments.lab.runs import check_unused
@@ -121,19 +131,45 @@ def train(
     collected = None if collection is None else read_collection(collection)
     if collection is not None and curve_of is not None:
         raise DecodingError("give --collection for a new curve, or --curve-of for another selector's, not both")
+    if data is None:
+        _train_curve(collected, classifier_of, out)
+        return
+    if classifier_of is not None:
+        raise DecodingError("give --data for a new classifier, or --classifier-of for another selector's, not both")
     kept = None if curve_of is None else TemperatureSelector.from_pretrained(curve_of)
     labelled, held_out = training_prompts(data, tasks), held_out_prompts(data, tasks or TRAINED)
     reader = load_encoder(encoder, window, multilingual=multilingual)
     selector = train_selector(reader, labelled, held_out, collected, fine_tune, kept)
-    chosen = [*(f"--task {name}" for name in tasks), f"--encoder {encoder}", f"--window {window}"]
+    named = "FOLDER" if reader.is_local else encoder
+    chosen = [*(f"--task {name}" for name in tasks), f"--encoder {named}", f"--window {window}"]
     chosen += [f"--fine-tune {fine_tune}", "--data DATA", "--collection COLLECTION"][: 2 if collected is None else 3]
     if multilingual is not None:
         chosen.append("--multilingual" if multilingual else "--english")
     chosen += [] if curve_of is None else ["--curve-of SELECTOR"]
     selector.about["command"] = " ".join(["decoding temperature train", *chosen])
+    selector.about["encoder"] = Path(encoder).resolve().name if reader.is_local else encoder
     selector.save_pretrained(out)
     for task, share in selector.about["held_out_accuracy"].items():
         click.echo(f"{task}: {100 * share:.1f} % of the prompts held out are told to be of its ability")
+    click.echo(f"{out}: judge it with `decoding temperature eval --selector {out}`")
+
+
+def _train_curve(collected: Any, classifier_of: str | None, out: Path) -> None:
+    """Trains what needs no data: a curve on top of another selector's classifier."""
+    from decoding.temperature.selector import TemperatureSelector
+    from experiments.temperature.train import with_curve
+
+    given = click.get_current_context().get_parameter_source
+    teaching = ("tasks", "encoder", "window", "fine_tune", "multilingual", "curve_of")
+    if used := [name for name in teaching if given(name) is ParameterSource.COMMANDLINE]:
+        option = used[0].removesuffix("s").replace("_", "-")
+        raise DecodingError(f"--{option} is for a classifier of your own: give the folder of its data with --data")
+    if collected is None:
+        raise DecodingError("there is nothing to learn from: give --collection, --data, or both")
+    selector = with_curve(TemperatureSelector.from_pretrained(classifier_of), collected)
+    chosen = ["--collection COLLECTION"] + ([] if classifier_of is None else ["--classifier-of SELECTOR"])
+    selector.about["command"] = " ".join(["decoding temperature train", *chosen])
+    selector.save_pretrained(out)
     click.echo(f"{out}: judge it with `decoding temperature eval --selector {out}`")
 
 
@@ -197,38 +233,20 @@ def evaluate(
 @_selector
 @_model_size
 @click.option("--policy", type=click.Choice(["ability", "curve"]), help="Both by default, where there is a curve.")
-def predict(prompt: str, selector: str | None, model_size: str, policy: str | None) -> None:
-    """Prints what a selector makes of PROMPT, as JSON."""
+@click.option("--model", help="PROMPT stands in this model's chat template: its last user turn is what is read.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def predict(prompt: str, selector: str | None, model_size: str, policy: Any, model: str | None, as_json: bool) -> None:
+    """Shows what a selector makes of PROMPT: abilities, expected scores, and why it chooses which temperature."""
     import json
 
     from decoding.temperature.selector import TemperatureSelector
+    from experiments.temperature.predict import as_dict, as_text, explained, request_in
 
     opened = TemperatureSelector.from_pretrained(selector)
-    click.echo(json.dumps(_prediction(opened, prompt, model_size, policy), indent=2))
-
-
-def _prediction(selector: Any, prompt: str, model_size: str, policy: str | None) -> dict[str, Any]:
-    from decoding.temperature.abilities import ABILITIES
-
-    shares = selector.abilities([prompt])[0].tolist()
-    found: dict[str, Any] = {"abilities": {name: round(x, 4) for name, x in zip(ABILITIES, shares, strict=True)}}
-    (found["encoder_reads_it"],) = selector.reads([prompt])
-    if policy != "curve":
-        found["ability"] = {"model_size": model_size, "temperature": selector.select([prompt], model_size)[0]}
-    if policy == "curve" or (policy is None and selector.curve is not None):
-        (chosen,) = selector.select([prompt], policy="curve")
-        mean, gain, error = (rows[0].tolist() for rows in selector.curves([prompt]))
-        temperatures = [round(t, 4) for t in selector.curve.temperatures.tolist()]
-        at = temperatures.index(chosen)
-        found["curve"] = {
-            "model": selector.about.get("model"),
-            "temperature": chosen,
-            "best_fixed_temperature": temperatures[int(selector.curve.fixed)],
-            "expected_gain": round(gain[at], 4),
-            "standard_error": round(error[at], 4),
-            "expected_scores": {f"{t:g}": round(x, 4) for t, x in zip(temperatures, mean, strict=True)},
-        }
-    return found
+    text = prompt if model is None else request_in(prompt, model)
+    found = explained(opened, text, model_size, policy)
+    shown = json.dumps(as_dict(opened, found, model_size), indent=2) if as_json else as_text(opened, found, model_size)
+    click.echo(shown)
 
 
 @click.command(name="temperature")

@@ -20,9 +20,10 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from string import Formatter
 from typing import Any, NamedTuple
 
 from decoding import hooks
@@ -116,6 +117,11 @@ class Task:
 
     def _shots(self, index: int, record: dict[str, Any], held: list[dict[str, Any]]) -> str:
         assert self.shots is not None
+        if len(held) <= self.shots["count"]:
+            raise DecodingError(
+                f"task {self.name}: {self.shots['count']} shots need as many examples and one more, "
+                f"and there are {len(held)} in {self.shots['source']} for this prompt: ask for fewer"
+            )
         drawn = random.Random(f"{self.name} {index}").sample(held, self.shots["count"] + 1)
         others = [shot for shot in drawn if shot != record][: self.shots["count"]]
         template = self.shots["template"]
@@ -178,14 +184,87 @@ def _task(where: str, definition: Any) -> Task:
     except TypeError as error:
         raise DecodingError(f"{where} is no task ({error}); its fields: {_fields()}") from error
     for what, value, known in (
-        ("parser", task.parser, _PARSERS),
-        ("metric", task.metric, (*task_metrics.METRICS, None)),
-        ("ability", task.ability, (*ABILITIES, None)),
-        ("expand", task.expand, (*_EXPANDED, None)),
+        ("parser", task.parser, list(_PARSERS)),
+        ("metric", task.metric, [*task_metrics.METRICS, None]),
+        ("ability", task.ability, [*ABILITIES, None]),
+        ("expand", task.expand, [*_EXPANDED, None]),
     ):
         if value not in known:
             raise DecodingError(f"{where}: unknown {what} {value!r}: choose from {', '.join(filter(None, known))}")
+    for what, (form, holds) in _FORMS.items():
+        if not holds(value := getattr(task, what)):
+            raise DecodingError(f"{where}: {what} must be {form}, not {value!r}")
+    if wrong := _unfit(task):
+        raise DecodingError(f"{where}: {wrong}")
     return task
+
+
+def _unfit(task: Task) -> str | None:
+    """What of a definition does not fit the rest of it."""
+    if (task.source is None) == (not task.records):
+        return "give source, the records' file, or records themselves: one of the two"
+    if task.answer is not None and task.answers is not None:
+        return "give answer, or answers, not both"
+    if task.metric not in (None, *_WITHOUT_ANSWERS) and task.answer is None and task.answers is None:
+        return f"metric {task.metric} compares with what is right: give answer, or answers"
+    if task.parser == "label" and not task.labels:
+        return 'parser "label" looks for labels: give them'
+    variants = [text for variant in task.variants for text in variant.values()]
+    shots = [task.shots["template"]] if task.shots else []
+    for text in (*task.templates, *variants, *shots, task.answer or ""):
+        try:
+            names = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+        except ValueError as error:
+            return f"{text!r} is no template ({error}): write {{{{ and }}}} for braces"
+        if not all(re.match(r"[^\W\d]", name) for name in names):
+            return f"{text!r} is no template: between braces stands the name of a field"
+    return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _has(kind: type, holds: Callable[[Any], bool] = lambda _: True) -> Callable[[Any], bool]:
+    """A check of lists of a kind, or of objects whose values are of it."""
+
+    def check(value: Any) -> bool:
+        values = list(value.values()) if isinstance(value, dict) else value
+        return isinstance(values, list) and all(type(each) is kind and holds(each) for each in values)
+
+    return check
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_shots(value: Any) -> bool:
+    is_whole = isinstance(value, dict) and value.keys() == {"source", "count", "template"}
+    return is_whole and _is_text(value["source"]) and _is_text(value["template"]) and _is_count(value["count"])
+
+
+# What each field must be.
+_FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a text", _is_text),
+    "suites": ("a list of names", lambda value: isinstance(value, list) and _has(str)(value)),
+    "templates": (
+        "a list of texts",
+        lambda value: isinstance(value, list) and value != [] and _has(str, _is_text)(value),
+    ),
+    "source": ("a file's name", lambda value: value is None or _is_text(value)),
+    "records": ("a list of objects", lambda value: isinstance(value, list) and _has(dict)(value)),
+    "chat": ("true or false", lambda value: isinstance(value, bool)),
+    "max_new_tokens": ("a whole number above 0", _is_count),
+    "where": ("an object", lambda value: isinstance(value, dict)),
+    "clip": ("numbers of characters by field", lambda value: isinstance(value, dict) and _has(int, _is_count)(value)),
+    "variants": ("a list of objects of texts", lambda value: isinstance(value, list) and _has(dict, _has(str))(value)),
+    "shots": ("an object of source, count and template", lambda value: value is None or _is_shots(value)),
+    "labels": ("an object of texts", lambda value: isinstance(value, dict) and _has(str, _is_text)(value)),
+    "answer": ("a text", lambda value: value is None or _is_text(value)),
+    "answers": ("a field's name", lambda value: value is None or _is_text(value)),
+}
+_WITHOUT_ANSWERS = ("ifeval", "diversity_coherence")
 
 
 def _fields() -> str:

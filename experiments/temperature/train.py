@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from experiments.temperature.collect import Collected, Scores
 from experiments.temperature.data import Labelled, classification
 
 _BATCH = 16
+# What a selector says of the collection that its curve was fitted to, and of what its classifier was taught by.
+_OF_COLLECTION = ("model", "model_fingerprint", "dtype", "seeds", "top_p")
+_OF_CLASSIFIER = ("encoder", "prompts", "wordings", "fine_tuned", "held_out_accuracy")
 
 
 def train(
@@ -63,12 +67,31 @@ def train(
     rows = classification(selector, held_out)["tasks"] if held_out else []
     about["held_out_accuracy"] = {row["task"]: round(row["accuracy"], 4) for row in rows}
     if collected is not None:
-        selector.curve = fit_curve(selector, halves, collected.temperatures)
-        about |= {key: collected.settings[key] for key in ("model", "model_fingerprint", "dtype", "seeds", "top_p")}
-        about["best_fixed_temperature"] = round(float(selector.curve.temperatures[selector.curve.fixed]), 4)
+        _learn_curve(selector, halves, collected)
     elif curve_of is not None:
         _keep_curve(selector, curve_of)
     return selector
+
+
+def with_curve(selector: TemperatureSelector, collected: Collected) -> TemperatureSelector:
+    """A selector's encoder and classifier, with a curve from the training half of all tasks of a collection.
+
+    Raises:
+        DecodingError: a training half without prompts.
+    """
+    halves = _training_halves(collected, list(collected.tasks))
+    about = {key: selector.about[key] for key in _OF_CLASSIFIER if key in selector.about}
+    about["classifier_command"] = selector.about.get("classifier_command", selector.about.get("command"))
+    about["prompts"] = about.get("prompts", {}) | {half.task: len(half.prompts) for half in halves}
+    made = replace(selector, curve=None, curve_ability=None, about=about)
+    _learn_curve(made, halves, collected)
+    return made
+
+
+def _learn_curve(selector: TemperatureSelector, halves: Sequence[Scores], collected: Collected) -> None:
+    selector.curve = fit_curve(selector, halves, collected.temperatures)
+    selector.about |= {key: collected.settings[key] for key in _OF_COLLECTION}
+    selector.about["best_fixed_temperature"] = round(float(selector.curve.temperatures[selector.curve.fixed]), 4)
 
 
 def _by_ability(parts: Sequence[Labelled]) -> dict[str, int]:
@@ -86,7 +109,7 @@ def _keep_curve(selector: TemperatureSelector, other: TemperatureSelector) -> No
     if model_fingerprint(other.encoder.model) != model_fingerprint(selector.encoder.model):
         raise DecodingError("the selector whose curve is to be kept has another encoder")
     selector.curve, selector.curve_ability = other.curve, other.curve_ability or other.ability
-    kept = ("model", "model_fingerprint", "dtype", "seeds", "top_p", "best_fixed_temperature", "curve_command")
+    kept = (*_OF_COLLECTION, "best_fixed_temperature", "curve_command")
     found = {"curve_command": other.about.get("command"), **other.about}
     selector.about |= {key: found[key] for key in kept if key in found}
 
@@ -95,6 +118,8 @@ def _training_halves(collected: Collected, names: Sequence[str]) -> list[Scores]
     halves = [collected.tasks[name].half(True) for name in names if name in collected.tasks]
     if not halves:
         raise DecodingError(f"the collection in {collected.folder} has none of the tasks {', '.join(names)}")
+    if empty := [half.task for half in halves if not half.prompts]:
+        raise DecodingError(f"no prompt of {empty[0]} in {collected.folder} is in the half to learn from: collect more")
     return halves
 
 

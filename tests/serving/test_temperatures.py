@@ -62,7 +62,7 @@ def test_a_saved_selector_gives_what_select_gives(selector_folder, tokenizer):
         choose = PromptTemperatures(selector, Frame(), size)
         wanted = torch.tensor(selector.select(prompts, size))
         assert torch.equal(torch.stack(choose(list(texts))), wanted)
-        assert len(set(wanted.tolist())) > 2
+        assert len(set(wanted.tolist())) >= 2
         assert values(choose, [[1]]) == pytest.approx([0.1])
 
 

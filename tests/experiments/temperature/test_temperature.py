@@ -233,14 +233,17 @@ def test_collect_train_and_predict(run, definitions, model_folder, encoder_folde
         selector = TemperatureSelector.from_pretrained(tmp_path / out)
         assert selector.curve is not None and len(selector.curve.temperatures) == 7
         assert selector.about["fine_tuned"] == len(extra) / 2
-        assert (tmp_path / out / "encoder").is_dir() == bool(extra)
-    answer = run("predict", "translate the storm", "--selector", "selector0")
+        assert (tmp_path / out / "encoder").is_dir()
+        assert selector.about["encoder"] == encoder_folder.name
+        assert str(encoder_folder) not in (tmp_path / out / "temperature_selector.json").read_text()
+    answer = run("predict", "translate the storm", "--selector", "selector0", "--json")
     assert answer.exit_code == 0, answer.output
     found = json.loads(answer.output)
     assert found["curve"]["temperature"] in (0.1, 0.4, 0.7, 1.0, 1.3, 1.6, 1.9)
     assert found["ability"]["model_size"] == "small"
     assert "holds other files" in run(*arguments, "--out", "selector0").output
-    assert "ability" not in json.loads(run("predict", "sea", "--selector", "selector0", "--policy", "curve").output)
+    by_curve = run("predict", "sea", "--selector", "selector0", "--policy", "curve", "--json")
+    assert "ability" not in json.loads(by_curve.output)
 
 
 def test_ones_own_tasks_are_judged_with_nothing_else_there(run, definitions, model_folder, tmp_path):
