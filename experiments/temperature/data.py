@@ -14,7 +14,14 @@ from decoding.errors import DecodingError
 from decoding.temperature.abilities import ABILITIES
 from decoding.temperature.selector import TemperatureSelector
 from experiments.temperature.tasks import Task, load_tasks
-from experiments.temperature.wordings import Wording, load_systems, load_wordings
+from experiments.temperature.wordings import (
+    PROMPTS_OF_A_WORDING,
+    Wording,
+    load_apart,
+    load_manners,
+    load_systems,
+    load_wordings,
+)
 
 # What the embedded selector learns from: one data set for each ability; plain openings, which ask for nothing but to go
 # on; and prompts written for this purpose.
@@ -36,10 +43,10 @@ KEPT_OUT = (
     "cnn-dailymail",
 )
 MOST_PROMPTS = 300
-# What a task counts in training, against a wording: it has more prompts, in several wordings.
-_TASK_WEIGHT = 1.5
-_OPENING_WEIGHT = 0.3  # Texts without a request must not make every text one to go on with.
-_EVERY_SYSTEM = 3  # Each third prompt of a wording is learnt from behind a system prompt too.
+# What a task counts in training, against `PROMPTS_OF_A_WORDING` requests: with less, its own templates are forgotten.
+_TASK_WEIGHT = 9.0
+_OPENING_WEIGHT = 1.8  # Texts without a request must not make every text one to go on with.
+_EVERY = 3  # Each third prompt of a wording is learnt from behind a system prompt too, and each third with manners.
 
 
 @dataclass(frozen=True)
@@ -54,18 +61,33 @@ class Labelled:
 
 
 def wording_prompts(data: Path) -> list[Labelled]:
-    """Natural requests to learn from, by wording, and some of them behind a system prompt."""
+    """Natural requests to learn from, by wording, some of them behind a system prompt, and some with manners.
+
+    Every request counts alike.
+    """
     parts = []
     for at, wording in enumerate(load_wordings(data)):
-        parts.append(Labelled(_named(wording), wording.ability, wording.prompts, True, 1.0))
-        framed = _behind_systems(wording.prompts[at % _EVERY_SYSTEM :: _EVERY_SYSTEM], at)
-        parts.append(Labelled(f"{_named(wording)}, behind a system prompt", wording.ability, framed, True, 0.5))
+        framed = _behind_systems(wording.prompts[at % _EVERY :: _EVERY], at)
+        polite = _with_manners(wording.prompts[(at + 1) % _EVERY :: _EVERY], at)
+        for what, prompts in (
+            ("", wording.prompts),
+            (", behind a system prompt", framed),
+            (", with manners", polite),
+        ):
+            if prompts:
+                weight = len(prompts) / PROMPTS_OF_A_WORDING
+                parts.append(Labelled(_named(wording) + what, wording.ability, prompts, True, weight))
     return parts
 
 
 def kept_out_wordings() -> list[Labelled]:
     """Natural requests in wordings that nothing is learnt from."""
     return [Labelled(_named(each), each.ability, each.prompts, True) for each in load_wordings(kept_out=True)]
+
+
+def requests_written_apart() -> list[Labelled]:
+    """Natural requests by somebody who had not read those that a classifier learns from."""
+    return [Labelled(_named(each), each.ability, each.prompts, True) for each in load_apart()]
 
 
 def _named(wording: Wording) -> str:
@@ -78,6 +100,12 @@ def _behind_systems(prompts: Sequence[str], at: int) -> list[str]:
         f"{systems[(i + at) % len(systems)]}{borders[(i + at // 2) % len(borders)]}{prompt}"
         for i, prompt in enumerate(prompts)
     ]
+
+
+def _with_manners(prompts: Sequence[str], at: int) -> list[str]:
+    manners = load_manners()
+    chosen = (manners[(i + at) % len(manners)] for i in range(len(prompts)))
+    return [before + prompt + behind for (before, behind), prompt in zip(chosen, prompts, strict=True)]
 
 
 def training_prompts(data: Path, names: Sequence[str] | None = None) -> list[Labelled]:
@@ -114,7 +142,12 @@ def prompts_to_judge_by(data: Path, names: Sequence[str], seen: Collection[str])
         raise DecodingError("these tasks hold their prompts themselves, and none was held out: give one of a data set")
     others = [task for task in load_tasks(KEPT_OUT) if task.name not in seen and (data / str(task.source)).is_file()]
     unseen = [_labelled(task, data, None) for task in others]
-    return {"prompts held out": held_out, "data sets kept out": unseen, "wordings kept out": kept_out_wordings()}
+    return {
+        "prompts held out": held_out,
+        "data sets kept out": unseen,
+        "wordings kept out": kept_out_wordings(),
+        "requests written apart": requests_written_apart(),
+    }
 
 
 def _labelled(task: Task, data: Path, training: bool | None) -> Labelled:

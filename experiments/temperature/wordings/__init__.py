@@ -9,35 +9,46 @@ and one of
     prompts: as they are;
     templates with fills: from a template's fields to pools (``pools.json``; "a+b" takes turns) or lists. A field
         in capitalized spelling ({Event}) takes its text with a capital letter;
+    requests with fills: what is asked of a {text}; it stands before, behind or around it, as the "frames" of
+        ``pools.json`` have it;
     layouts: solved examples. Each is a pair of templates: of a solved example of {a} and {b}, and of the open one.
-        With shots (how many are solved, up to two more) and, if need be, intros and names of pairs (``pairs.json``).
+        With shots (how many are solved, up to two more) and, if need be, intros and names of pairs (``pairs.json``,
+        other ones for wordings that are kept out).
 
 Wordings that are kept out take every second text of a pool, the others the rest, so that a classifier is judged by
 texts as well as wordings that it never saw. All texts here were written for this purpose; pools with a ``source`` are
-fields of records in the data folder, and wordings that are kept out need none of those.
+fields of records in the data folder, of its training half (`experiments.temperature.halves`), and wordings that are
+kept out need none of those.
+
+``apart.json`` has requests by somebody who had read nothing of all this, and system prompts:
+``{ability: [{"wording": …, "prompts": […]}], "systems": […]}``. Nothing is learnt from them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from decoding.errors import DecodingError
 from decoding.temperature.abilities import ABILITIES
+from experiments.temperature.halves import is_for_training
 
 _FOLDER = Path(__file__).parent
 _FIELDS = {
     "prompts": {"kept_out", "prompts"},
     "templates": {"kept_out", "templates", "fills"},
+    "requests": {"kept_out", "requests", "fills"},
     "layouts": {"kept_out", "layouts", "shots", "intros", "pairs"},
 }
+# As many at least; and each template, request, and text that a wording lists itself, as often as that at least.
 PROMPTS_OF_A_WORDING = 36
-# Steps through pools, without a common divisor with their lengths: two fills of one pool never meet themselves.
-_STRIDES = (1, 5, 11)
+_TURNS = 2
+_RECORDS = 150  # of a data file, as many at most
 
 
 class Wording(NamedTuple):
@@ -74,33 +85,58 @@ def load_wordings(data: Path | None = None, kept_out: bool = False, folder: Path
     return found
 
 
-def load_systems(folder: Path = _FOLDER) -> list[str]:
-    """System prompts, as they stand before a user's text where no frame tells them apart."""
-    return list(_read(folder / "pools.json")["systems"])
+def load_apart(folder: Path = _FOLDER) -> list[Wording]:
+    """Requests that were written apart from all others."""
+    held = _read(folder / "apart.json")
+    return [Wording(a, each["wording"], True, each["prompts"]) for a in ABILITIES for each in held[a]]
+
+
+def load_systems(kept_out: bool = False, folder: Path = _FOLDER) -> list[str]:
+    """System prompts, as they stand before a user's text where no frame tells them apart: to learn from, or others."""
+    return list(_read(folder / "pools.json")["systems"][int(kept_out) :: 2])
+
+
+def load_manners(folder: Path = _FOLDER) -> list[list[str]]:
+    """What people write before and behind a request: [[before, behind], …]."""
+    return list(_read(folder / "pools.json")["manners"])
 
 
 class _Pools:
-    """Texts to fill templates with: every second one."""
+    """Texts to fill templates with: every second one of those that stand here."""
 
     def __init__(self, data: Path | None, kept_out: bool, folder: Path):
         self._data, self._offset = data, int(kept_out)
-        self._pools, self.pairs = _read(folder / "pools.json"), _read(folder / "pairs.json")
+        self._pools = _read(folder / "pools.json")
+        self.pairs = _read(folder / "pairs.json")["kept_out" if kept_out else "learnt"]
+
+    @property
+    def frames(self) -> list[str]:
+        """How a request and its text stand together."""
+        return list(self._pools["frames"])
 
     def texts(self, pool: str | Sequence[str]) -> Sequence[str]:
         if not isinstance(pool, str):
             return pool
-        halves = [self._all(name)[self._offset :: 2] for name in pool.split("+")]
-        return [text for texts in zip_longest(*halves) for text in texts if text is not None]
+        parts = [self._part(self._pools[name]) for name in pool.split("+")]
+        return [text for texts in zip_longest(*parts) for text in texts if text is not None]
 
-    def _all(self, name: str) -> Sequence[str]:
-        texts = self._pools[name]
-        return self._records(texts) if isinstance(texts, dict) else texts
+    def _part(self, pool: Any) -> Sequence[str]:
+        return self._records(pool) if isinstance(pool, dict) else pool[self._offset :: 2]
 
     def _records(self, pool: Mapping[str, Any]) -> list[str]:
         if self._data is None:
             raise DecodingError(f"these wordings are filled from {pool['source']}: give the data folder")
         texts = _field(self._data / pool["source"], pool["field"])
-        return [text[: pool["clip"]] for text in texts[:: max(len(texts) // 150, 1)]]
+        chosen = [text for i, text in enumerate(texts) if is_for_training(pool["source"], i)]
+        return [_clipped(text, pool["clip"]) for text in chosen[:: max(len(chosen) // _RECORDS, 1)]]
+
+
+def _clipped(text: str, length: int) -> str:
+    """Its begin, up to the end of a sentence if there is one in the second half."""
+    if len(text) <= length:
+        return text
+    end = text.rfind(". ", length // 2, length)
+    return text[: end + 1] if end > 0 else text[:length]
 
 
 @cache
@@ -131,25 +167,41 @@ def _check(where: str, wording: Any) -> None:
 
 def _prompts(where: str, wording: Mapping[str, Any], pools: _Pools) -> list[str]:
     try:
-        if "templates" in wording:
-            return _filled(wording["templates"], {name: pools.texts(pool) for name, pool in wording["fills"].items()})
         if "layouts" in wording:
             return _solved(wording, pools.pairs)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        if "fills" in wording:
+            return _filled(where, wording, pools)
+    except (KeyError, IndexError, ValueError, AttributeError, StopIteration) as error:
         raise DecodingError(f"{where}: no such field, pool or pair: {error}") from error
     return list(wording["prompts"])
 
 
-def _filled(templates: Sequence[str], pools: Mapping[str, Sequence[str]]) -> list[str]:
-    """The templates in turn, each with the next texts of the pools."""
+def _filled(where: str, wording: Mapping[str, Any], pools: _Pools) -> list[str]:
+    """Templates, or requests in frames, in turn, each with the next texts of the shuffled pools."""
+    listed = wording.get("templates") or wording["requests"]
+    lengths = [len(fill) for fill in wording["fills"].values() if not isinstance(fill, str)]
+    generator = random.Random(where)
+    requests = _shuffled(listed, generator)
+    frames = _shuffled(pools.frames, generator)
+    fills = {name: _shuffled(pools.texts(pool), generator) for name, pool in wording["fills"].items()}
     prompts = []
-    for i in range(PROMPTS_OF_A_WORDING):
+    for _ in range(max(PROMPTS_OF_A_WORDING, _TURNS * max(len(listed), *lengths, 1))):
         values: dict[str, str] = {}
-        for at, (name, texts) in enumerate(pools.items()):
-            text = texts[(i * _STRIDES[at % len(_STRIDES)] + i // len(texts) + 3 * at) % len(texts)]
+        for name, texts in fills.items():
+            most = len(values) + 1  # texts of the same pool that stand there already
+            text = next(text for text in islice(texts, most) if text not in values.values())
             values |= {name: text, name.capitalize(): text[:1].upper() + text[1:]}
-        prompts.append(templates[i % len(templates)].format_map(values))
+        if "templates" in wording:
+            prompts.append(next(requests).format_map(values))
+        else:
+            prompts.append(next(frames).format_map(values | {"request": next(requests).format_map(values)}))
     return list(dict.fromkeys(prompts))
+
+
+def _shuffled(texts: Sequence[str], generator: random.Random) -> Iterator[str]:
+    """All of them again and again, each time in another order."""
+    while texts:
+        yield from generator.sample(list(texts), len(texts))
 
 
 def _solved(wording: Mapping[str, Any], sets: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:

@@ -330,8 +330,7 @@ def test_long_prompts_are_read_at_their_ends(encoder):
     longer = f"{start} {'captain ' * 100_000} {end}"
     same = encoder([long])
     assert torch.equal(encoder([longer]), same)
-    averages = slice(0, 32)  # of the whole; its parts are longer than the ends of a window of 16
-    assert torch.equal(encoder([f"{start} {'never ' * 500} {end}"])[:, averages], same[:, averages])
+    assert torch.equal(encoder([f"{start} {'never ' * 500} {end}"]), same)
     assert not torch.equal(encoder([f"{end} {'never ' * 500} {start}"]), same)
     assert len(encoder._clipped(longer)) == encoder.window
 
@@ -341,6 +340,45 @@ def test_a_batch_reads_as_its_texts_do(encoder):
     alone = torch.cat([encoder([text]) for text in texts])
     torch.testing.assert_close(encoder(texts, batch_size=3), alone, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(alone[:, :16].norm(dim=1), torch.ones(len(texts)))
+    alone = torch.cat([encoder.sentences([text]) for text in texts])
+    torch.testing.assert_close(encoder.sentences(texts), alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "last"),
+    [
+        ("tell men to bring. the storm was black", "tell men to bring.", "the storm was black"),
+        ("sea storm rain\n\nwind took him\nthe captain said :", "sea storm rain", "the captain said :"),
+        (
+            "storm ! the sea was black . rain .",
+            "storm ! the sea was black .",
+            "the sea was black . rain .",
+        ),  # They overlap.
+        ("storm and sea", "storm and sea", "storm and sea"),
+        ("storm", "storm", "storm"),
+    ],
+)
+def test_the_first_and_the_last_sentence_are_read_inside_the_text(encoder, text, first, last):
+    def ids(part):
+        return encoder.tokenizer(part, add_special_tokens=False)["input_ids"]
+
+    read = encoder._spans(text)
+    assert read.ids[1:-1] == ids(text)
+    _, *parts = (read.ids[start:end] for start, end in read.borders())
+    assert parts == [ids(first)[:7], ids(last)[-7:]]  # of a window of 16
+
+    # By hand: the averages of the same states.
+    with torch.no_grad():
+        layers = encoder.model(torch.tensor([read.ids]), output_hidden_states=True).hidden_states
+    means = [layer[0, a:b].mean(0) for a, b in read.borders() for layer in (layers[len(layers) // 2], layers[-1])]
+    wanted = torch.cat([mean / mean.norm() for mean in means])
+    torch.testing.assert_close(encoder([text])[0], wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_reading_whole_leaves_the_parts_out(encoder, encoder_folder):
+    whole = load_encoder(str(encoder_folder), encoder.window, reading="whole")
+    assert whole.width == 2 * encoder.model.config.hidden_size
+    torch.testing.assert_close(whole(PROMPTS), encoder(PROMPTS)[:, : whole.width], atol=1e-5, rtol=1e-4)
 
 
 def test_a_decoder_is_no_encoder(model_folder):
