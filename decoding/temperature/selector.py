@@ -29,6 +29,7 @@ from decoding.temperature.heads import AbilityHead, CurveHead, Prediction
 
 Policy = Literal["ability", "curve"]
 EMBEDDED = Path(__file__).with_name("embedded")
+DEFAULT_CAUTION = 2.0
 
 
 @dataclass(repr=False)
@@ -59,7 +60,7 @@ class TemperatureSelector:
         ability: classifier of its vectors.
         curve: regression for the model with fingerprint ``about["model_fingerprint"]``, if there is one.
         tolerance: a share of the best score.
-        caution: in standard errors.
+        caution: in standard errors. At 2, noise alone passes for a gain about once in forty times.
         curve_ability: the classifier whose probabilities the curve was fitted to, if it is another than ``ability``.
         about: what made the heads: model, data, command, scores.
     """
@@ -68,7 +69,7 @@ class TemperatureSelector:
     ability: AbilityHead
     curve: CurveHead | None = None
     tolerance: float = DEFAULT_TOLERANCE
-    caution: float = 1.0
+    caution: float = DEFAULT_CAUTION
     curve_ability: AbilityHead | None = None
     about: dict[str, Any] = field(default_factory=dict)
 

@@ -88,7 +88,12 @@ def _name_and_limit(spec: str, limit: int) -> tuple[str, int]:
     help="Folder that the tasks' files are relative to. Without it another selector's classifier is kept.",
 )
 @click.option("--classifier-of", help="The selector whose classifier to keep; the embedded one by default.")
-@click.option("--task", "tasks", multiple=True, help="Tasks to learn from. May repeat; the embedded head's by default.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    help="Tasks to learn from. May repeat; by default the embedded one's, and without --data all that were collected.",
+)
 @click.option(
     "--collection",
     type=click.Path(path_type=Path),
@@ -132,7 +137,7 @@ def train(
     if collection is not None and curve_of is not None:
         raise DecodingError("give --collection for a new curve, or --curve-of for another selector's, not both")
     if data is None:
-        _train_curve(collected, classifier_of, out)
+        _train_curve(collected, classifier_of, tasks, out)
         return
     if classifier_of is not None:
         raise DecodingError("give --data for a new classifier, or --classifier-of for another selector's, not both")
@@ -154,20 +159,22 @@ def train(
     click.echo(f"{out}: judge it with `decoding temperature eval --selector {out}`")
 
 
-def _train_curve(collected: Any, classifier_of: str | None, out: Path) -> None:
+def _train_curve(collected: Any, classifier_of: str | None, tasks: tuple[str, ...], out: Path) -> None:
     """Trains what needs no data: a curve on top of another selector's classifier."""
     from decoding.temperature.selector import TemperatureSelector
     from experiments.temperature.train import with_curve
 
     given = click.get_current_context().get_parameter_source
-    teaching = ("tasks", "encoder", "window", "fine_tune", "multilingual", "curve_of")
+    teaching = ("encoder", "window", "fine_tune", "multilingual", "curve_of")
     if used := [name for name in teaching if given(name) is ParameterSource.COMMANDLINE]:
-        option = used[0].removesuffix("s").replace("_", "-")
-        raise DecodingError(f"--{option} is for a classifier of your own: give the folder of its data with --data")
+        raise DecodingError(
+            f"--{used[0].replace('_', '-')} is for a classifier of your own: give the folder of its data with --data"
+        )
     if collected is None:
         raise DecodingError("there is nothing to learn from: give --collection, --data, or both")
-    selector = with_curve(TemperatureSelector.from_pretrained(classifier_of), collected)
-    chosen = ["--collection COLLECTION"] + ([] if classifier_of is None else ["--classifier-of SELECTOR"])
+    selector = with_curve(TemperatureSelector.from_pretrained(classifier_of), collected, tasks)
+    chosen = [*(f"--task {name}" for name in tasks), "--collection COLLECTION"]
+    chosen += [] if classifier_of is None else ["--classifier-of SELECTOR"]
     selector.about["command"] = " ".join(["decoding temperature train", *chosen])
     selector.save_pretrained(out)
     click.echo(f"{out}: judge it with `decoding temperature eval --selector {out}`")

@@ -73,13 +73,18 @@ def train(
     return selector
 
 
-def with_curve(selector: TemperatureSelector, collected: Collected) -> TemperatureSelector:
-    """A selector's encoder and classifier, with a curve from the training half of all tasks of a collection.
+def with_curve(selector: TemperatureSelector, collected: Collected, names: Sequence[str] = ()) -> TemperatureSelector:
+    """A selector's encoder and classifier, with a curve from the training halves of a collection's tasks.
+
+    Args:
+        selector: whose classifier is kept.
+        collected: one model's scores.
+        names: of tasks; all by default.
 
     Raises:
-        DecodingError: a training half without prompts.
+        DecodingError: a training half without prompts, or none of the tasks.
     """
-    halves = _training_halves(collected, list(collected.tasks))
+    halves = _training_halves(collected, names or list(collected.tasks))
     about = {key: selector.about[key] for key in _OF_CLASSIFIER if key in selector.about}
     about["classifier_command"] = selector.about.get("classifier_command", selector.about.get("command"))
     about["prompts"] = about.get("prompts", {}) | {half.task: len(half.prompts) for half in halves}

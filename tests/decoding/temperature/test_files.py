@@ -111,13 +111,13 @@ def test_a_newer_format(folder, no_encoder):
 
 CUT = slice(0, -1)
 TENSORS = [
-    ("ability.weight", lambda t: t[CUT], "must be float32 [6, 48], not float32 [5, 48]"),
-    ("ability.weight", lambda t: t[:, CUT], "must be float32 [6, 48], not float32 [6, 47]"),
+    ("ability.weight", lambda t: t[CUT], "must be float32 [6, 192], not float32 [5, 192]"),
+    ("ability.weight", lambda t: t[:, CUT], "must be float32 [6, 192], not float32 [6, 191]"),
     ("ability.bias", lambda t: t[CUT], "must be float32 [6], not float32 [5]"),
     ("ability.hidden", lambda t: t[0], "must be float32 [units, width], not float32 [96]"),
-    ("ability.hidden_bias", lambda t: t[:, None], "must be float32 [48], not float32 [48, 1]"),
+    ("ability.hidden_bias", lambda t: t[:, None], "must be float32 [192], not float32 [192, 1]"),
     ("ability.hidden_bias", lambda t: None, "is missing"),
-    ("ability.weight", lambda t: t.double(), "must be float32 [6, 48], not float64 [6, 48]"),
+    ("ability.weight", lambda t: t.double(), "must be float32 [6, 192], not float64 [6, 192]"),
     ("ability.bias", lambda t: t.index_fill(0, torch.tensor([2]), torch.nan), "holds numbers that are not finite"),
     ("curve_ability.weight", lambda t: t[:, 0], "must be float32 [6, width], not float32 [6]"),
     ("curve_ability.weight", lambda t: t.repeat(1, 4), "curve_ability reads vectors of 128 numbers, and ability of 96"),

@@ -107,6 +107,12 @@ def test_a_curve_is_of_ones_own_scores_and_the_classifier_stays(classifying, tmp
     best = np.mean([each / each.max() for each in shares], 0).argmax()
     assert made.about["best_fixed_temperature"] == [0.1, 0.7, 1.3][best]
     assert classifying.curve is None and classifying.about["model"] == "m"
+    name = next(iter(tasks))
+    collected = Collected(tmp_path, SETTINGS, tasks)
+    one = with_curve(classifying, collected, [name])
+    assert one.about["best_fixed_temperature"] == [0.1, 0.7, 1.3][shares[0].argmax()]
+    with pytest.raises(DecodingError, match="has none of the tasks copa"):
+        with_curve(classifying, collected, ["copa"])
 
 
 def test_no_prompt_to_learn_from(classifying, tmp_path):
@@ -119,7 +125,6 @@ def test_no_prompt_to_learn_from(classifying, tmp_path):
     ("arguments", "message"),
     [
         ([], "there is nothing to learn from: give --collection, --data, or both"),
-        (["--task", "copa"], "--task is for a classifier of your own: give the folder of its data with --data"),
         (["--encoder", "minilm-l6"], "--encoder is for a classifier of your own"),
         (["--fine-tune", "1"], "--fine-tune is for a classifier of your own"),
         (["--curve-of", "x"], "--curve-of is for a classifier of your own"),
