@@ -35,6 +35,12 @@ _CONTROL = re.compile(f"{_BEGIN}.*?{_END}")
 _UNIT = re.compile(f"{_CONTROL.pattern}|.", re.DOTALL)
 _WORD = re.compile(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+")  # in Chinese and Japanese a character
 _FEW_WORDS = 4
+# How system prompts begin; and a paragraph, if another follows.
+_ADDRESS = (
+    r"you(?:['’]re| are| work| will be| answer for)|your (?:name|role|task|job) is|as an (?:ai|assistant)|the assistant"
+    r"|a chat between|system(?: prompt)?:|(?:your )?role"
+)
+_ADDRESSED = re.compile(rf"\A\W*(?:{_ADDRESS})(?!\w).*?\n\s*\n(?=\s*\S)", re.DOTALL | re.IGNORECASE)
 
 
 class PromptFrame:
@@ -46,9 +52,9 @@ class PromptFrame:
     German") says too little by itself: the user's turn before stands above it, on a line of its own, and so on back to
     one of more words.
 
-    Without a template, or in a prompt without its markers, all text counts, special tokens left out. So does a system
-    prompt that a template joins to the user's text by space alone, as some of Mistral's and Gemma's do: nothing says
-    where it ends.
+    Without a template, or in a prompt without its markers, all text counts, special tokens left out. Where a template
+    joins a system prompt to the user's text by a blank line alone, as some of Mistral's do, nothing says where it ends:
+    a first paragraph that speaks to the assistant about itself ("You are …", "Your role is …") is taken for one.
 
     Args:
         tokenizer: of the generating model.
@@ -181,6 +187,8 @@ def _with_additions(markers: _Markers, render: Callable[..., str | None]) -> _Ma
     before, _, behind = last(_PROMPTED + _ASKED).removesuffix(_FIRST).partition(_SYSTEM)
     if before.strip() and behind.strip():
         markers = replace(markers, system=re.compile(rf"\A{_pattern(before)}.*?{_pattern(behind)}", re.DOTALL))
+    elif behind.count("\n") > 1:
+        markers = replace(markers, system=_ADDRESSED)
     before = last(_ASKED, tools=[{"type": "function", "function": _TOOL}]).removesuffix(_FIRST)
     place = next((i for i in range(len(before)) if before[i] in "[{" and _end_of_json(before, i)), 0)
     markers = replace(markers, tools=re.compile(_pattern(before[:place]))) if place else markers

@@ -82,8 +82,31 @@ def test_below_a_system_prompt(frame, tokenizer, family, earlier):
             ids_of(tokenizer, turns)
         return
     found = frame.text_of(ids_of(tokenizer, turns))
-    joined = found != TEXT and family.get("joins_system")  # and nothing says where it ends
-    assert found == (f"{SYSTEM['content']}\n\n{TEXT}" if joined else TEXT)
+    joined = found != TEXT and family.get("joins_system")  # of which the first paragraph alone is told apart
+    assert found == (f"Answer briefly.\n\n{TEXT}" if joined else TEXT)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if FAMILIES[name].get("joins_system")])
+@pytest.mark.parametrize(
+    ("system", "is_told"),
+    [
+        ("You are a helpful assistant.", True),
+        ("You're Pip.\nBe cheerful.", True),
+        ("# Role\nAn assistant", True),
+        ("System: be harmless.", True),
+        ("A chat between a user and an assistant.", True),
+        ("Be brief.", False),
+        ("Your roles vary.", False),
+        ("Yousef wrote this.", False),
+    ],
+)
+def test_a_joined_system_prompt_is_known_by_how_it_begins(name, system, is_told):
+    frame, tokenizer = PromptFrame(tokenizer_of(FAMILIES[name])), tokenizer_of(FAMILIES[name])
+    texts = ["Write a poem\n\nabout rain in spring, please.", "You are a pirate. Tell me of the sea."]
+    for text in texts:
+        found = frame.text_of(ids_of(tokenizer, [{"role": "system", "content": system}, asked(text)]))
+        assert found == (text if is_told else f"{system}\n\n{text}")
+        assert frame.text_of(ids_of(tokenizer, [asked(text)])) == text
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
