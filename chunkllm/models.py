@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -52,6 +52,16 @@ def model_shape(model: Any) -> ModelShape:
     Raises:
         ChunkError: chunks cannot be selected in it; the message names what is missing.
     """
+    try:
+        return _read_shape(model)
+    except (AttributeError, RuntimeError) as error:  # the latter is what transformers raises for what differs by layer
+        reason = str(error).partition("\n")[0]
+        raise ChunkError(
+            f"{model.config.model_type} has no one value for all layers of what chunk selection needs: {reason}"
+        ) from error
+
+
+def _read_shape(model: Any) -> ModelShape:
     config = model.config.get_text_config(decoder=True)
     kind = config.model_type
     if model.config.is_encoder_decoder:
@@ -64,13 +74,11 @@ def model_shape(model: Any) -> ModelShape:
         raise ChunkError(f"{kind} caps its attention logits (attn_logit_softcapping), which chunk selection does not")
     if not getattr(model, "_supports_attention_backend", False):
         raise ChunkError(f"{kind} does not use transformers' attention interface (_supports_attention_backend)")
-    layers: list[Any] = DynamicCache(config=config).layers
-    full = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
-    unknown = {type(layer).__name__ for i, layer in enumerate(layers) if i not in full and not layer.is_sliding}
-    if unknown or not full:
-        found = ", ".join(sorted(unknown)) or "sliding windows alone"
+    layers = layer_kinds(config)
+    if layers.others or not layers.full:
+        found = ", ".join(sorted(set(layers.others))) or "sliding windows alone"
         raise ChunkError(f"{kind} has no layers with full attention, or others that keep no keys and values: {found}")
-    attention = attention_modules(model)[full[0]]
+    attention = attention_modules(model)[layers.full[0]]
     if hasattr(attention, "sinks"):
         raise ChunkError(f"{kind} has learned attention sinks (sinks), which chunk selection does not know")
     heads = config.num_attention_heads
@@ -81,8 +89,25 @@ def model_shape(model: Any) -> ModelShape:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         scaling=float(attention.scaling),
-        full_layers=full,
+        full_layers=layers.full,
     )
+
+
+class LayerKinds(NamedTuple):
+    """A model's layers by what they keep."""
+
+    full: tuple[int, ...]  # places of those with full attention
+    sliding: tuple[int, ...]  # and of those with windows
+    others: tuple[str, ...]  # names of transformers' classes for what each other layer keeps
+
+
+def layer_kinds(config: Any) -> LayerKinds:
+    """The layers of a text model's configuration, as transformers caches them."""
+    layers: list[Any] = DynamicCache(config=config).layers
+    full = tuple(i for i, layer in enumerate(layers) if type(layer) is DynamicLayer)
+    sliding = tuple(i for i, layer in enumerate(layers) if i not in full and getattr(layer, "is_sliding", False))
+    others = tuple(type(layer).__name__ for i, layer in enumerate(layers) if i not in (*full, *sliding))
+    return LayerKinds(full, sliding, others)
 
 
 def attention_modules(model: Any) -> dict[int, Any]:

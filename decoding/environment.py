@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -28,14 +29,20 @@ def environment() -> dict[str, Any]:
 def version_line() -> str:
     """All that a report of a fault should say, in one line."""
     here = environment()
-    parts = [f"{name} {number}" for name, number in (here["versions"] | _engines()).items()]
+    parts = [f"{name} {number}" for name, number in (here["versions"] | engines()).items()]
     device = here["gpu"] or f"CPU {here['cpu']}, {here['threads']} threads"
     return ", ".join((*parts, platform.platform(), device))
 
 
-def _engines() -> dict[str, str]:
+def engines() -> dict[str, str]:
+    """vLLM's version, by the name of the distribution that is installed; empty if none is."""
+    return installed(_IF_INSTALLED)
+
+
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Versions of those distributions that are installed."""
     found = {}
-    for name in _IF_INSTALLED:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -87,3 +87,10 @@ def test_the_readmes_python_runs(at_hand):
         exec(compile(code, "README.md", "exec"), at_hand)  # noqa: S102  # our own file; names stay for the next
         ran += 1
     assert ran == 6
+
+
+def test_the_doctors_python_runs(model_folder):
+    (code,) = blocks(ROOT / "docs" / "doctor.md", "python")
+    names = {}
+    exec(compile(code.replace("path-or-hub-id", str(model_folder)), "doctor.md", "exec"), names)  # noqa: S102  # ours
+    assert names["found"].model.model_type == "llama"

@@ -174,7 +174,7 @@ class Attachment:
         self._caches: WeakSet[ChunkCache] = WeakSet()
         self._current: ChunkCache | None = None
         decoder = model.get_decoder()
-        self._cache_name = cache_argument(decoder)
+        self.cache_name = cache_argument(decoder)
         self._undo = [
             intercept(model, self._attend),
             decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove,
@@ -221,7 +221,7 @@ class Attachment:
 
     def _before(self, decoder: nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Gives the forward pass a cache of ours, and lets it refresh its selection."""
-        name = next((name for name in CACHE_NAMES if options.get(name) is not None), self._cache_name)
+        name = next((name for name in CACHE_NAMES if options.get(name) is not None), self.cache_name)
         cache = self._adopted(options.get(name), options.get("use_cache"))
         self._current = cache
         if cache is None:

@@ -1,12 +1,14 @@
 """The command line: ``decoding``.
 
-``generate`` and ``serve`` stand here. Everything else is added by entry points, those of `experiments` first of all.
+``doctor``, ``generate`` and ``serve`` stand here. Everything else is added by entry points, those of `experiments`
+first of all.
 """
 
 from __future__ import annotations
 
 import click
 
+from decoding.cli.doctor import doctor
 from decoding.cli.generate import generate
 from decoding.cli.groups import Group
 from decoding.cli.serve import serve
@@ -48,5 +50,6 @@ def reproduce() -> None:
     """Reproduces the papers' experiments."""
 
 
+cli.add_command(doctor)
 cli.add_command(generate)
 cli.add_command(serve)

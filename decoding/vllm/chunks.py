@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ class LayerGroup:
         names = sorted(layer_names, key=extract_layer_index)
         impls = [context[name].impl for name in names]
         for number, impl in enumerate(impls):
-            _refuse_unusual_attention(impl)
+            refuse_unusual_attention(impl)
             impl.number = number
         first = impls[0]
         self.budget = declared.kv_budget
@@ -185,7 +186,12 @@ def _weights(adapters: ChunkAdapters, layers: list[int], vllm_config: VllmConfig
     return torch.tensor([of_layer[layer] for layer in layers])
 
 
-def _refuse_unusual_attention(impl: Any) -> None:
+def refuse_unusual_attention(impl: Any) -> None:
+    """Refuses a layer's attention that chunk selection does not know.
+
+    Raises:
+        DecodingError: says what stands in the way.
+    """
     reasons = {
         "caps its attention logits": bool(impl.logits_soft_cap),
         "has attention sinks of its own": impl.sinks is not None,
@@ -195,6 +201,12 @@ def _refuse_unusual_attention(impl: Any) -> None:
     for reason, is_so in reasons.items():
         if is_so:
             raise DecodingError(f"chunk selection does not know this model's attention: it {reason}")
+
+
+def without_windows(vllm_config: VllmConfig, layer_names: Sequence[str]) -> list[str]:
+    """The layers of a group that select: it can hold some with sliding windows too, which are left alone."""
+    context = vllm_config.compilation_config.static_forward_context
+    return [name for name in layer_names if context[name].impl.sliding_window in _NO_WINDOW]
 
 
 def _require_room(budget: int, block_size: int) -> None:
@@ -222,9 +234,7 @@ class SelectingBuilder:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
         if asked_for(vllm_config) is None or type(kv_cache_spec) is not FullAttentionSpec:
             return
-        context = vllm_config.compilation_config.static_forward_context
-        # A group can hold layers with sliding windows too, which are left alone.
-        names = [name for name in layer_names if context[name].impl.sliding_window in _NO_WINDOW]
+        names = without_windows(vllm_config, layer_names)
         if names:
             self.group = LayerGroup(vllm_config, names, kv_cache_spec, device)
 

@@ -8,6 +8,8 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     GPT2Config,
+    LlamaConfig,
+    MiniMaxConfig,
     MistralConfig,
     StaticCache,
     T5Config,
@@ -156,6 +158,7 @@ def of(config, **changes):
     ("make", "message"),
     [
         (lambda: of(GPT2Config), "gpt2 .*rotary position embeddings"),
+        (lambda: of(MiniMaxConfig, head_dim=8, num_local_experts=2), "minimax .*keep no keys and values: LinearAtt"),
         (lambda: of(MistralConfig, sliding_window=8), "mistral .*sliding windows alone"),
         (lambda: of(Gemma2Config, head_dim=8, attn_logit_softcapping=50.0), "gemma2 .*attn_logit_softcapping"),
         (
@@ -172,6 +175,18 @@ def test_models_without_what_is_needed_are_refused(make, message):
             use(model)
     assert not hooks(model)
     assert model.config._attn_implementation == own
+
+
+def test_a_model_whose_layers_have_different_heads_is_refused(monkeypatch):
+    def differs(config):
+        raise RuntimeError("'head_dim' is a per-layer attribute\nand more")  # as transformers has it for Gemma 4
+
+    model = tiny_model()
+    monkeypatch.setattr(LlamaConfig, "head_dim", property(differs))
+    with pytest.raises(
+        ChunkError, match="llama has no one value for all layers .*: 'head_dim' is a per-layer attribute$"
+    ):
+        model_shape(model)
 
 
 @pytest.mark.parametrize(
