@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu
 
-_MOST_COMPONENTS = 32
 _HIDDEN = 64
 _MEMBERS = 3
 _PASSES = 12
 _BATCH = 256
 _LEAST_SCALE = 2e-3  # Some features hardly vary.
 _MOST_SHARE = 8.0  # No single example may lead a batch.
-_RIDGES = tuple(10.0**power for power in range(7))
 
 
 class AbilityHead(NamedTuple):
@@ -120,12 +118,13 @@ class Prediction(NamedTuple):
 
 
 class CurveHead(NamedTuple):
-    """Linear regression of a model's scores at K temperatures on what a prompt asks for and is about.
+    """Linear regression of a model's scores at K temperatures on what a prompt asks for.
 
-    With φ [F] a prompt's probabilities of abilities, standardized principal components of its vector and a constant,
-    Φ those of the training prompts and Y [N, K] their scores, φᵀA⁻¹ΦᵀY is expected, A = ΦᵀΦ + diag(penalty). The
-    penalty is 1 for abilities (about a prompt's weight), 0 for the constant, and for components the one of least
-    leave-one-out error: where prompts of one ability behave alike, components count for nothing.
+    With φ [F] a prompt's probabilities of abilities and a constant, Φ those of the training prompts and Y [N, K] their
+    scores, φᵀA⁻¹ΦᵀY is expected, A = ΦᵀΦ + diag(penalty). The penalty is 1 for abilities (about a prompt's weight) and
+    next to 0 for the constant. So what is expected of a prompt is what prompts of its ability scored, in whatever words
+    they ask. Curves of version 0.1 also have principal components of the prompts' vectors in φ, which far from the
+    training prompts said nothing.
 
     The error of a gain over the fixed temperature f is √(φᵀ Eₖ φ), with Eₖ = A⁻¹ Φᵀ diag(dₖ²) Φ A⁻¹ and dₖ the
     differences of the leave-one-out residuals at k and f (White 1980 in MacKinnon and White's form HC3, 1985), since
@@ -148,34 +147,27 @@ class CurveHead(NamedTuple):
 
     @classmethod
     def fit(
-        cls,
-        vectors: Tensor,
-        abilities: Tensor,
-        scores: Tensor,
-        weights: Tensor,
-        temperatures: Sequence[float],
-        fixed: int,
+        cls, abilities: Tensor, scores: Tensor, weights: Tensor, temperatures: Sequence[float], fixed: int, width: int
     ) -> CurveHead:
         """Fits the regression.
 
         Args:
-            vectors: float32 [N, width].
-            abilities: their probabilities, float32 [N, abilities].
+            abilities: probabilities, float32 [N, abilities].
             scores: float32 [N, K].
             weights: how much each prompt counts, float32 [N].
             temperatures: K of them, ascending.
             fixed: index of the best one for all prompts.
+            width: of the prompts' vectors.
         """
-        weights = weights / weights.mean()
-        centre = (weights[:, None] * vectors).mean(0)
-        root = weights.sqrt()[:, None]
-        _, sizes, directions = torch.linalg.svd(root * (vectors - centre), full_matrices=False)
-        kept = min(_MOST_COMPONENTS, max(len(vectors) // 8, 1), int((sizes > 1e-6 * sizes[0]).sum()))
-        components = directions[:kept] / (sizes[:kept, None] / len(vectors) ** 0.5)
-        features = root * _features(vectors - centre, components, abilities)
+        root = (weights / weights.mean()).sqrt()[:, None]
+        centre, components = torch.zeros(width), torch.zeros(0, width)
+        features = root * _features(torch.zeros(len(abilities), width), components, abilities)
         target = root * scores
-        fits = [_ridge(features, target, _penalty(ridge, kept, abilities.shape[1])) for ridge in _RIDGES]
-        inverse, coefficients, residuals = min(fits, key=lambda fit: float(fit[2].square().sum()))
+        penalty = torch.tensor([1.0] * abilities.shape[1] + [1e-6])
+        inverse = torch.linalg.inv(features.T @ features + penalty.diag())
+        coefficients = inverse @ features.T @ target
+        leverage = ((features @ inverse) * features).sum(-1, keepdim=True)
+        residuals = (target - features @ coefficients) / (1 - leverage).clamp(min=1e-3)  # Allen's PRESS
         differences = residuals - residuals[:, [fixed]]
         spread = torch.einsum("nf,nk,ng->kfg", features, differences.square(), features)
         errors = inverse @ spread @ inverse
@@ -212,15 +204,3 @@ def _member(
 def _features(centred: Tensor, components: Tensor, abilities: Tensor) -> Tensor:
     """float32 [N, F]: abilities, components, and the constant."""
     return torch.cat((abilities, centred @ components.T, centred.new_ones(len(centred), 1)), -1)
-
-
-def _penalty(ridge: float, components: int, abilities: int) -> Tensor:
-    return torch.tensor([1.0] * abilities + [ridge] * components + [1e-6])
-
-
-def _ridge(features: Tensor, target: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A⁻¹, the coefficients, and the leave-one-out residuals (Allen's PRESS)."""
-    inverse = torch.linalg.inv(features.T @ features + penalty.diag())
-    coefficients = inverse @ features.T @ target
-    leverage = ((features @ inverse) * features).sum(-1, keepdim=True)
-    return inverse, coefficients, (target - features @ coefficients) / (1 - leverage).clamp(min=1e-3)

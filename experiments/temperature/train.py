@@ -139,7 +139,7 @@ def fit_curve(selector: TemperatureSelector, halves: Sequence[Scores], temperatu
     weights = torch.tensor([1 / sizes[half.ability] for half in halves for _ in half.prompts])
     fixed = int((weights[:, None] * targets).sum(0).argmax())
     vectors = _encoded(selector.encoder, [prompt for half in halves for prompt in half.prompts])
-    return CurveHead.fit(vectors, selector.ability(vectors), targets, weights, temperatures, fixed)
+    return CurveHead.fit(selector.ability(vectors), targets, weights, temperatures, fixed, vectors.shape[1])
 
 
 def relative(scores: Scores, temperatures: Sequence[float]) -> np.ndarray:

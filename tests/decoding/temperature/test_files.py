@@ -24,8 +24,15 @@ def make_selector(encoder):
     generator = torch.Generator().manual_seed(0)
     whole = vectors[:, :32] + 0.01 * torch.randn(48, 32, generator=generator)
     own = AbilityHead.fit(whole, list(range(6)) * 8, 6)
-    scores, temperatures = torch.rand(48, 3, generator=generator), [0.1, 0.7, 1.3]
-    curve = CurveHead.fit(whole, own(whole), scores, torch.ones(48), temperatures, 0)  # of 6 components
+    # A curve as version 0.1 made them, of 6 components.
+    curve = CurveHead(
+        torch.tensor([0.1, 0.7, 1.3]),
+        torch.tensor([0]),
+        torch.zeros(32),
+        torch.randn(6, 32, generator=generator),
+        torch.rand(13, 3, generator=generator),
+        torch.eye(13).repeat(3, 1, 1),
+    )
     ability = AbilityHead.fit_hidden(vectors, list(range(6)) * 8, 6, torch.ones(48))
     return TemperatureSelector(encoder, ability, curve, curve_ability=own, about={"model": "a model"})
 

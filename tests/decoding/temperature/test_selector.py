@@ -51,7 +51,8 @@ def curved(selector):
     vectors = selector.encoder(PROMPTS).repeat(40, 1)
     noise = torch.randn(240, 3, generator=torch.Generator().manual_seed(0))
     abilities, weights = selector.ability(vectors), torch.ones(240)
-    selector.curve = CurveHead.fit(vectors, abilities, scores.repeat(40, 1) + 0.05 * noise, weights, TEMPERATURES, 0)
+    noisy, width = scores.repeat(40, 1) + 0.05 * noise, selector.encoder.width
+    selector.curve = CurveHead.fit(abilities, noisy, weights, TEMPERATURES, 0, width)
     return selector
 
 
@@ -166,30 +167,30 @@ def test_the_curve_is_ridge_regression_with_robust_errors():
     generator = torch.Generator().manual_seed(1)
     vectors, weights = torch.randn(80, 5, generator=generator), torch.rand(80, generator=generator) + 0.1
     abilities = torch.randn(80, 6, generator=generator).softmax(-1)
-    scores = vectors[:, :2] @ torch.randn(2, 3, generator=generator) + torch.randn(80, 3, generator=generator)
-    head = CurveHead.fit(vectors, abilities, scores, weights, TEMPERATURES, fixed=1)
-    # By hand, in NumPy and prompt by prompt, for the penalty that fits the coefficients.
-    components = ((vectors - head.centre) @ head.components.T).double().numpy()
-    phi = np.concatenate([abilities.double().numpy(), components, np.ones((80, 1))], 1)
+    scores = abilities @ torch.randn(6, 3, generator=generator) + torch.randn(80, 3, generator=generator)
+    head = CurveHead.fit(abilities, scores, weights, TEMPERATURES, fixed=1, width=5)
+    # By hand, in NumPy and prompt by prompt.
+    phi = np.concatenate([abilities.double().numpy(), np.ones((80, 1))], 1)
     w, y = (weights / weights.mean()).double().numpy(), scores.double().numpy()
-    fits = []
-    for ridge in 10.0 ** np.arange(7):
-        penalty = np.diag([1.0] * 6 + [ridge] * components.shape[1] + [1e-6])
-        left_out = []
-        for i in range(80):
-            v = np.where(np.arange(80) == i, 0, w)
-            left_out.append(
-                y[i] - phi[i] @ np.linalg.solve(phi.T @ (v[:, None] * phi) + penalty, phi.T @ (v[:, None] * y))
-            )
-        inverse = np.linalg.inv(phi.T @ (w[:, None] * phi) + penalty)
-        fits.append(((w[:, None] * np.square(left_out)).sum(), inverse, np.array(left_out)))
-    _, inverse, left_out = min(fits, key=lambda fit: fit[0])
+    penalty, left_out = np.diag([1.0] * 6 + [1e-6]), []
+    for i in range(80):
+        v = np.where(np.arange(80) == i, 0, w)
+        fitted = np.linalg.solve(phi.T @ (v[:, None] * phi) + penalty, phi.T @ (v[:, None] * y))
+        left_out.append(y[i] - phi[i] @ fitted)
+    inverse, residuals = np.linalg.inv(phi.T @ (w[:, None] * phi) + penalty), np.array(left_out)
     mean, gain, error = head(vectors, abilities)
     np.testing.assert_allclose(mean, phi @ inverse @ phi.T @ (w[:, None] * y), atol=1e-3)
-    differences = w[:, None] * (left_out - left_out[:, [1]])
+    differences = w[:, None] * (residuals - residuals[:, [1]])
     wanted = np.sqrt(np.square((phi @ inverse @ phi.T)[:, :, None] * differences[None]).sum(1))
     np.testing.assert_allclose(error, wanted, atol=1e-3)
     torch.testing.assert_close(gain, mean - mean[:, [1]])
+
+
+def test_a_curve_says_the_same_whatever_a_prompt_is_about(curved):
+    abilities = curved.ability(curved.encoder(PROMPTS))
+    elsewhere = 100 * torch.randn(6, curved.encoder.width)
+    for one, other in zip(curved.curve(elsewhere, abilities), curved.curves(PROMPTS), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_saved_and_opened_it_is_the_same(curved, tmp_path):

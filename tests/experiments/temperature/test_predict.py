@@ -24,7 +24,9 @@ def make_selector(encoder, about):
     noise = 0.05 * torch.randn(240, 3, generator=torch.Generator().manual_seed(0))
     fixed = 0
     temperatures = [0.1, 0.7, 1.3]
-    curve = CurveHead.fit(vectors, head(vectors), scores.repeat(40, 1) + noise, torch.ones(240), temperatures, fixed)
+    curve = CurveHead.fit(
+        head(vectors), scores.repeat(40, 1) + noise, torch.ones(240), temperatures, fixed, encoder.width
+    )
     return TemperatureSelector(encoder, head, curve, about=about)
 
 
@@ -54,7 +56,7 @@ def test_bars_stand_at_their_scores(selector):
 @pytest.mark.parametrize(
     ("reason", "why"),
     [
-        (NO_GAIN, "no expected gain over it exceeds 1 × its standard error"),
+        (NO_GAIN, "no expected gain over it exceeds 2 × its standard error"),
         (UNREAD, "does not read this language"),
         (BLANK, "no text to read"),
     ],
