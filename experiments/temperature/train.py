@@ -87,7 +87,7 @@ def with_curve(selector: TemperatureSelector, collected: Collected, names: Seque
     halves = _training_halves(collected, names or list(collected.tasks))
     about = {key: selector.about[key] for key in _OF_CLASSIFIER if key in selector.about}
     about["classifier_command"] = selector.about.get("classifier_command", selector.about.get("command"))
-    about["prompts"] = about.get("prompts", {}) | {half.task: len(half.prompts) for half in halves}
+    about["prompts"] = {half.task: len(half.prompts) for half in halves} | about.get("prompts", {})
     made = replace(selector, curve=None, curve_ability=None, about=about)
     _learn_curve(made, halves, collected)
     return made
