@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from chunkllm import ChunkAdapters, ChunkError, ChunkSelection
     from decoding.errors import DecodingError
     from decoding.generation import Generation, generate
+    from decoding.policy import Policy
     from decoding.style import StylePrior
     from decoding.temperature import (
         AutoTemperature,
@@ -38,6 +39,7 @@ __all__ = [
     "NGramError",
     "NGramModel",
     "PhaseTemperature",
+    "Policy",
     "StylePrior",
     "TemperatureSelector",
     "generate",
@@ -46,6 +48,7 @@ _ROOMS = {
     "chunkllm": ("ChunkAdapters", "ChunkError", "ChunkSelection"),
     "decoding.errors": ("DecodingError",),
     "decoding.generation": ("Generation", "generate"),
+    "decoding.policy": ("Policy",),
     "decoding.style": ("StylePrior",),
     "decoding.temperature": (
         "AutoTemperature",

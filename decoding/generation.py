@@ -11,9 +11,12 @@ from typing import Any, Literal, overload
 from chunkllm import ChunkError, ChunkSelection
 from decoding.errors import DecodingError
 from decoding.models import TRUNCATIONS, input_device, load_model, load_tokenizer, undoing
+from decoding.policy import Policy
+from decoding.policy.parts import bound
+from decoding.style.bound import BoundStyle
 from decoding.style.prior import StylePrior
 from decoding.temperature.phases import PhaseTemperature
-from decoding.temperature.processors import AutoTemperature, BoundTemperature, FixedTemperature, Temperature
+from decoding.temperature.processors import BoundTemperature, FixedTemperature, Temperature
 from decoding.tokens import as_chats, continuations, pad_id, padded, require_text
 
 
@@ -59,6 +62,7 @@ def generate(
     *,
     tokenizer: Any | None = None,
     logits_processor: Sequence[Any] = (),
+    policy: Policy | None = None,
     max_new_tokens: int = 64,
     chat: bool = False,
     return_info: bool = False,
@@ -76,6 +80,7 @@ def generate(
             ``options`` has ``top_k``, ``top_p`` or the like, by itself or in a ``generation_config``. With an
             `AutoTemperature` they are sampled with its selector's top-p instead, which its temperatures were found
             with; ``top_p=1.0`` is all tokens.
+        policy: does what its parts would in ``logits_processor``, where other processors then come behind them.
         max_new_tokens: how many tokens to write at most.
         chat: whether prompts are what a user says, to be put into the model's chat template. Without it they are
             continued as they stand, which few models that are made to be talked to do well.
@@ -87,8 +92,8 @@ def generate(
         `Generation` for each.
 
     Raises:
-        DecodingError: no prompt, an empty one, a loaded model without its tokenizer, two temperatures, or ``chat`` with
-            a model that has no chat template.
+        DecodingError: no prompt, an empty one, a loaded model without its tokenizer, two temperatures, something that
+            policy and ``logits_processor`` both do, or ``chat`` with a model that has no chat template.
         ChunkError: chunks cannot be selected in the model, or two selections.
     """
     batch = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -98,6 +103,7 @@ def generate(
         require_text(prompt, f"prompt {number}")
     if not isinstance(logits_processor, Sequence):
         raise DecodingError(f"logits_processor must be a list: write [{type(logits_processor).__name__}(…)]")
+    logits_processor = _with_policy(policy, logits_processor)
     _require_one_of_each(logits_processor, options)
     is_loaded = not isinstance(model, str | PathLike)
     if is_loaded and tokenizer is None:
@@ -106,13 +112,7 @@ def generate(
     batch = as_chats(batch, tokenizer) if chat else batch
     model = model if is_loaded else load_model(str(model))
     stops = options.get("eos_token_id") or getattr(options.get("generation_config"), "eos_token_id", None)
-    processors: list[Any] = []
-    for processor in logits_processor:
-        if isinstance(processor, StylePrior):
-            processor = processor.bound(tokenizer, model, stops)
-        elif isinstance(processor, AutoTemperature | PhaseTemperature):
-            processor = processor.bound(tokenizer, model)
-        processors.append(processor)
+    processors = bound(logits_processor, tokenizer, model, stops)
     temperature = next((each for each in processors if isinstance(each, Temperature)), None)
     if temperature is not None:
         _sample_at_temperature_1(model, options, _top_p_of(temperature))
@@ -152,6 +152,31 @@ def _informed(
         Generation(text, row.temperature, think, top_p, row.ability, row.abilities, row.prompt, row.policy, row.reason)
         for text, row in zip(texts, of_texts, strict=True)
     ]
+
+
+_DOING = {"style": StylePrior | BoundStyle, "temperature": Temperature, "chunks": ChunkSelection}
+
+
+def _with_policy(policy: Policy | None, others: Sequence[Any]) -> list[Any]:
+    """A policy's parts, and the other processors behind them.
+
+    Raises:
+        DecodingError: no policy, or others that do what it does.
+    """
+    if policy is None:
+        return list(others)
+    if not isinstance(policy, Policy):
+        raise DecodingError(f"policy must be a Policy, not {policy!r}: open a saved one by Policy.from_pretrained")
+    parts = policy.parts()
+    if twice := [what for what in _done_by(parts) if what in _done_by(others)]:
+        raise DecodingError(
+            f"{' and '.join(twice)} by the policy and in logits_processor too: each would be done twice; leave one out"
+        )
+    return [*parts, *others]
+
+
+def _done_by(processors: Sequence[Any]) -> list[str]:
+    return [what for what, kind in _DOING.items() if any(isinstance(each, kind) for each in processors)]
 
 
 def _require_one_of_each(processors: Sequence[Any], options: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ def test_the_readmes_python_runs(at_hand):
         code = block.replace("path-or-hub-id", DEFAULT_MODEL)
         exec(compile(code, "README.md", "exec"), at_hand)  # noqa: S102  # our own file; names stay for the next
         ran += 1
-    assert ran == 6
+    assert ran == 7
 
 
 def test_the_doctors_python_runs(model_folder):

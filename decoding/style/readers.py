@@ -85,10 +85,8 @@ def _suffix(path: Path) -> str:
 
 def _read_folder(folder: Path, join_lines: bool | None) -> list[str]:
     found, left_out = [], []
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts) or path.is_dir():
-            continue
-        if _suffix(path) != ".txt":
+    for path in files_of(folder):
+        if not is_text_file(path):
             left_out.append(f"{path.name} (no .txt file)")
             continue
         try:
@@ -100,6 +98,20 @@ def _read_folder(folder: Path, join_lines: bool | None) -> list[str]:
     if left_out:
         _report(f"of folder {folder}, {len(left_out)} files were left out{_named(left_out)}")
     return found
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files below a folder, in their order, without hidden ones."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def is_text_file(path: Path) -> bool:
+    """Whether a file of a folder is read as one of its texts."""
+    return _suffix(path) == ".txt"
 
 
 def _named(names: list[str]) -> str:

@@ -152,7 +152,8 @@ def load_corpus(spec: str | PathLike | StyleSource, field: str | None = None, *,
 def _split_name(spec: str) -> tuple[str, str]:
     """``NAME=SPEC`` as its two parts; without a name, or if a file is called that, "" and the whole."""
     name, equals, source = spec.partition("=")
-    return (name, source) if equals and not exists(spec) else ("", spec)
+    is_named = equals and "/" not in name and not exists(spec)  # a folder may be called run=3
+    return (name, source) if is_named else ("", spec)
 
 
 def _kind_of(where: str) -> Kind:

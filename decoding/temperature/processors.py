@@ -266,9 +266,9 @@ class AutoTemperature(Temperature):
             size = size or size_class(model.num_parameters())
             policy = policy or ("curve" if is_for else "ability")
         thinking = None if self.think is None else (self.think, markers_of(tokenizer))
-        self._last = BoundTemperature(selector, PromptFrame(tokenizer), size, policy, thinking)
-        self._bound = self._bound or self._last
-        return self._last
+        made = BoundTemperature(selector, PromptFrame(tokenizer), size, policy, thinking)
+        self._last, self._bound = made, self._bound or made  # Another thread may bind it at the same time.
+        return made
 
     def _opened(self) -> TemperatureSelector:
         self.selector = self.selector or TemperatureSelector.from_pretrained()

@@ -61,7 +61,7 @@ def test_the_page_works(at_hand):
     made, embedded = TemperatureSelector.from_pretrained("my-selector"), TemperatureSelector.from_pretrained()
     assert made.about["prompts"] == embedded.about["prompts"] | {"capitals": len(scores.half(True).prompts)}
     assert made.about["command"] == "decoding temperature train --collection COLLECTION"
-    assert made.about["classifier_command"] == embedded.about["command"]
+    assert made.about["classifier_command"] == embedded.about["classifier_command"]
     assert torch.equal(made.abilities(scores.prompts), embedded.abilities(scores.prompts))
     assert made.is_for(load_model("HUB_ID")) and not embedded.is_for(load_model("HUB_ID"))
     assert made.curve.temperatures.tolist() == pytest.approx([0.1, 0.4, 0.7, 1.0, 1.3, 1.6, 1.9])
