@@ -124,11 +124,16 @@ class Contest:
             names = [name for name in self.tasks[0].scores if name.startswith(beginning)]
             if names and all(name in task.scores for task in [*self.tasks, *self.training] for name in names):
                 best = self._best(names, self.training)
-                yield family, best.removeprefix(family).lstrip(", "), self._sampled(best)
+                yield (
+                    family,
+                    best.removeprefix(beginning.removesuffix("T=").removesuffix("T₀=")).lstrip(", "),
+                    self._sampled(best),
+                )
         for policy in [each for each in self.tasks[0].chosen if each not in self.tasks[0].measured]:
             yield policy, "", lambda task, policy=policy: task.picked(policy)  # type: ignore[misc]
         for policy in self.tasks[0].measured:
-            yield policy, "", lambda task, policy=policy: task.measured[policy]  # type: ignore[misc]
+            if not any(np.isnan(task.measured[policy]).any() for task in self.tasks):
+                yield policy, "", lambda task, policy=policy: task.measured[policy]  # type: ignore[misc]
         yield BEST_OF_EACH, "", self._best_of_each(self.training, lambda task: task.ability)
         yield BEST_OF_ALL, "", self._best_of_each(self.tasks, lambda task: task.task)
 

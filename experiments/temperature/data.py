@@ -18,6 +18,7 @@ from experiments.temperature.wordings import (
     PROMPTS_OF_A_WORDING,
     Wording,
     load_apart,
+    load_apart_systems,
     load_manners,
     load_systems,
     load_wordings,
@@ -85,9 +86,19 @@ def kept_out_wordings() -> list[Labelled]:
     return [Labelled(_named(each), each.ability, each.prompts, True) for each in load_wordings(kept_out=True)]
 
 
-def requests_written_apart() -> list[Labelled]:
-    """Natural requests by somebody who had not read those that a classifier learns from."""
-    return [Labelled(_named(each), each.ability, each.prompts, True) for each in load_apart()]
+def requests_written_apart(behind_systems: bool = False) -> list[Labelled]:
+    """Natural requests by somebody who had not read those that a classifier learns from.
+
+    Args:
+        behind_systems: whether each stands in plain text below one of that author's system prompts.
+    """
+    systems, parts = load_apart_systems(), []
+    for at, each in enumerate(load_apart()):
+        prompts = each.prompts
+        if behind_systems:
+            prompts = [f"{systems[(at + i) % len(systems)]}\n\n{prompt}" for i, prompt in enumerate(prompts)]
+        parts.append(Labelled(_named(each), each.ability, prompts, True))
+    return parts
 
 
 def _named(wording: Wording) -> str:
@@ -147,6 +158,7 @@ def prompts_to_judge_by(data: Path, names: Sequence[str], seen: Collection[str])
         "data sets kept out": unseen,
         "wordings kept out": kept_out_wordings(),
         "requests written apart": requests_written_apart(),
+        "requests written apart, below a system prompt in plain text": requests_written_apart(behind_systems=True),
     }
 
 

@@ -91,6 +91,11 @@ def load_apart(folder: Path = _FOLDER) -> list[Wording]:
     return [Wording(a, each["wording"], True, each["prompts"]) for a in ABILITIES for each in held[a]]
 
 
+def load_apart_systems(folder: Path = _FOLDER) -> list[str]:
+    """The system prompts among them."""
+    return list(_read(folder / "apart.json")["systems"])
+
+
 def load_systems(kept_out: bool = False, folder: Path = _FOLDER) -> list[str]:
     """System prompts, as they stand before a user's text where no frame tells them apart: to learn from, or others."""
     return list(_read(folder / "pools.json")["systems"][int(kept_out) :: 2])

@@ -267,7 +267,7 @@ def test_ones_own_tasks_are_judged_with_nothing_else_there(run, definitions, mod
     result = run("eval", "--task", definitions[1], "--data", tmp_path, "--out", "told")
     assert result.exit_code == 0, result.output
     told = json.loads((tmp_path / "told" / "results.json").read_text())["classification"]
-    assert set(told) == {"prompts held out", "wordings kept out", "requests written apart"}
+    assert list(told)[:3] == ["prompts held out", "wordings kept out", "requests written apart"]
 
 
 @pytest.mark.parametrize(
