@@ -162,7 +162,8 @@ class ChunkAdapters(nn.Module, ModelHubMixin):
             if (sensitivity := held.pop("sensitivity", None)) is not None:
                 held["sensitivity"] = tuple(sensitivity)
             config = AdapterConfig(ModelShape(**shape | {"full_layers": tuple(shape["full_layers"])}), **held)
-            adapters = cls(config)
+            with torch.random.fork_rng(devices=[]):  # The seed of a text is not for weights that are replaced.
+                adapters = cls(config)
             tensors = load_file(weights_path)
             if not all(bool(value.isfinite().all()) for value in tensors.values()):
                 raise ValueError("a number is not finite")

@@ -137,7 +137,7 @@ class Policy:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Opens it again: not when used, for opening adapters draws random numbers."""
+        """Opens it again, as making it does."""
         self.__dict__.update(state)
         self._open()
 

@@ -297,6 +297,14 @@ def folder(adapters, tmp_path):
     return tmp_path / "adapters"
 
 
+def test_opening_adapters_leaves_the_seed_alone(folder):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    ChunkAdapters.from_pretrained(folder)
+    assert torch.equal(torch.rand(2), expected)
+
+
 def test_adapters_come_back_as_they_were_saved(model, adapters, folder):
     assert {path.name for path in folder.iterdir()} - {"README.md"} == {"config.json", "model.safetensors"}
     back = ChunkAdapters.from_pretrained(folder)
