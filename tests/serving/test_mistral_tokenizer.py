@@ -13,6 +13,7 @@ from decoding import DecodingError, StylePrior, TemperatureSelector
 from decoding.models import load_tokenizer
 from decoding.style.files import load_prior
 from decoding.style.training import name_and_file
+from decoding.temperature.encoder import Encoder
 from decoding.vllm import engine_args
 from tests.conftest import TEXT, make_tokenizer
 
@@ -170,8 +171,8 @@ def test_priors_of_other_tokenizers_are_refused(llm, folders, trained, monkeypat
 
 
 def test_the_selector_reads_prompts_without_mistrals_frame(llm, selector_folder, monkeypatch):
-    read, encoded = [], TemperatureSelector._encoded
-    monkeypatch.setattr(TemperatureSelector, "_encoded", lambda self, texts: read.append(texts) or encoded(self, texts))
+    read, encode = [], Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, texts: read.append(texts) or encode(self, texts))
     prompts = ["Why did the glass break when it fell?", "Translate into German: Good morning."]
     turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
     sampling = params(temperature=1, extra_args=AUTO)
