@@ -1,6 +1,9 @@
 import importlib.util
 import os
+import shutil
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -30,6 +33,49 @@ def cache(tmp_path_factory, monkeypatch, request):
     """Each test has caches of its own, but for those of the real model."""
     if not request.node.get_closest_marker("real"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub in a folder, ``store``. What was asked for alone is on disk then; ``patterns`` are those of folders.
+
+    ``calls`` are a token and whether a repository is private, then the options of each download.
+    """
+    found = SimpleNamespace(store=tmp_path / "hub", calls=[], patterns=[])
+
+    class Hub:
+        def __init__(self, token=None):
+            found.calls.append(("token", token))
+
+        def create_repo(self, repo_id, private=None, **_):
+            found.calls.append(("private", private))
+            return f"https://hub.example/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, **_):
+            shutil.copytree(folder_path, found.store / repo_id)
+
+    def fetched(repo_id, pattern, **options):
+        found.calls.append(options)
+        cached = tmp_path / "cached" / repo_id
+        for file in (path for path in (found.store / repo_id).rglob("*") if path.is_file()):
+            name = str(file.relative_to(found.store / repo_id))
+            if fnmatch(name, pattern):
+                (cached / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, cached / name)
+        return cached
+
+    def download_all(repo_id, allow_patterns, **options):
+        found.patterns.append(allow_patterns)
+        return str(fetched(repo_id, allow_patterns, **options))
+
+    def download(repo_id, file, **options):
+        return str(fetched(repo_id, file, **options) / file)
+
+    monkeypatch.setattr("decoding.hub.HfApi", Hub)
+    monkeypatch.setattr("decoding.hub.hf_hub_download", download)
+    monkeypatch.setattr("decoding.hub.snapshot_download", download_all)
+    monkeypatch.setattr("chunkllm.adapters.hf_hub_download", download)
+    return found
 
 
 def make_tokenizer(words=WORDS):

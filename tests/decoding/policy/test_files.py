@@ -3,8 +3,6 @@
 import gzip
 import json
 import shutil
-from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 import torch
@@ -308,61 +306,25 @@ def test_nothing_there():
         Policy.from_pretrained("nobody/nothing")
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub in a folder. What was asked for alone is on disk then."""
-    store, calls = tmp_path / "hub", []
-
-    class Hub:
-        def __init__(self, token=None):
-            calls.append(("token", token))
-
-        def create_repo(self, repo_id, private, **_):
-            calls.append(("private", private))
-            return f"https://hub.example/{repo_id}"
-
-        def upload_folder(self, repo_id, folder_path, **_):
-            shutil.copytree(folder_path, store / repo_id)
-
-    def download_all(repo_id, allow_patterns, **options):
-        calls.append(options)
-        files = [path for path in (store / repo_id).rglob("*") if path.is_file()]
-        for file in files:
-            name = str(file.relative_to(store / repo_id))
-            if fnmatch(name, allow_patterns):
-                (tmp_path / "cached" / repo_id / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, tmp_path / "cached" / repo_id / name)
-        return str(tmp_path / "cached" / repo_id)
-
-    def download(repo_id, file, **options):
-        return str(Path(download_all(repo_id, file, **options)) / file)
-
-    monkeypatch.setattr("decoding.hub.HfApi", Hub)
-    monkeypatch.setattr("decoding.hub.hf_hub_download", download)
-    monkeypatch.setattr("decoding.hub.snapshot_download", download_all)
-    monkeypatch.setattr("chunkllm.adapters.hf_hub_download", download)
-    return calls
-
-
 def test_to_the_hub_and_back(hub, parts, write, style_file, adapters_folder, selector_folder):
     policy = Policy(**parts["all"][0])
     assert policy.push_to_hub("me/storm", private=True, token="mine") == "https://hub.example/me/storm"
-    assert hub == [("token", "mine"), ("private", True)]
+    assert hub.calls == [("token", "mine"), ("private", True)]
     wanted = write(policy)
     style_file.unlink()
     for gone in (adapters_folder, selector_folder):
         shutil.rmtree(gone)
-    del hub[:]
+    hub.calls.clear()
     opened = Policy.from_pretrained("me/storm", revision="main", token="mine")
     assert write(opened) == wanted
-    assert all(each == {"revision": "main", "token": "mine"} for each in hub) and len(hub) == 4
+    assert all(each == {"revision": "main", "token": "mine"} for each in hub.calls) and len(hub.calls) == 4
 
 
 def test_hub_ids_stay_hub_ids(hub, parts, tmp_path, thinking, write, selector, adapters_folder):
     saved = StylePrior(saved_style(tmp_path / "my-style", thinking), tokenizer=thinking)
     saved.push_to_hub("me/my-style")
     selector.push_to_hub("me/my-selector")
-    shutil.copytree(adapters_folder, tmp_path / "hub" / "me" / "my-adapters")
+    shutil.copytree(adapters_folder, hub.store / "me" / "my-adapters")
     fields = {"style": "me/my-style", "temperature": "auto", "selector": "me/my-selector"}
     policy = Policy(**fields, chunks={"adapters": "me/my-adapters", **SMALL})
     policy.save_pretrained(tmp_path / "my-policy")

@@ -265,22 +265,9 @@ def test_saving_and_opening(prior, tokenizer, prompt, tmp_path):
         StylePrior.from_pretrained("nobody/nothing")
 
 
-def test_pushing_to_the_hub_uploads_both_files(prior, monkeypatch):
-    uploads = []
-
-    class Hub:
-        def __init__(self, token=None):
-            pass
-
-        def create_repo(self, repo_id, **_):
-            return f"https://hub.example/{repo_id}"
-
-        def upload_folder(self, repo_id, folder_path, **_):
-            uploads.append((repo_id, sorted(os.listdir(folder_path))))
-
-    monkeypatch.setattr("decoding.hub.HfApi", Hub)
+def test_pushing_to_the_hub_uploads_both_files(prior, hub):
     assert StylePrior(prior, λ=0.3).push_to_hub("me/storm") == "https://hub.example/me/storm"
-    assert uploads == [("me/storm", ["prior.safetensors", "style_prior.json"])]
+    assert sorted(os.listdir(hub.store / "me/storm")) == ["prior.safetensors", "style_prior.json"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

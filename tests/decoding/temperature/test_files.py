@@ -1,7 +1,6 @@
 """Saved selectors: damaged ones are one error, and whole ones open wherever they are put."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -230,36 +229,11 @@ def test_an_encoder_of_a_folder_goes_where_its_selector_goes(encoder_folder, tmp
     assert torch.equal(TemperatureSelector.from_pretrained(tmp_path / "again").abilities(PROMPTS), wanted[1])
 
 
-def test_an_encoder_of_a_folder_goes_to_the_hub_and_back(encoder_folder, tmp_path, monkeypatch):
-    store = tmp_path / "store"
-
-    class Hub:
-        def __init__(self, token=None):
-            pass
-
-        def create_repo(self, repo_id, **_):
-            return f"https://hub.example/{repo_id}"
-
-        def upload_folder(self, repo_id, folder_path, **_):
-            shutil.copytree(folder_path, store / repo_id)
-
-    def download(repo_id, file, revision):
-        """As the hub does: what was asked for alone is on disk then."""
-        target = tmp_path / "cache" / revision / file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return shutil.copy(store / repo_id / file, target)
-
-    def download_all(repo_id, allow_patterns, revision):
-        assert allow_patterns == "encoder/*"
-        names = os.listdir(store / repo_id / ENCODER_FOLDER)
-        return os.path.dirname(os.path.dirname([download(repo_id, f"encoder/{name}", revision) for name in names][0]))
-
-    monkeypatch.setattr("decoding.hub.HfApi", Hub)
-    monkeypatch.setattr("decoding.hub.hf_hub_download", download)
-    monkeypatch.setattr("decoding.hub.snapshot_download", download_all)
+def test_an_encoder_of_a_folder_goes_to_the_hub_and_back(hub, encoder_folder):
     selector = make_selector(load_encoder(str(encoder_folder), 16))
     selector.push_to_hub("me/storm")
     opened = TemperatureSelector.from_pretrained("me/storm", revision="main")
+    assert hub.patterns == ["encoder/*"]
     assert torch.equal(opened.abilities(PROMPTS), selector.abilities(PROMPTS))
 
 
