@@ -17,6 +17,7 @@ from chunkllm.late import send
 from decoding.errors import DecodingError
 from decoding.packages import require_package
 from decoding.temperature.languages import is_english
+from decoding.tokens import pad_id
 
 DEFAULT_ENCODER = "minilm-l6"
 DEFAULT_WINDOW = 256
@@ -147,7 +148,7 @@ class Encoder:
 
     def _read(self, batch: Sequence[_Spans]) -> Tensor:
         longest = max(len(each.ids) for each in batch)
-        pad = self.tokenizer.pad_token_id
+        pad = pad_id(self.tokenizer)
         ids = torch.tensor([each.ids + [pad] * (longest - len(each.ids)) for each in batch])
         spans = torch.tensor([each.borders() for each in batch])
         at = torch.arange(longest)

@@ -160,8 +160,7 @@ class CurveHead(NamedTuple):
             width: of the prompts' vectors.
         """
         root = (weights / weights.mean()).sqrt()[:, None]
-        centre, components = torch.zeros(width), torch.zeros(0, width)
-        features = root * _features(torch.zeros(len(abilities), width), components, abilities)
+        features = root * torch.cat((abilities, abilities.new_ones(len(abilities), 1)), -1)
         target = root * scores
         penalty = torch.tensor([1.0] * abilities.shape[1] + [1e-6])
         inverse = torch.linalg.inv(features.T @ features + penalty.diag())
@@ -171,6 +170,7 @@ class CurveHead(NamedTuple):
         differences = residuals - residuals[:, [fixed]]
         spread = torch.einsum("nf,nk,ng->kfg", features, differences.square(), features)
         errors = inverse @ spread @ inverse
+        centre, components = torch.zeros(width), torch.zeros(0, width)
         return cls(torch.tensor(temperatures), torch.tensor([fixed]), centre, components, coefficients, errors)
 
 

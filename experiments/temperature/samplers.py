@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import MinPLogitsWarper
 
+from decoding.temperature.nucleus import cut_to_nucleus
 from decoding.temperature.processors import DynamicTemperature, EntropyDependentTemperature, FixedTemperature
 
 TEMPERATURES = (0.1, 0.4, 0.7, 1.0, 1.3, 1.6, 1.9)
@@ -57,7 +58,7 @@ class Nucleus(LogitsProcessor):
 
     Args:
         top_p: the mass to keep at least.
-        among: how many tokens are tried first.
+        among: how many tokens are tried first; rows that need more are sorted.
     """
 
     def __init__(self, top_p: float, among: int = 256):
@@ -68,19 +69,13 @@ class Nucleus(LogitsProcessor):
         """``scores`` [B, V], with all others at −inf."""
         if self.top_p >= 1:
             return scores
-        kept = torch.full_like(scores, -torch.inf)
-        left = torch.arange(len(scores), device=scores.device)
-        count = self._among
-        while len(left):
-            count = min(count, scores.shape[-1])
-            best, tokens = scores[left].topk(count, -1)
-            mass = (best - scores[left].logsumexp(-1, keepdim=True)).exp()
-            before = mass.cumsum(-1) - mass
-            is_done = (before[:, -1] + mass[:, -1] >= self.top_p) | (count == scores.shape[-1])
-            rows = left[is_done]
-            best = best.where(before < self.top_p, -torch.inf)[is_done]
-            kept[rows] = kept[rows].scatter(-1, tokens[is_done], best)
-            left, count = left[~is_done], count * 16
+        best, tokens = scores.topk(min(self._among, scores.shape[-1]), -1)
+        mass = (best - scores.logsumexp(-1, keepdim=True)).exp()
+        before = mass.cumsum(-1) - mass
+        best = best.where(before < self.top_p, -torch.inf)
+        kept = torch.full_like(scores, -torch.inf).scatter(-1, tokens, best)
+        wide = (before[:, -1] + mass[:, -1] < self.top_p).nonzero()[:, 0]
+        kept[wide] = cut_to_nucleus(scores[wide], scores.new_full((len(wide),), self.top_p))
         return kept
 
 

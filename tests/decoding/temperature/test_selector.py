@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -14,7 +15,7 @@ from decoding.temperature.abilities import (
     published_scores,
     size_class,
 )
-from decoding.temperature.encoder import load_encoder
+from decoding.temperature.encoder import Encoder, load_encoder
 from decoding.temperature.explained import BLANK, NO_GAIN, UNREAD
 from decoding.temperature.heads import AbilityHead, CurveHead
 from decoding.temperature.selector import EMBEDDED, read_texts
@@ -54,6 +55,13 @@ def curved(selector):
     noisy, width = scores.repeat(40, 1) + 0.05 * noise, selector.encoder.width
     selector.curve = CurveHead.fit(abilities, noisy, weights, TEMPERATURES, 0, width)
     return selector
+
+
+def test_an_encoder_without_a_padding_token_reads_batches(encoder):
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.pad_token = None
+    other = Encoder(encoder.model, tokenizer, "another", encoder.window)
+    torch.testing.assert_close(other(PROMPTS), encoder(PROMPTS))
 
 
 def test_abilities_are_probabilities(selector):
