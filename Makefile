@@ -1,6 +1,7 @@
 # make run: environment, default model and corpora, and the first sweep.
 # make test: environments, checks, tests.   make check: the same without vLLM.   make test-vllm: vLLM's part.
 # make test-lowest: the tests with every dependency at its floor.
+# make docs: the site, in build/site.
 PYTHON ?= python3
 # torch first, by itself, so that nothing else chooses its build. Another build: make TORCH=...
 TORCH ?= torch==2.13.0
@@ -23,7 +24,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 # Tests that start engines, the longest first. One process for each: it can have but one engine at a time.
 ENGINES := engine server chunk_engine sweep temperature_engine mistral_tokenizer
 
-.PHONY: run test test-vllm test-lowest check wheel bench clean
+.PHONY: run test test-vllm test-lowest check wheel docs bench clean
 
 run: .venv/run.done
 	$(BIN)/decoding sweep --lambda 0:1
@@ -60,6 +61,9 @@ wheel: .venv/test.done
 	.venv-wheel/bin/python $(INSTALL) --force-reinstall --no-deps build/wheel/*.whl
 	.venv-wheel/bin/python $(INSTALL) build/wheel/*.whl
 
+docs: .venv/test.done
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: .venv/test.done
 	$(BIN)/decoding bench style
 
@@ -71,7 +75,7 @@ bench: .venv/test.done
 	touch $@
 
 .venv/test.done: .venv/run.done
-	$(PIP) --editable .[defaults,tasks,compare,dev]
+	$(PIP) --editable .[defaults,tasks,compare,docs,dev]
 	$(PIP) "kenlm>=0.3" || echo "kenlm needs a C++ compiler and cmake: the tests against it will be skipped"
 	touch $@
 

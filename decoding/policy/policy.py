@@ -51,7 +51,10 @@ class Policy:
         style: as for `StylePrior`: a registered name, a text, a saved prior or style, a hub id.
         λ: its strength, in [0, 1], or "auto"; also as ``lambda_``. By default as for `StylePrior`.
         mode: "paper" or "ratio", likewise.
-        plausibility, max_js, entropy_gate, steer_stop: what holds the style back, as for `StylePrior`.
+        plausibility: holds the style back, as for `StylePrior`.
+        max_js: likewise.
+        entropy_gate: likewise.
+        steer_stop: likewise.
         temperature: a positive number, or "auto", chosen for each prompt. With ``think_temperature``, the answer's.
         think_temperature: that of thinking, for models that reason before they answer.
         selector: what chooses: a folder, a hub id, or "default", the embedded one.

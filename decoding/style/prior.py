@@ -100,7 +100,8 @@ class StylePrior(LogitsProcessor):
         entropy_gate: in nats: λ is lowered in proportion where the model's entropy is below.
         steer_stop: also steer the ids that end a text. False by default.
         tolerance: of λ="auto": the share by which base perplexity may rise. Distinct-2 may fall by a tenth.
-        order, smoothing: of the n-gram model, where ``style`` is text.
+        order: of the n-gram model, where ``style`` is text.
+        smoothing: likewise: "kneser-ney", "witten-bell" or "additive".
         unwrap: whether to join the lines of hard-wrapped paragraphs, where ``style`` is text. By default they are in a
             Project Gutenberg frame and in scripts without spaces, and a warning says so.
         pad_token_id: leading tokens of this id are padding and no context; by default the tokenizer's.
