@@ -75,7 +75,7 @@ bench: .venv/test.done
 	touch $@
 
 .venv/test.done: .venv/run.done
-	$(PIP) --editable .[defaults,tasks,compare,docs,dev]
+	$(PIP) --editable .[defaults,tasks,compare,docs,eval,dev]
 	$(PIP) "kenlm>=0.3" || echo "kenlm needs a C++ compiler and cmake: the tests against it will be skipped"
 	touch $@
 

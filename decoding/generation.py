@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -111,26 +111,64 @@ def generate(
     tokenizer = tokenizer or load_tokenizer(str(model))
     batch = as_chats(batch, tokenizer) if chat else batch
     model = model if is_loaded else load_model(str(model))
-    stops = options.get("eos_token_id") or getattr(options.get("generation_config"), "eos_token_id", None)
-    processors = bound(logits_processor, tokenizer, model, stops)
-    temperature = next((each for each in processors if isinstance(each, Temperature)), None)
-    if temperature is not None:
-        _sample_at_temperature_1(model, options, _top_p_of(temperature))
-    if "stop_strings" in options:
-        options.setdefault("tokenizer", tokenizer)
+    processors = bound(logits_processor, tokenizer, model, _stops(options))
     options.setdefault("pad_token_id", pad_id(tokenizer))
     is_decoder = not model.config.is_encoder_decoder
     inputs = padded(batch, tokenizer, input_device(model), on_the_left=is_decoder, add_special_tokens=not chat)
+    options["max_new_tokens"] = max_new_tokens
+    output = _run(model, tokenizer, processors, options, inputs)
+    sequences = getattr(output, "sequences", output)
+    temperature = _temperature_of(processors)
+    texts = continuations(sequences, inputs["input_ids"].shape[1] if is_decoder else 0, tokenizer)
+    found = _informed(texts, len(batch), temperature, options) if return_info else texts
+    return found[0] if isinstance(prompts, str) and len(found) == 1 else found
+
+
+def generate_ids(model: Any, tokenizer: Any, policy: Policy, *, logits_processor: Any = None, **options: Any) -> Any:
+    """What ``model.generate`` does, under a policy, as `generate` does it.
+
+    Args:
+        model: a loaded model.
+        tokenizer: its tokenizer.
+        policy: `Policy()` leaves everything as it is.
+        logits_processor: others, which come behind the policy's.
+        options: anything else that ``model.generate`` takes, the inputs among it.
+
+    Returns:
+        What ``model.generate`` returns.
+
+    Raises:
+        DecodingError, ChunkError: as `generate`.
+    """
+    parts = _with_policy(policy, logits_processor or ())
+    _require_one_of_each(parts, options)
+    return _run(model, tokenizer, bound(parts, tokenizer, model, _stops(options)), options, {})
+
+
+def _run(
+    model: Any, tokenizer: Any, processors: Sequence[Any], options: dict[str, Any], inputs: Mapping[str, Any]
+) -> Any:
+    """Calls ``model.generate`` with bound processors, and what they need of its options, which are set."""
+    temperature = _temperature_of(processors)
+    if temperature is not None:
+        sample_at_temperature_1(model, options, _top_p_of(temperature))
+    if options.get("stop_strings") is not None:
+        options.setdefault("tokenizer", tokenizer)
+    steps = [processor for processor in processors if not isinstance(processor, ChunkSelection)]
     with ExitStack() as attached:
         for selection in processors:
             if isinstance(selection, ChunkSelection):
                 attached.enter_context(selection.attach(model, tokenizer))
-        steps = [processor for processor in processors if not isinstance(processor, ChunkSelection)]
-        output = model.generate(**inputs, logits_processor=steps, max_new_tokens=max_new_tokens, **options)
-    sequences = getattr(output, "sequences", output)
-    texts = continuations(sequences, inputs["input_ids"].shape[1] if is_decoder else 0, tokenizer)
-    found = _informed(texts, len(batch), temperature, options) if return_info else texts
-    return found[0] if isinstance(prompts, str) and len(found) == 1 else found
+        return model.generate(**inputs, logits_processor=steps, **options)
+
+
+def _temperature_of(processors: Sequence[Any]) -> Temperature | None:
+    return next((each for each in processors if isinstance(each, Temperature)), None)
+
+
+def _stops(options: dict[str, Any]) -> Any:
+    """The ids that end a text in this call, where it says so."""
+    return options.get("eos_token_id") or getattr(options.get("generation_config"), "eos_token_id", None)
 
 
 def _informed(
@@ -195,8 +233,8 @@ def _require_one_of_each(processors: Sequence[Any], options: dict[str, Any]) -> 
         raise ChunkError("with two selections in one call the model has a selection attached already: keep one")
 
 
-def _sample_at_temperature_1(model: Any, options: dict[str, Any], top_p: float | None) -> None:
-    """What a processor that sets the temperature needs of ``model.generate``, whatever the model's own defaults are.
+def sample_at_temperature_1(model: Any, options: dict[str, Any], top_p: float | None) -> None:
+    """Sets what a processor that sets the temperature needs of ``model.generate``, whatever the model's defaults are.
 
     The caller's truncations stand; without any there is ``top_p``.
     """

@@ -1,7 +1,7 @@
 """The command line: ``decoding``.
 
-``doctor``, ``generate`` and ``serve`` stand here. Everything else is added by entry points, those of `experiments`
-first of all.
+``doctor``, ``generate``, ``lm-eval`` and ``serve`` stand here. Everything else is added by entry points, those of
+`experiments` first of all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import click
 from decoding.cli.doctor import doctor
 from decoding.cli.generate import generate
 from decoding.cli.groups import Group
+from decoding.cli.lm_eval import lm_eval
 from decoding.cli.serve import serve
 
 
@@ -52,4 +53,5 @@ def reproduce() -> None:
 
 cli.add_command(doctor)
 cli.add_command(generate)
+cli.add_command(lm_eval)
 cli.add_command(serve)

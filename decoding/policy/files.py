@@ -16,6 +16,7 @@ from chunkllm.adapters import WEIGHTS_FILE as ADAPTERS_WEIGHTS
 from decoding.errors import DecodingError
 from decoding.files import exists
 from decoding.hub import find_file, find_folder, may_be_hub_id
+from decoding.policy.carried import write_custom_generate
 from decoding.policy.values import EMBEDDED, FIELDS, check_field, check_together
 from decoding.style.files import CONFIG_FILE, PRIOR_FILE, RATIO_FILE
 from decoding.style.readers import files_of, has_known_suffix, is_text_file
@@ -26,7 +27,7 @@ from ngram import NGramError
 from ngram.storage import write_atomically
 
 POLICY_FILE = "policy.json"
-STYLE, SELECTOR, ADAPTERS = _PARTS = ("style", "selector", "adapters")
+STYLE, SELECTOR, ADAPTERS, CUSTOM_GENERATE = _PARTS = ("style", "selector", "adapters", "custom_generate")
 _HERE = "./"  # How a reference begins that leads to the policy's own folder.
 _FORMAT = 1
 _WHAT = "policy"
@@ -38,6 +39,7 @@ def write_folder(
     folder: str | PathLike,
     source: StyleSource | None,
     selector: Callable[[], TemperatureSelector],
+    custom_generate: bool,
 ) -> None:
     """Writes the file, and what lies on this machine into folders beside it.
 
@@ -46,6 +48,7 @@ def write_folder(
         folder: where to.
         source: its style.
         selector: opens its selector.
+        custom_generate: whether to carry what ``model.generate`` finds there.
 
     Raises:
         DecodingError: nothing can be written there, a part cannot be read any more, the folder is among the style's
@@ -65,6 +68,8 @@ def write_folder(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside:
             carried = _carry(values, source, selector, Path(beside))
+            if custom_generate:
+                write_custom_generate(Path(beside) / CUSTOM_GENERATE)
             for part in _PARTS:
                 _put(Path(beside) / part, folder / part)
         config = {"format": _FORMAT, **values, **carried}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import Any, Literal
 
@@ -197,19 +197,31 @@ class Policy:
         with self._selection.attach(model, tokenizer):
             yield processors
 
-    def save_pretrained(self, save_directory: str | PathLike) -> None:
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that are given, by their names in files; styles and folders as they are called here."""
+        return {name: value for name in FIELDS if (value := getattr(self, _attribute(name))) is not None}
+
+    def save_pretrained(self, save_directory: str | PathLike, *, custom_generate: bool = False) -> None:
         """Writes ``policy.json`` to a folder, and beside it what lies on this machine: texts, priors, heads, adapters.
+
+        Args:
+            save_directory: the folder.
+            custom_generate: whether to write the code too, 4.6 MB, with which
+                ``model.generate(custom_generate=FOLDER, trust_remote_code=True, tokenizer=tokenizer, …)`` decodes under
+                the policy where this package is not installed.
 
         Raises:
             DecodingError: nothing can be written there, or what lies there is somebody else's.
         """
-        values = {name: value for name in FIELDS if (value := getattr(self, _attribute(name))) is not None}
         source = None if self._prior is None else self._prior.source
-        write_folder(values, save_directory, source, lambda: self._opened_selector)
+        write_folder(self.as_dict(), save_directory, source, lambda: self._opened_selector, custom_generate)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, custom_generate: bool = False
+    ) -> str:
         """Uploads what `save_pretrained` writes to a repository on the hub, made if needed, and returns its address."""
-        return upload(self.save_pretrained, "policy", repo_id, private, token)
+        save = partial(self.save_pretrained, custom_generate=custom_generate)
+        return upload(save, "policy", repo_id, private, token)
 
     @classmethod
     def from_pretrained(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from os import PathLike
 from typing import NamedTuple
@@ -105,6 +105,24 @@ class BoundStyle(LogitsProcessor):
             DecodingError: NaN scores (on CUDA reported at a later step, so that no step waits for the device), or
                 scores without ids that the style's text has.
         """
+        return self._steered(scores, lambda longest: self._history(input_ids, longest))
+
+    def along(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Steers the last steps of one text at once, each as it would be steered by itself.
+
+        Args:
+            input_ids: the text, int64 [L].
+            scores: float [N, W], before softmax, of what follows each of the last N tokens.
+
+        Returns:
+            As for one step.
+
+        Raises:
+            DecodingError: as for one step.
+        """
+        return self._steered(scores, lambda longest: self._histories(input_ids, len(scores), longest))
+
+    def _steered(self, scores: Tensor, history: Callable[[int], Tensor]) -> Tensor:
         if self.lambda_ == 0:
             return scores
         tables, mixture, guards, stops, holds_nan = self._placed_for(scores)
@@ -116,8 +134,8 @@ class BoundStyle(LogitsProcessor):
                 "float16 may need bfloat16 or float32"
             )
         strength = torch.full((len(scores),), self.lambda_, device=scores.device)
-        history = self._history(input_ids, max(tables.order - 1, 1)).to(scores.device)
-        return steer(tables, scores, history, strength, mixture, guards, stops, before=before)
+        tokens = history(max(tables.order - 1, 1)).to(scores.device)
+        return steer(tables, scores, tokens, strength, mixture, guards, stops, before=before)
 
     def _placed_for(self, scores: Tensor) -> _Placed:
         key = (scores.shape[1], scores.device)
@@ -145,6 +163,13 @@ class BoundStyle(LogitsProcessor):
         is_pad = window == self.pad_token_id
         leading = is_pad.cumprod(1).bool() & (input_ids[:, :-longest] == self.pad_token_id).all(1, keepdim=True)
         return window.masked_fill(leading, -1)
+
+    def _histories(self, input_ids: Tensor, count: int, longest: int) -> Tensor:
+        """As `_history`, int64 [count, longest], of the last positions of one text."""
+        seen = input_ids
+        if self.pad_token_id is not None:
+            seen = seen.masked_fill((seen == self.pad_token_id).cumprod(0).bool(), -1)
+        return torch.nn.functional.pad(seen, (longest - 1, 0), value=-1).unfold(0, longest, 1)[-count:]
 
     def __getstate__(self) -> dict[str, object]:
         """For pickle and copies: without what devices hold."""

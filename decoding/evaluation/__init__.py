@@ -1,0 +1,1 @@
+"""Evaluation by other projects' tools: their models, under a policy."""
