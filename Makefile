@@ -24,7 +24,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 # Tests that start engines, the longest first. One process for each: it can have but one engine at a time.
 ENGINES := engine server chunk_engine sweep temperature_engine mistral_tokenizer
 
-.PHONY: run test test-vllm test-lowest check wheel docs bench clean
+.PHONY: run test test-vllm test-lowest check wheel docs figures bench clean
 
 run: .venv/run.done
 	$(BIN)/decoding sweep --lambda 0:1
@@ -66,6 +66,10 @@ docs: .venv/test.done
 
 bench: .venv/test.done
 	$(BIN)/decoding bench style
+
+# The tables in the docs' pages, from the data that is committed beside them.
+figures: .venv/test.done
+	PYTHONPATH=docs $(BIN)/python -m figures -r
 
 .venv/run.done: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

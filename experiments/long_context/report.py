@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.lab.cells import Cell
 from experiments.lab.pictures import literal, plt, save
-from experiments.lab.tables import markdown
+from experiments.lab.tables import markdown, plus_minus
 from experiments.long_context.baselines import FULL
 from experiments.long_context.evaluate import EvalOptions, PasskeyCell, ShortCell, TextCell, answers_key
 from ngram.storage import write_atomically
@@ -99,8 +99,8 @@ def _text_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     columns = ["perplexity", "against full attention", "KL, 10⁻³ nats", "same next token, %", "attention held, %"]
     lines = [["kept, %", "method", *columns]]
     for row in rows:
-        ratio = f"{row['ratio']:.4f}{_plus_minus(row['ratio_error'], 4)}"
-        moved = f"{1e3 * row['divergence']:.2f}{_plus_minus(row['divergence_error'], 2, 1e3)}"
+        ratio = plus_minus(row["ratio"], row["ratio_error"], 4)
+        moved = plus_minus(row["divergence"], row["divergence_error"], 2, 1e3)
         lines.append(
             [
                 f"{100 * row['retention']:g}",
@@ -113,10 +113,6 @@ def _text_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             ]
         )
     return lines
-
-
-def _plus_minus(error: float | None, digits: int, scale: float = 1.0) -> str:
-    return "" if error is None else f" ± {scale * error:.{digits}f}"
 
 
 def _passkey_table(rows: Sequence[Mapping[str, Any]], options: EvalOptions) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """``decoding bench style``: what the style prior costs, as ratios against a baseline in the same process.
 
-Times are medians; the bracket behind each is the ratio of the quartiles. Let the machine be idle. Absolute times are
-given for a GPU alone.
+Each is the median of the rounds' ratios, with their quartiles in the bracket. Let the machine be idle. Absolute times
+are given for a GPU alone.
 """
 
 from __future__ import annotations

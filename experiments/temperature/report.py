@@ -63,7 +63,7 @@ def _of_model(model: Mapping[str, Any]) -> list[str]:
     if model["translation"]:
         parts.append(_translation_table(model["translation"]))
     if model["superglue"]:
-        parts += [_accuracy_table("SuperGLUE, accuracy", model["superglue"]), _paper_table(model)]
+        parts += [_accuracy_table("SuperGLUE, accuracy", model["superglue"]), markdown(superglue_lines([model]))]
     if model["others"]:
         parts.append(_accuracy_table("Tasks without an ability, mean score", model["others"]))
     return parts
@@ -121,16 +121,18 @@ def _accuracy_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return f"### {title}, %\n\n" + markdown(lines) + "\n" + markdown(gains)
 
 
-def _paper_table(model: Mapping[str, Any]) -> str:
+def superglue_lines(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The paper's accuracies over SuperGLUE, then those of models: a line for each selector's policy."""
     lines = [["model", *(f"T={t:g} → selector" for t in DEFAULTS)]]
     for name, by_default in PAPER_SUPERGLUE.items():
         lines.append([f"{name} (paper)", *("{:.4f} → {:.4f}".format(*by_default[t]) for t in DEFAULTS)])
-    total = model["superglue"][-1]
-    means = {name: each["mean"] for name, each in total["accuracy"].items()}
-    for policy in total["gain"]:
-        changes = [f"{means[sampler_name(t)]:.4f} → {means[policy]:.4f}" for t in DEFAULTS]
-        lines.append([f"{model['model']} ({policy})", *changes])
-    return markdown(lines)
+    for model in models:
+        total = model["superglue"][-1]
+        means = {name: each["mean"] for name, each in total["accuracy"].items()}
+        for policy in total["gain"]:
+            changes = [f"{means[sampler_name(t)]:.4f} → {means[policy]:.4f}" for t in DEFAULTS]
+            lines.append([f"{model['model']} ({policy})", *changes])
+    return lines
 
 
 def _draw(models: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from scipy import stats
 
 from decoding import DecodingError
@@ -10,6 +11,7 @@ from experiments.lab.cells import Cell
 from experiments.lab.figures import ratio_of
 from experiments.lab.runs import RunFolder, finish, settings_of
 from experiments.lab.stats import Estimate, interval
+from experiments.lab.tables import markdown, plus_minus
 
 
 @pytest.mark.parametrize("count", [2, 7, 40])
@@ -32,6 +34,17 @@ def test_what_has_no_interval():
 
 def test_estimates_as_text():
     assert Estimate(0.5, 0.25, 0.75).shown(100) == "50.0 [25.0, 75.0]"
+
+
+def test_errors_as_text():
+    assert plus_minus(0.0004, 0.0001, 2, 1e3) == "0.40 ± 0.10"
+    assert plus_minus(1.0, None, 1) == "1.0"
+
+
+def test_a_table_keeps_what_stands_in_its_cells():
+    lines = [["a|b", "`x|y`"], ["||", "c"]]
+    tokens = MarkdownIt("commonmark").enable("table").parse(markdown(lines))
+    assert [token.content for token in tokens if token.type == "inline"] == [cell for line in lines for cell in line]
 
 
 @dataclass(frozen=True)
