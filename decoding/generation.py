@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from os import PathLike
@@ -13,11 +13,12 @@ from decoding.errors import DecodingError
 from decoding.models import TRUNCATIONS, input_device, load_model, load_tokenizer, undoing
 from decoding.policy import Policy
 from decoding.policy.parts import bound
+from decoding.streaming import TextStreamer
 from decoding.style.bound import BoundStyle
 from decoding.style.prior import StylePrior
 from decoding.temperature.phases import PhaseTemperature
 from decoding.temperature.processors import BoundTemperature, FixedTemperature, Temperature
-from decoding.tokens import as_chats, continuations, pad_id, padded, require_text
+from decoding.tokens import Conversation, as_chats, continuations, pad_id, padded, require_text
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,18 @@ class Generation:
 
 
 @overload
-def generate(model: Any, prompts: str, *, return_info: Literal[True], **options: Any) -> Generation: ...
+def generate(model: Any, prompts: str | Conversation, *, return_info: Literal[True], **options: Any) -> Generation: ...
 @overload
-def generate(model: Any, prompts: list[str], *, return_info: Literal[True], **options: Any) -> list[Generation]: ...
+def generate(
+    model: Any, prompts: list[str] | list[Conversation], *, return_info: Literal[True], **options: Any
+) -> list[Generation]: ...
 @overload
-def generate(model: Any, prompts: str, **options: Any) -> str: ...
+def generate(model: Any, prompts: str | Conversation, **options: Any) -> str: ...
 @overload
-def generate(model: Any, prompts: list[str], **options: Any) -> list[str]: ...
+def generate(model: Any, prompts: list[str] | list[Conversation], **options: Any) -> list[str]: ...
 def generate(
     model: Any,
-    prompts: str | list[str],
+    prompts: str | Conversation | list[str] | list[Conversation],
     *,
     tokenizer: Any | None = None,
     logits_processor: Sequence[Any] = (),
@@ -66,13 +69,15 @@ def generate(
     max_new_tokens: int = 64,
     chat: bool = False,
     return_info: bool = False,
+    streamer: Callable[[str], Any] | Any | None = None,
     **options: Any,
 ) -> str | Generation | list[str] | list[Generation]:
     """Continues one prompt, or a list of them in one batch, or answers them.
 
     Args:
-        model: a folder, a hub id, the embedded default's name, or a loaded model (then with its tokenizer).
-        prompts: plain text.
+        model: a folder, a GGUF file, a hub id, the embedded default's name, or a loaded model (then with its
+            tokenizer).
+        prompts: plain text; with ``chat`` also conversations, each a list of messages ``{"role": …, "content": …}``.
         tokenizer: of a loaded model.
         logits_processor: transformers' processors. A `StylePrior`, an `AutoTemperature` and a `PhaseTemperature` are
             bound to tokenizer and model for the call, and a `ChunkSelection` is attached to the model.
@@ -85,6 +90,9 @@ def generate(
         chat: whether prompts are what a user says, to be put into the model's chat template. Without it they are
             continued as they stand, which few models that are made to be talked to do well.
         return_info: whether to tell how the texts were sampled. They are the same.
+        streamer: takes the text of one prompt while it is written, in pieces that together are what is returned: a
+            function of a text, ``lambda piece: print(piece, end="", flush=True)``, or one of transformers' streamers,
+            which does as it likes.
         options: anything that ``model.generate`` takes (``do_sample``, ``num_beams``, ``stop_strings``, …).
 
     Returns:
@@ -93,14 +101,15 @@ def generate(
 
     Raises:
         DecodingError: no prompt, an empty one, a loaded model without its tokenizer, two temperatures, something that
-            policy and ``logits_processor`` both do, or ``chat`` with a model that has no chat template.
+            policy and ``logits_processor`` both do, ``chat`` with a model that has no chat template, a conversation
+            without ``chat``, or a streamer with more than one text or with beams.
         ChunkError: chunks cannot be selected in the model, or two selections.
     """
-    batch = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not batch or not all(isinstance(prompt, str) and prompt for prompt in batch):
-        raise DecodingError("prompts must be a text, or a list of texts, and none empty")
-    for number, prompt in enumerate(batch, start=1):
-        require_text(prompt, f"prompt {number}")
+    is_one = isinstance(prompts, str) or _is_conversation(prompts)
+    batch: list[Any] = [prompts] if is_one else list(prompts)
+    _require_prompts(batch, chat)
+    if streamer is not None:
+        _require_one_text(len(batch), options)
     if not isinstance(logits_processor, Sequence):
         raise DecodingError(f"logits_processor must be a list: write [{type(logits_processor).__name__}(…)]")
     logits_processor = _with_policy(policy, logits_processor)
@@ -114,6 +123,9 @@ def generate(
     processors = bound(logits_processor, tokenizer, model, _stops(options))
     options.setdefault("pad_token_id", pad_id(tokenizer))
     is_decoder = not model.config.is_encoder_decoder
+    if streamer is not None:
+        is_ready = hasattr(streamer, "put") and hasattr(streamer, "end")
+        options["streamer"] = streamer if is_ready else TextStreamer(tokenizer, streamer, has_prompt=is_decoder)
     inputs = padded(batch, tokenizer, input_device(model), on_the_left=is_decoder, add_special_tokens=not chat)
     options["max_new_tokens"] = max_new_tokens
     output = _run(model, tokenizer, processors, options, inputs)
@@ -121,7 +133,42 @@ def generate(
     temperature = _temperature_of(processors)
     texts = continuations(sequences, inputs["input_ids"].shape[1] if is_decoder else 0, tokenizer)
     found = _informed(texts, len(batch), temperature, options) if return_info else texts
-    return found[0] if isinstance(prompts, str) and len(found) == 1 else found
+    return found[0] if is_one and len(found) == 1 else found
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(message, Mapping) for message in prompt)
+
+
+def _require_prompts(batch: Sequence[Any], chat: bool) -> None:
+    """Refuses what is no prompt.
+
+    Raises:
+        DecodingError: as said.
+    """
+    if not batch or not all(_is_conversation(prompt) or (isinstance(prompt, str) and prompt) for prompt in batch):
+        raise DecodingError("prompts must be a text, or a list of texts, and none empty; with chat=True also messages")
+    for number, prompt in enumerate(batch, start=1):
+        if isinstance(prompt, str):
+            require_text(prompt, f"prompt {number}")
+        elif not chat:
+            raise DecodingError("messages go into the model's chat template: write chat=True")
+        else:
+            for message in prompt:
+                require_text(str(message.get("content", "")), f"a message of prompt {number}")
+
+
+def _require_one_text(prompts: int, options: dict[str, Any]) -> None:
+    """Refuses what cannot be shown while it is written.
+
+    Raises:
+        DecodingError: as said.
+    """
+    several = {"num_beams": "beams", "num_return_sequences": "texts"}
+    asked = [f"{count} {what}" for name, what in several.items() if (count := _given(options, name) or 1) > 1]
+    if asked or prompts > 1:
+        what = asked[0] if asked else f"{prompts} prompts"
+        raise DecodingError(f"a streamer shows one text while it is written, not {what}: leave it out, or take one")
 
 
 def generate_ids(model: Any, tokenizer: Any, policy: Policy, *, logits_processor: Any = None, **options: Any) -> Any:

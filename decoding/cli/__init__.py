@@ -1,17 +1,20 @@
 """The command line: ``decoding``.
 
-``doctor``, ``generate``, ``lm-eval`` and ``serve`` stand here. Everything else is added by entry points, those of
-`experiments` first of all.
+``chat``, ``completion``, ``doctor``, ``generate``, ``lm-eval`` and ``serve`` stand here. Everything else is added by
+entry points, those of `experiments` first of all.
 """
 
 from __future__ import annotations
 
 import click
 
+from decoding.cli.chat import chat
+from decoding.cli.completion import completion
 from decoding.cli.doctor import doctor
 from decoding.cli.generate import generate
 from decoding.cli.groups import Group
 from decoding.cli.lm_eval import lm_eval
+from decoding.cli.sections import Root
 from decoding.cli.serve import serve
 
 
@@ -24,7 +27,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> 
     ctx.exit()
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--version",
     is_flag=True,
@@ -33,8 +36,11 @@ def _print_version(ctx: click.Context, param: click.Parameter, wanted: bool) -> 
     callback=_print_version,
     help="Versions and machine in one line, for reports of faults.",
 )
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Inference-time decoding middleware for large language models."""
+    if ctx.invoked_subcommand == completion.name:
+        return  # a shell that starts does not wait for the rest
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -51,7 +57,5 @@ def reproduce() -> None:
     """Reproduces the papers' experiments."""
 
 
-cli.add_command(doctor)
-cli.add_command(generate)
-cli.add_command(lm_eval)
-cli.add_command(serve)
+for command in (chat, completion, doctor, generate, lm_eval, serve):
+    cli.add_command(command)

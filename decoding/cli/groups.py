@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from chunkllm.errors import ChunkError
 from decoding import hooks
 from decoding.errors import DecodingError
-from ngram import NGramError
 
 
 class BadInput(click.ClickException):
@@ -28,7 +28,7 @@ class Group(click.Group):
         """Runs the command."""
         try:
             return super().invoke(ctx)
-        except (DecodingError, NGramError, ChunkError) as error:
+        except mendable() as error:
             raise BadInput(str(error)) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -36,6 +36,11 @@ class Group(click.Group):
         prefix = _path(ctx)
         added = {name.removeprefix(prefix) for name in hooks.COMMANDS.names if name.startswith(prefix)}
         return sorted({*super().list_commands(ctx), *(name for name in added if "." not in name)})
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands by their names alone, since their modules may take long to import, and options."""
+        found = [CompletionItem(name) for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        return found + super(click.Group, self).shell_complete(ctx, incomplete)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of a name; one that cannot be loaded says so when it is called."""
@@ -47,6 +52,15 @@ class Group(click.Group):
             return _checked(name, hooks.COMMANDS.load(name))
         except DecodingError as error:
             return _broken(cmd_name, error)
+
+
+def mendable() -> tuple[type[Exception], ...]:
+    """The errors that tell users what to do. Those of packages that nobody has imported have not been raised."""
+    return DecodingError, *(
+        getattr(sys.modules[module], name)
+        for module, name in (("chunkllm.errors", "ChunkError"), ("ngram.errors", "NGramError"))
+        if module in sys.modules
+    )
 
 
 def _path(ctx: click.Context) -> str:

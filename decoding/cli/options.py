@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they are read."""
+"""Options that several commands share, and how they are read. Quick to import: shells complete by them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from decoding.errors import DecodingError
 from decoding.files import require_writable
-from decoding.models import DEFAULT_MODEL
-from decoding.style.prior import StylePrior
+from decoding.names import DEFAULT_MODEL, DTYPES
 from decoding.style.registered import registered_styles
-from decoding.style.settings import Mode
-from decoding.style.source import StyleSource
+
+if TYPE_CHECKING:
+    from decoding.style.prior import StylePrior
+    from decoding.style.source import StyleSource
 
 
 class Numbers(click.ParamType):
@@ -42,6 +44,36 @@ class LambdaOrAuto(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
         """Parses the text."""
         return value if value == "auto" else click.FLOAT.convert(value, param, ctx)
+
+
+class Named(click.ParamType):
+    """A text, for which shells offer some names, and files where none of them fits."""
+
+    name = "text"
+
+    def __init__(self, names: Callable[[], Sequence[str]], with_files: bool = True):
+        self._names = names
+        self._with_files = with_files
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """What fits."""
+        found = [CompletionItem(name) for name in self._names() if name.startswith(incomplete)]
+        return found or [CompletionItem(incomplete, type="file")] * self._with_files
+
+
+class DeviceName(Named):
+    """Where to compute; found out before anything is computed that it is there."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: ("auto", "cpu", "cuda", "mps", "xpu"), with_files=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Looks for it."""
+        if value == "auto" or (ctx is not None and ctx.resilient_parsing):  # a shell that completes does not wait
+            return value
+        from decoding.models import checked_device
+
+        return checked_device(value)
 
 
 class TemperatureOrAuto(click.ParamType):
@@ -97,14 +129,43 @@ def parse_numbers(text: str, name: str) -> tuple[float, ...]:
     return tuple(sorted(set(numbers)))
 
 
-model = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="A folder or a Hugging Face hub id.")
-dtype = click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+model = click.option(
+    "--model",
+    type=Named(lambda: [DEFAULT_MODEL]),
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="A folder, a GGUF file or a Hugging Face hub id.",
+)
+dtype = click.option(
+    "--dtype",
+    type=Named(lambda: DTYPES, with_files=False),
+    default="auto",
+    show_default=True,
+    help="auto, float32, bfloat16 or float16.",
+)
+device = click.option(
+    "--device",
+    type=DeviceName(),
+    default="auto",
+    show_default=True,
+    help="Where to compute: cpu, cuda, cuda:1, mps or xpu; auto is the accelerator, if there is one.",
+)
+policy = click.option(
+    "--policy",
+    type=Named(lambda: ()),
+    help="A saved policy, a folder or a hub id. Options that are given besides change it.",
+)
+STYLE_NAME = Named(registered_styles)
+json_alone = click.option("--json", is_flag=True, expose_value=False, help="As without: it prints nothing but JSON.")
 field = click.option("--field", help="The text's field in a file that has fields; or write FILE.jsonl#FIELD.")
 order = click.option("--order", default=3, show_default=True, help="Order of the n-gram prior, 1 to 6.")
 smoothing = click.option(
     "--smoothing", default="kneser-ney", show_default=True, help="kneser-ney, witten-bell or additive."
 )
 MOST_SEED = 2**40
+seed = click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, MOST_SEED), help="The same seed, the same text."
+)
 any_lambda = click.option("--allow-any-lambda", is_flag=True, help="Accept λ outside [0, 1].")
 prompts = click.option(
     "--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line; 24 openings by default."
@@ -126,7 +187,7 @@ lambda_or_auto = click.option(
 )
 mode = click.option(
     "--mode",
-    type=click.Choice(get_args(Mode)),
+    type=click.Choice(["paper", "ratio"]),
     help="paper by default, or a saved style's own; ratio is the better one.",
 )
 unwrap = click.option(
@@ -157,6 +218,8 @@ def steering(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def style_prior(style: str, lambda_: float | str | None, options: dict[str, Any]) -> StylePrior:
     """The prior that a command's options ask for."""
+    from decoding.style.prior import StylePrior
+
     spec = style if options["field"] is None else f"{style}#{options['field']}"
     (source,) = sources([spec], {"unwrap": options["unwrap"]})
     return StylePrior(
@@ -171,6 +234,8 @@ def style_prior(style: str, lambda_: float | str | None, options: dict[str, Any]
 
 def sources(specs: Sequence[str], options: dict[str, Any]) -> list[StyleSource]:
     """What a command's styles are, given its options ``field`` and ``unwrap``, if it has them."""
+    from decoding.style.source import StyleSource
+
     return [StyleSource.parse(spec, options.get("field"), unwrap=options.get("unwrap")) for spec in specs]
 
 

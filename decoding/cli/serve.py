@@ -11,7 +11,13 @@ from decoding.cli import options as shared
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @shared.model
-@click.option("--style", "styles", multiple=True, help=f"NAME=SPEC. SPEC: {shared.style_help} May repeat.")
+@click.option(
+    "--style",
+    "styles",
+    type=shared.STYLE_NAME,
+    multiple=True,
+    help=f"NAME=SPEC. SPEC: {shared.style_help} May repeat.",
+)
 @shared.order
 @shared.smoothing
 @shared.unwrap

@@ -68,7 +68,9 @@ def _measured_frequencies(model: Any, tokenizer: Any) -> Tensor:
 
 def sample_openings(model: Any, tokenizer: Any, tokens: int, processors: Sequence[LogitsProcessor]) -> Tensor:
     """`sample` from all `openings`, with the same random numbers every time; the caller's are left alone."""
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    device = model.device
+    is_forked = device.type not in ("cpu", "mps")  # which have one state, or none that can be put back
+    with torch.random.fork_rng([device] if is_forked else [], device_type=device.type if is_forked else "cuda"):
         torch.manual_seed(0)
         return sample(model, tokenizer, openings(), tokens, processors)
 
@@ -125,7 +127,8 @@ class MeanDistribution:
 
     def add(self, scores: Tensor) -> None:
         """Takes in a step: scores float [B, V]."""
-        mass = scores.float().softmax(-1).double().sum(0)
+        mass = scores.float().softmax(-1)
+        mass = (mass.cpu() if mass.device.type == "mps" else mass).double().sum(0)  # there are no float64 there
         self._sum = mass if self._sum is None else self._sum + mass
 
     def frequencies(self, vocab_size: int) -> Tensor:

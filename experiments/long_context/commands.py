@@ -31,6 +31,7 @@ def chunk() -> None:
 @shared.unwrap
 @shared.model
 @shared.dtype
+@shared.device
 @_number("--tokens", default=TrainingOptions.tokens, help="To read of DATA, in pieces of --context.")
 @_number("--held-out-pieces", "held_out", default=TrainingOptions.held_out, help="To read of held-out texts.")
 @_number("--context", default=ReadingOptions.context, help="Tokens of a piece: adapters work at lengths they saw.")
@@ -61,6 +62,7 @@ def train(
     unwrap: bool | None,
     model: str,
     dtype: str,
+    device: str,
     widths: tuple[int, ...],
     out: Path,
     resume: bool,
@@ -78,7 +80,7 @@ def train(
     require_folder(out, resume)
     told = {"field": field, "unwrap": unwrap}
     texts = load_texts(shared.sources(data, told), shared.sources(judge, told))
-    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype)
+    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
     work = partial(run, loaded, tokenizer, model, texts, options, out, resume, _command(), widths)
     click.echo(shared.until_interrupted(work, out, "what was read and learnt is kept"))
     kept = out / CHECKPOINT
@@ -120,6 +122,7 @@ def _command() -> str:
 @_number("--passkey-keys", default=2, help="Prompts for each length and place.")
 @shared.model
 @shared.dtype
+@shared.device
 @shared.field
 @shared.unwrap
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
@@ -144,7 +147,8 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
         passkey_depths=chosen["passkey_depths"],
         passkey_keys=chosen["passkey_keys"],
     )
-    tokenizer, model = load_tokenizer(chosen["model"]), load_model(chosen["model"], chosen["dtype"])
+    tokenizer = load_tokenizer(chosen["model"])
+    model = load_model(chosen["model"], chosen["dtype"], chosen["device"])
     adapters_fingerprint = None if opened is None else model_fingerprint(opened)
     about = {**settings_of(chosen["model"], model, tokenizer), "adapters": adapters_fingerprint}
     sources = shared.sources(texts, chosen)

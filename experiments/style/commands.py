@@ -11,10 +11,10 @@ import click
 
 from decoding.cli import options as shared
 from decoding.cli.groups import Group
+from decoding.cli.sections import Command
 from decoding.errors import DecodingError
 from decoding.files import require_writable
 from decoding.style.registered import DEFAULT_STYLE
-from decoding.style.source import StyleSource
 
 
 @click.group(cls=Group)
@@ -29,6 +29,7 @@ def style() -> None:
 @shared.steering
 @shared.model
 @shared.dtype
+@shared.device
 @shared.field
 @shared.order
 @shared.smoothing
@@ -57,15 +58,18 @@ def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | Non
         click.echo(f"{out}: {len(prior):,} n-grams, {out.stat().st_size / len(prior):.1f} bytes each")
         return
     steered = shared.style_prior(corpus, lambda_, options)
-    model = load_model(options["model"], options["dtype"]) if steered.needs_model else None
+    model = load_model(options["model"], options["dtype"], options["device"]) if steered.needs_model else None
     steered.bind(tokenizer, model).save_pretrained(out)
     click.echo(f"{out}: mode {steered.mode}, λ={steered.lambda_:g}")
 
 
 @style.command()
 @click.argument("prior")
+@shared.json_alone
 def info(prior: str) -> None:
     """Prints what a saved PRIOR is, as JSON."""
+    from decoding.style.source import StyleSource
+
     saved = StyleSource.parse(prior).saved()
     model = saved.model
     counts = [int(model.seen.sum()), *model.tables.shape.ngrams[1:]]
@@ -88,6 +92,7 @@ def info(prior: str) -> None:
 @shared.order
 @shared.smoothing
 @shared.unwrap
+@shared.json_alone
 def evaluate(prior: str, text: str, model: str, order: int, smoothing: str, **options: Any) -> None:
     """Perplexity of TEXT under PRIOR (saved, or trained now from a style), as JSON."""
     from decoding.models import load_tokenizer
@@ -110,8 +115,22 @@ def evaluate(prior: str, text: str, model: str, order: int, smoothing: str, **op
 
 
 @style.command(name="compare")
-@click.option("--style", "styles", multiple=True, required=True, help=f"{shared.style_help} NAME=SPEC. May repeat.")
-@click.option("--other", "others", multiple=True, required=True, help="More authors, for the judges. May repeat.")
+@click.option(
+    "--style",
+    "styles",
+    type=shared.STYLE_NAME,
+    multiple=True,
+    required=True,
+    help=f"{shared.style_help} NAME=SPEC. May repeat.",
+)
+@click.option(
+    "--other",
+    "others",
+    type=shared.STYLE_NAME,
+    multiple=True,
+    required=True,
+    help="More authors, for the judges. May repeat.",
+)
 @shared.prompts
 @click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1), help="Texts for each prompt.")
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=4))
@@ -119,6 +138,7 @@ def evaluate(prior: str, text: str, model: str, order: int, smoothing: str, **op
 @click.option("--lora-steps", default=300, show_default=True, type=click.IntRange(min=1))
 @shared.model
 @shared.dtype
+@shared.device
 @shared.unwrap
 @shared.out
 @shared.resume
@@ -153,14 +173,14 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
         lora=LoraRecipe(steps=options["lora_steps"]),
     )
     tokenizer = load_tokenizer(options["model"])
-    model = load_model(options["model"], options["dtype"])
+    model = load_model(options["model"], options["dtype"], options["device"])
     run = ways.Comparison(model, tokenizer, options["model"], corpora, more, chosen, out, options["resume"])
     shared.until_interrupted(run.run, out)
     compare_report.write(run)
     click.echo(f"\nlook at {out / 'pareto.png'} and {out / 'samples.md'}; numbers: {out / 'results.md'}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--lambda",
     "lambdas",
@@ -169,7 +189,13 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
     show_default=True,
     help="0:1, 0:1:0.05 or 0,0.1,0.3.",
 )
-@click.option("--style", "styles", multiple=True, help=f"{shared.style_help} NAME=SPEC names it. May repeat.")
+@click.option(
+    "--style",
+    "styles",
+    type=shared.STYLE_NAME,
+    multiple=True,
+    help=f"{shared.style_help} NAME=SPEC names it. May repeat.",
+)
 @click.option(
     "--seed",
     "seeds",
@@ -188,13 +214,17 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
 @shared.any_lambda
 @shared.model
 @shared.dtype
+@shared.device
 @shared.field
 @shared.order
 @shared.smoothing
 @shared.unwrap
 @shared.out
 @shared.resume
-def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int, ...], **options: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the folder and the table's rows as JSON, for programs.")
+def sweep(
+    lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int, ...], as_json: bool, **options: Any
+) -> None:
     """Generates over λ and measures style, fluency and divergence; writes a table, pictures and a page."""
     from decoding.style.strength import checked_lambda
     from experiments.lab.prompts import DEFAULT_PROMPTS, read_prompts
@@ -206,6 +236,8 @@ def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int,
         checked_lambda(value, options["allow_any_lambda"])
     if options["engine"] == "vllm":
         require_vllm()
+        if options["device"] != "auto":
+            raise DecodingError("vLLM computes on the device that it was built for: leave --device out")
         if not all(0 <= value <= 1 for value in lambdas):
             raise DecodingError("requests to vLLM take λ in [0, 1]: leave --engine vllm or --allow-any-lambda out")
     prompts = read_prompts(options["prompts"] or DEFAULT_PROMPTS)
@@ -220,7 +252,7 @@ def sweep(lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int,
         allow_any_lambda=options["allow_any_lambda"],
     )
     run = _prepared_sweep(list(styles or DEFAULT_STYLES), chosen, options)
-    _run_and_report(run, run_sweep)
+    _run_and_report(run, run_sweep, as_json)
 
 
 def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> Any:
@@ -236,17 +268,21 @@ def _prepared_sweep(styles: list[str], chosen: Any, options: dict[str, Any]) -> 
     asked = {name: options[name] for name in ("mode", "combine") if options.get(name) is not None}
     trained = {"order": options["order"], "smoothing": options["smoothing"]}
     loaded = load_styles(shared.sources(styles, options), tokenizer, **trained, asked=asked)
-    model = load_model(options["model"], options["dtype"])
+    model = load_model(options["model"], options["dtype"], options["device"])
     loaded = [with_ratio(style, tokenizer, model, chosen.mode) for style in loaded]
     return Sweep(model, tokenizer, options["model"], loaded, chosen, out, options["resume"], options["engine"])
 
 
-def _run_and_report(run: Any, work: Callable[[Any], Any]) -> None:
+def _run_and_report(run: Any, work: Callable[[Any], Any], as_json: bool = False) -> None:
     from experiments.style.sweep import report
 
     folder = run.folder.path
     points = shared.until_interrupted(lambda: work(run), folder)
-    _print_table(report(run, points))
+    rows = report(run, points)
+    if as_json:
+        click.echo(json.dumps({"folder": str(folder), "rows": rows}, ensure_ascii=False))
+        return
+    _print_table(rows)
     click.echo(f"\nlook at {folder / 'report.html'} and {folder / 'sweep.png'}; numbers: {folder / 'results.csv'}")
 
 
@@ -272,6 +308,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 @shared.batch_size
 @shared.model
 @shared.dtype
+@shared.device
 @shared.order
 @shared.smoothing
 @shared.out
@@ -294,7 +331,9 @@ def reproduce_style(data: Path, **options: Any) -> None:
 
 
 @click.command(name="style")
-@click.option("--style", "spec", default=DEFAULT_STYLE, show_default=True, help=shared.style_help)
+@click.option(
+    "--style", "spec", type=shared.STYLE_NAME, default=DEFAULT_STYLE, show_default=True, help=shared.style_help
+)
 @shared.model
 @shared.field
 @shared.unwrap

@@ -44,6 +44,7 @@ def temperature() -> None:
 )
 @shared.model
 @shared.dtype
+@shared.device
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the collection.")
 @shared.resume
 def collect(tasks: tuple[str, ...], suite: str, data: Path, limit: int, out: Path, resume: bool, **chosen: Any) -> None:
@@ -64,7 +65,8 @@ def collect(tasks: tuple[str, ...], suite: str, data: Path, limit: int, out: Pat
         raise DecodingError(f"task {unscored[0]} has no metric: its prompts are for classification alone")
     counts = list(limits.values()) or [limit] * len(definitions)
     items = {task: task.items(data, count) for task, count in zip(definitions, counts, strict=True)}
-    tokenizer, model = load_tokenizer(chosen["model"]), load_model(chosen["model"], chosen["dtype"])
+    tokenizer = load_tokenizer(chosen["model"])
+    model = load_model(chosen["model"], chosen["dtype"], chosen["device"])
     about = settings_of(chosen["model"], model, tokenizer)
     settings = {key: chosen[key] for key in ("temperatures", "seeds", "top_p", "batch_size", "baselines")}
     collection = Collection(model, tokenizer, about, items, CollectOptions(**settings), out, resume)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from decoding.generation import generate
@@ -41,7 +42,7 @@ class Shipped:
         by_position = {item.position: item for item in task.items(self._data)}
         held_out = [row for row, is_for_training in enumerate(collected.training) if not is_for_training]
         found, chosen = np.full((2, len(collected.prompts)), np.nan)
-        for start in track(range(0, len(held_out), _BATCH), f"{task.name}, as shipped"):
+        for start in track(range(0, len(held_out), _BATCH), f"{task.name}, as shipped", console=Console(stderr=True)):
             rows = held_out[start : start + _BATCH]
             items = [by_position[collected.positions[row]] for row in rows]
             auto = AutoTemperature(self._selector)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -162,7 +163,7 @@ def fine_tuned(encoder: Encoder, prompts: Sequence[str], labels: Sequence[int], 
     order = [i for _ in range(epochs) for i in torch.randperm(len(prompts), generator=generator).tolist()]
     steps = range(0, len(order), _BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(steps))
-    for start in track(steps, "fine-tuning the encoder"):
+    for start in track(steps, "fine-tuning the encoder", console=Console(stderr=True)):
         rows = order[start : start + _BATCH]
         vectors = tuned.forward([prompts[i] for i in rows])
         target = torch.tensor([labels[i] for i in rows], device=vectors.device)
@@ -176,5 +177,6 @@ def fine_tuned(encoder: Encoder, prompts: Sequence[str], labels: Sequence[int], 
 
 def _encoded(encoder: Encoder, prompts: Sequence[str]) -> Tensor:
     size = 32
-    parts = [encoder(prompts[i : i + size]) for i in track(range(0, len(prompts), size), "encoding prompts")]
+    starts = track(range(0, len(prompts), size), "encoding prompts", console=Console(stderr=True))
+    parts = [encoder(prompts[i : i + size]) for i in starts]
     return torch.cat(parts).cpu()

@@ -17,7 +17,8 @@ from tokenizers import normalizers
 
 from decoding import StylePrior
 from decoding.cache import Key, cache_dir, kept, kept_file
-from decoding.models import DEFAULT_MODEL, _is_whole, model_fingerprint, resolve_model
+from decoding.gguf import is_whole
+from decoding.models import DEFAULT_MODEL, model_fingerprint, resolve_model
 from decoding.style.background import model_frequencies, sample
 from decoding.style.registered import REMOTE_STYLES, Remote, registered_documents
 from decoding.style.training import name_and_file
@@ -229,4 +230,4 @@ def test_a_damaged_default_model_is_not_taken_for_whole(real_model, tmp_path):
     for file in source.iterdir():
         content = file.read_bytes()
         (folder / file.name).write_bytes(content[:-1000] if file.name == "model.safetensors" else content)
-    assert _is_whole(source) and not _is_whole(folder)
+    assert is_whole(source) and not is_whole(folder)

@@ -5,19 +5,11 @@ import sys
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from decoding import DecodingError, NGramModel, StylePrior, generate
 from decoding.cache import cache_dir
-from decoding.cli import cli
 from decoding.cli.options import parse_numbers
 from tests.conftest import TEXT, make_tokenizer
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize(
@@ -48,7 +40,8 @@ def test_a_sweep_from_the_command_line(run, model_folder, style_file, tmp_path):
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert [(row["lambda"], row["seeds"]) for row in rows] == [(0, 2), (0.5, 2)]
     assert "report.html" in result.output
-    assert run(*arguments, "--seed", 3, "--seed", 4, "--resume", "--out", tmp_path / "out").exit_code == 0
+    again = run(*arguments, "--seed", 3, "--seed", 4, "--resume", "--out", tmp_path / "out", "--json")
+    assert json.loads(again.stdout) == {"folder": str(tmp_path / "out"), "rows": rows}
 
 
 def test_an_interrupted_sweep_says_how_to_go_on(run, model_folder, style_file, tmp_path, monkeypatch):
@@ -85,7 +78,7 @@ def test_generate_at_a_chosen_temperature(run, model_folder, style_file):
     assert auto.exit_code == 0, auto.output
     assert auto.output != run("generate", "the captain said", *arguments, "--temperature", 1.7).output
     assert "auto" in run("generate", "the captain said", *arguments, "--temperature", "hot").output
-    found = json.loads(run("generate", "the captain said", *arguments, "--temperature", "auto", "--info").output)
+    found = json.loads(run("generate", "the captain said", *arguments, "--temperature", "auto", "--json").stdout)
     assert (found["text"] + "\n", found["top_p"], found["policy"]) == (auto.output, 0.9, "ability")
     assert len(found["abilities"]) == 6
     at = ["--temperature", found["temperature"]]
@@ -270,19 +263,6 @@ def test_a_console_that_is_no_utf_8_gets_what_it_can_show(encoding, style_file, 
 def test_seeds_and_prompts_that_cannot_be(run, arguments, says, model_folder, style_file):
     result = run(*arguments, "--model", model_folder, "--style", style_file)
     assert result.exit_code == 2 and says in result.output
-
-
-@pytest.fixture
-def chat_folder(model, tmp_path):
-    """A model to talk to: its template says "night" before what the user says, and "captain said" after it."""
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['content'] == 'boom' %}{{ raise_exception('no boom') }}{% endif %}"
-        "night {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}captain said{% endif %}"
-    )
-    model.save_pretrained(tmp_path / "chat")
-    tokenizer.save_pretrained(tmp_path / "chat")
-    return tmp_path / "chat"
 
 
 def test_generate_answers_where_the_model_has_a_template(run, chat_folder, model_folder, style_file):
