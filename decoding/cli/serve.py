@@ -21,6 +21,7 @@ from decoding.cli import options as shared
 @shared.order
 @shared.smoothing
 @shared.unwrap
+@click.option("--policy", help="What every request has unless it says otherwise: a saved policy's folder or hub id.")
 @click.option("--temperature-selector", help='"default" (the embedded one), a folder or a hub id; none by default.')
 @click.option("--temperature-policy", type=click.Choice(["ability", "curve"]), help="Of the selector.")
 @click.option("--model-size", type=click.Choice(["small", "medium", "large"]), help="By its parameters by default.")
@@ -32,7 +33,8 @@ from decoding.cli import options as shared
 def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **options: Any) -> None:
     """Serves a model over HTTP: vLLM's OpenAI-compatible server, which takes all of its own options.
 
-    A request names its style in vllm_xargs, {"style": "NAME", "lambda": 0.1}, has its temperature chosen with
+    A request names its style in vllm_xargs, {"style": "NAME", "lambda": 0.1}, and guards of its own, {"max_js": 0.05};
+    "off" does without what the server's policy has. It has its temperature chosen with
     {"temperature": "auto"}, and with it the selector's top-p unless it has its own, thinks and answers at two with
     {"think_temperature": 1, "answer_temperature": 0.3} (a number or "auto"), and reads another number of tokens with
     {"kv_budget": 4096}, or all with "full".
@@ -51,9 +53,11 @@ def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **
     selector = options["temperature_selector"]
     engine = engine_args(
         dict(named),
+        policy=options["policy"],
+        model=path,
         temperature=True if selector == "default" else selector,
         model_size=options["model_size"],
-        policy=options["temperature_policy"],
+        temperature_policy=options["temperature_policy"],
         phases=options["phase_markers"] or options["phases"],
         chunk_adapters=options["chunk_adapters"],
         kv_budget=options["kv_budget"],

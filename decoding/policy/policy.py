@@ -14,7 +14,7 @@ from decoding.errors import DecodingError
 from decoding.hub import upload
 from decoding.policy.files import read_folder, write_folder
 from decoding.policy.parts import bound, open_selection, open_selector
-from decoding.policy.values import AUTO, FIELDS, GUARDS, check_field, check_together
+from decoding.policy.values import AUTO, FIELDS, GUARDS, check_field, check_together, chunk_settings
 from decoding.style.prior import StylePrior
 from decoding.style.settings import Mode
 from decoding.temperature.phases import PhaseTemperature
@@ -200,6 +200,26 @@ class Policy:
     def as_dict(self) -> dict[str, Any]:
         """The fields that are given, by their names in files; styles and folders as they are called here."""
         return {name: value for name in FIELDS if (value := getattr(self, _attribute(name))) is not None}
+
+    def request_args(self) -> dict[str, Any]:
+        """The policy as one request's arguments in vLLM: ``SamplingParams(extra_args=…)``, ``vllm_xargs`` over HTTP.
+
+        The server must have what they name: a style of that name, a selector, chunk selection. What the policy leaves
+        out is as the server has it.
+
+        Raises:
+            DecodingError: λ="auto", which no request can have, or settings of chunks that are not the budget.
+        """
+        given = self.as_dict()
+        if self.lambda_ == AUTO:
+            raise DecodingError(f'λ="{AUTO}" is measured with the model, not by request: give a number')
+        if self._prior is not None and self._prior.source is not None:
+            given["style"] = self._prior.source.served_name
+        if self._selection is not None:
+            if other := [name for name in chunk_settings(self.chunks) if name != "budget"]:
+                raise DecodingError(f"{', '.join(other)} of chunks cannot vary by request: start the server with it")
+            given["chunks"] = self._selection.budget
+        return given
 
     def save_pretrained(self, save_directory: str | PathLike, *, custom_generate: bool = False) -> None:
         """Writes ``policy.json`` to a folder, and beside it what lies on this machine: texts, priors, heads, adapters.

@@ -16,7 +16,7 @@ AUTO = "auto"
 EMBEDDED = "default"
 """How the adapters and the selector that the packages bring along are called, as in ``decoding serve``."""
 GUARDS = ("plausibility", "max_js", "entropy_gate", "steer_stop")
-_OF_STYLES = ("lambda", "mode", *GUARDS)
+OF_STYLES = ("lambda", "mode", *GUARDS)
 # `ChunkSelection`'s keywords: what a value must be. It has one more, ``scorer``, which no file can hold.
 _CHUNK_SETTINGS: dict[str, tuple[str, tuple[type, ...]]] = {
     "adapters": (f'a folder, a hub id or "{EMBEDDED}"', (str, PathLike)),
@@ -50,7 +50,7 @@ def check_together(values: Mapping[str, Any]) -> None:
         DecodingError: as said.
     """
     given = {name for name, value in values.items() if value is not None}
-    if "style" not in given and (alone := [name for name in _OF_STYLES if name in given]):
+    if "style" not in given and (alone := [name for name in OF_STYLES if name in given]):
         raise DecodingError(f"{', '.join(alone)} without a style: name one in style")
     if "think_temperature" in given and "temperature" not in given:
         raise DecodingError(f'think_temperature without the answer\'s: write temperature, a number or "{AUTO}"')

@@ -149,8 +149,9 @@ class BoundStyle(LogitsProcessor):
                 )
             mixture = None if self.mixture is None else self.mixture.to(device)
             guards = guards_of([self.settings.guards], device)
-            stops = stops_of(self.stop_ids, [self.settings.steer_stop], width, device)
-            self._placed[key] = _Placed(tables.widened(width).to(device), mixture, guards, stops, LateAnswer())
+            own = None if guards is None else guards.of(0)
+            stops = None if self.settings.steer_stop else stops_of(self.stop_ids, width, device)
+            self._placed[key] = _Placed(tables.widened(width).to(device), mixture, own, stops, LateAnswer())
         return self._placed[key]
 
     def _history(self, input_ids: Tensor, longest: int) -> Tensor:

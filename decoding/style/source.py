@@ -97,6 +97,11 @@ class StyleSource:
         return self.name if self.is_named else model.metadata.get("style", self.name)
 
     @property
+    def served_name(self) -> str:
+        """How a server calls it that is not told a name: as what was saved calls itself, else `name`."""
+        return self.name_of(self.saved().model) if self.kind in ("prior", "style") else self.name
+
+    @property
     def is_text(self) -> bool:
         """Whether there are texts, from which a prior can be trained for any tokenizer."""
         return self.kind in ("registered", "text")

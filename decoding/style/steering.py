@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chunkllm.late import send
 from decoding.errors import DecodingError
 from decoding.metrics import LN2
 from ngram.tables import NEVER, Tables, add_log_prior, counts_on_host, mixture_of_orders
@@ -54,30 +55,30 @@ _ABSENT = {"plausibility": 0.0, "max_js": math.inf, "entropy_gate": 0.0}
 
 @dataclass(frozen=True)
 class Guards:
-    """The guards of several priors, float32 [S] each (`_ABSENT` for priors without); None where no prior has one."""
+    """Guards of several, float32 [S] each (`_ABSENT` for those without); None where nobody has one."""
 
     plausibility: Tensor | None = None
     max_js: Tensor | None = None
     entropy_gate: Tensor | None = None
 
-    def of(self, prior: int | Tensor) -> Guards:
-        """Those of one prior, [1, 1], or of each row's, [B, 1]."""
-        return Guards(**{name: None if each is None else _rows(each, prior) for name, each in vars(self).items()})
+    def of(self, which: int | Tensor) -> Guards:
+        """Those of one, [1, 1], or of as many as there are rows, [B, 1], as `steer` takes them."""
+        return Guards(**{name: None if each is None else _rows(each, which) for name, each in vars(self).items()})
 
 
-def _rows(values: Tensor, prior: int | Tensor) -> Tensor:
-    return (values.index_select(0, prior) if isinstance(prior, Tensor) else values[prior : prior + 1])[:, None]
+def _rows(values: Tensor, which: int | Tensor) -> Tensor:
+    return (values.index_select(0, which) if isinstance(which, Tensor) else values[which : which + 1])[:, None]
 
 
 def guards_of(settings: Sequence[GuardSettings], device: torch.device | str) -> Guards | None:
-    """The guards of priors on a device, or None if no prior has any."""
+    """Guards on a device, or None if nobody has any."""
 
     def column(name: str) -> Tensor | None:
         values = [getattr(each, name) for each in settings]
         if all(value is None for value in values):
             return None
         filled = [_ABSENT[name] if value is None else value for value in values]
-        return torch.tensor(filled, dtype=torch.float32).to(device)
+        return send(torch.tensor(filled, dtype=torch.float32), device)
 
     columns = {name: column(name) for name in GuardSettings._fields}
     return None if all(values is None for values in columns.values()) else Guards(**columns)
@@ -96,13 +97,24 @@ class Stops:
 
     Attributes:
         ids: int64 [K], ascending.
-        leave: whether each prior does, bool [S]; None where all do.
         between: the columns between them, as begin and end, on the host.
+        leave: whether each of several does, bool [S]; None where all do.
     """
 
     ids: Tensor
-    leave: Tensor | None
     between: tuple[tuple[int, int], ...]
+    leave: Tensor | None = None
+
+    def of(self, which: int | Tensor) -> Stops:
+        """As `Guards.of`."""
+        return self if self.leave is None else replace(self, leave=_rows(self.leave, which))
+
+    def left_by(self, steer_stop: Sequence[bool]) -> Stops | None:
+        """With what several do, who steer them too or not; None if all steer them."""
+        if all(steer_stop):
+            return None
+        leave = torch.tensor([not each for each in steer_stop]) if any(steer_stop) else None
+        return replace(self, leave=None if leave is None else send(leave, self.ids.device))
 
     def before(self, scores: Tensor) -> BeforeStops:
         """What `undone` needs to know of scores before they are steered."""
@@ -110,38 +122,33 @@ class Stops:
         top = reduce(torch.maximum, tops)
         return BeforeStops(scores.index_select(1, self.ids), top)
 
-    def undone(self, before: BeforeStops, after: Tensor, prior: int | Tensor) -> Tensor:
+    def undone(self, before: BeforeStops, after: Tensor) -> Tensor:
         """Gives these ids, in ``after`` [B, W] and in place, their odds of before against the likeliest other one.
 
         Args:
             before: of the scores before.
             after: the steered scores.
-            prior: each row's.
         """
         steered = after.index_select(1, self.ids) if self.leave is not None else None
         moved = after.index_fill_(1, self.ids, -torch.inf).amax(-1, keepdim=True).sub_(before.top)
         kept = before.scores + moved.nan_to_num_(0)  # −inf less −inf: nothing else can be chosen
         if steered is not None and self.leave is not None:
-            kept = torch.where(_rows(self.leave, prior), kept, steered)
+            kept = torch.where(self.leave, kept, steered)
         return after.index_copy_(1, self.ids, kept.to(after.dtype))
 
 
-def stops_of(ids: Sequence[int], steer_stop: Sequence[bool], width: int, device: torch.device | str) -> Stops | None:
-    """The ids that end a text, or None if no prior leaves them alone.
+def stops_of(ids: Sequence[int], width: int, device: torch.device | str) -> Stops | None:
+    """The ids that end a text, which all leave alone; None if there are none, or no others.
 
     Args:
         ids: which; those from ``width`` on have no score.
-        steer_stop: whether each prior steers them too.
         width: columns of the scores.
         device: where the scores are.
     """
     within = sorted({each for each in ids if 0 <= each < width})
     edges = [-1, *within, width]
     between = tuple((a + 1, b) for a, b in pairwise(edges) if a + 1 < b)
-    if not within or not between or all(steer_stop):
-        return None
-    leave = torch.tensor([not each for each in steer_stop]).to(device) if any(steer_stop) else None
-    return Stops(torch.tensor(within).to(device), leave, between)
+    return Stops(torch.tensor(within).to(device), between) if within and between else None
 
 
 def mixture_of(
@@ -219,8 +226,8 @@ def steer(
 
     Args:
         tables, scores, history, strength, mixture, prior, shift, out: as for `ngram.tables.add_log_prior`.
-        guards: of all priors in ``tables``; None adds the prior as it is.
-        stops: the ids that end a text; None steers them as any other.
+        guards: of the rows, [B, 1] each, or of all of them, [1, 1]; None adds the prior as it is.
+        stops: the ids that end a text, with ``leave`` likewise; None steers them as any other.
         before: ``stops.before(scores)``, where it is known.
 
     Returns:
@@ -230,27 +237,30 @@ def steer(
         before = stops.before(scores)
     if guards is None:
         result = add_log_prior(tables, scores, history, strength, mixture, prior=prior, shift=shift, out=out)
-        return result if stops is None or before is None else stops.undone(before, result, prior)
-    held = guards.of(prior)
-    p = scores.softmax(-1, dtype=torch.float32) if held.entropy_gate is not None or held.max_js is not None else None
-    if held.entropy_gate is not None and p is not None:
-        gate = held.entropy_gate[:, 0].clamp(min=torch.finfo(torch.float32).tiny)
-        share = torch.where(held.entropy_gate[:, 0] > 0, _entropy(scores, p) / gate, 1)
+        return result if stops is None or before is None else stops.undone(before, result)
+    p = (
+        scores.softmax(-1, dtype=torch.float32)
+        if guards.entropy_gate is not None or guards.max_js is not None
+        else None
+    )
+    if guards.entropy_gate is not None and p is not None:
+        gate = guards.entropy_gate[:, 0].clamp(min=torch.finfo(torch.float32).tiny)
+        share = torch.where(guards.entropy_gate[:, 0] > 0, _entropy(scores, p) / gate, 1)
         strength = strength * share.clamp(max=1)
-    if held.plausibility is None and held.max_js is None:
+    if guards.plausibility is None and guards.max_js is None:
         result = add_log_prior(tables, scores, history, strength, mixture, prior=prior, shift=shift, out=out)
-        return result if stops is None or before is None else stops.undone(before, result, prior)
+        return result if stops is None or before is None else stops.undone(before, result)
     nothing = torch.zeros(scores.shape, device=scores.device)
     change = add_log_prior(tables, nothing, history, strength, mixture, prior=prior, shift=shift, out=nothing)
-    if held.plausibility is not None:
-        change = _among_plausible(scores, change, held.plausibility, strength)
-    if held.max_js is None or p is None:
+    if guards.plausibility is not None:
+        change = _among_plausible(scores, change, guards.plausibility, strength)
+    if guards.max_js is None or p is None:
         result = torch.add(scores, change.to(scores.dtype), out=out)
-        return result if stops is None or before is None else stops.undone(before, result, prior)
+        return result if stops is None or before is None else stops.undone(before, result)
     if stops is not None and before is not None:
-        moved = stops.undone(before, scores + change, prior).index_select(1, stops.ids)
+        moved = stops.undone(before, scores + change).index_select(1, stops.ids)
         change.index_copy_(1, stops.ids, (moved - before.scores).float().nan_to_num_(0))  # −inf stays −inf
-    share = _share_within(p, change, held.max_js, tables.impossible)
+    share = _share_within(p, change, guards.max_js, tables.impossible)
     return torch.add(scores, change.mul_(share).to(scores.dtype), out=out)
 
 

@@ -1,5 +1,5 @@
 """The methods in vLLM: per request, served over HTTP."""
 
-from decoding.vllm.declaration import engine_args
+from decoding.vllm.engine import engine_args
 
 __all__ = ["engine_args"]

@@ -21,7 +21,8 @@ from chunkllm.late import send
 from chunkllm.paged.selection import PagedSelection, Reading, Step, local_blocks
 from chunkllm.selection import DEFAULT_LOCAL, DEFAULT_SINKS, layer_weights
 from decoding.errors import DecodingError
-from decoding.vllm.declaration import CHUNKS_KEY, EMBEDDED, DeclaredChunks, checked_chunks
+from decoding.policy.values import EMBEDDED
+from decoding.vllm.declaration import CHUNKS_KEY, DeclaredChunks, checked_chunks
 from decoding.vllm.v1 import budget_rows
 
 _NO_WINDOW = (-1, (-1, -1))  # as vLLM's backends say it

@@ -1,45 +1,68 @@
 """What a server offers, declared in the environment, which all of its processes share.
 
 vLLM checks requests in the process that receives them and applies them in others, and gives the check no configuration.
-So there are three variables in JSON: ``DECODING_STYLES``, an object from names to saved priors,
-``DECODING_TEMPERATURE``, one like `DeclaredSelector` that may have ``phases``, one like `DeclaredPhases` (and then
-``"selector": false`` to do without a selector), and ``DECODING_CHUNKS``, one like `DeclaredChunks`.
+So there are four variables in JSON: ``DECODING_STYLES``, an object from names to saved priors, or to objects like
+`DeclaredStyle`, ``DECODING_TEMPERATURE``, one like `DeclaredSelector` that may have ``phases``, one like
+`DeclaredPhases` (``"selector": false`` does without a selector), ``DECODING_CHUNKS``, one like `DeclaredChunks`, and
+``DECODING_POLICY``, the arguments that requests have unless they say otherwise.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
-from os import PathLike
-from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-import torch
-
-from chunkllm.adapters import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from chunkllm.selection import DEFAULT_BUDGET
 from decoding.errors import DecodingError
-from decoding.files import exists
-from decoding.hub import may_be_hub_id
+from decoding.policy.values import AUTO, EMBEDDED, OF_STYLES, check_field
+from decoding.style.settings import Mode
 from decoding.style.source import StyleSource
-from decoding.temperature.abilities import SIZES
-from decoding.temperature.files import CONFIG_FILE
 from decoding.temperature.markers import checked_markers
 from decoding.temperature.selector import Policy
 
 STYLES_VARIABLE = "DECODING_STYLES"
 TEMPERATURE_VARIABLE = "DECODING_TEMPERATURE"
 CHUNKS_VARIABLE = "DECODING_CHUNKS"
+POLICY_VARIABLE = "DECODING_POLICY"
 STYLE_PROCESSOR = "decoding.vllm.processor:StyleLogitsProcessor"
 TEMPERATURE_PROCESSOR = "decoding.vllm.processor:TemperatureLogitsProcessor"
 CHUNK_PROCESSOR = "decoding.vllm.processor:ChunkLogitsProcessor"
 CHUNKS_KEY = "chunkllm"  # in an engine's additional_config
-EMBEDDED = "default"  # the name of what comes with the package
 BLOCK_SIZE = 32
-_PHASES = "phases"
-_COPIED_BY_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+PHASES = "phases"
+
+
+class DeclaredStyle(NamedTuple):
+    """A style that a server offers, and how it steers where a request does not say."""
+
+    style: str  # as `StyleSource.parse` takes it
+    said: tuple[tuple[str, Any], ...] = ()  # of `OF_STYLES`, by name; else it is as it is by itself
+
+    def as_json(self) -> str | dict[str, Any]:
+        """What the variable holds."""
+        return {"style": self.style, **dict(self.said)} if self.said else self.style
+
+    def parameters(self) -> dict[str, Any]:
+        """`StylePrior`'s."""
+        return {"lambda_" if name == "lambda" else name: value for name, value in self.said}
+
+    def mode(self) -> Mode:
+        """The mode that it has in an engine. Reads what was saved, once.
+
+        Raises:
+            DecodingError: nothing there, or damaged.
+        """
+        return dict(self.said).get("mode") or _saved_mode(self.style)
+
+
+@lru_cache(maxsize=64)
+def _saved_mode(style: str) -> Mode:
+    source = StyleSource.parse(style)
+    settings = source.saved().settings if source.kind in ("style", "hub") else None
+    return "paper" if settings is None else settings.mode
 
 
 class DeclaredSelector(NamedTuple):
@@ -64,157 +87,73 @@ class DeclaredChunks(NamedTuple):
     kv_budget: int = DEFAULT_BUDGET  # tokens that a request reads at most, on average over layers
 
 
-def engine_args(
-    styles: Mapping[str, str | PathLike] | None = None,
-    *,
-    temperature: bool | str | PathLike | None = None,
-    model_size: str | None = None,
-    policy: Policy | None = None,
-    phases: bool | tuple[str, str] = False,
-    chunk_adapters: str | PathLike | None = None,
-    kv_budget: int | None = None,
-) -> dict[str, Any]:
-    """Arguments that give ``vllm.LLM`` or ``AsyncEngineArgs`` style priors, temperatures, chunk selection.
+class Offer(NamedTuple):
+    """What a server offers to requests."""
 
-    Declares them in the environment, from which the engine's processes are started, in place of what an earlier call
-    declared. For chunk selection, the arguments also set the size of the cache's blocks, and on CUDA the attention
-    backend and vLLM's V1 model runner.
+    styles: Mapping[str, DeclaredStyle]
+    selector: DeclaredSelector | None
+    has_temperatures: bool  # of any kind, beside vLLM's
+    has_phases: bool
+    has_chunks: bool
 
-    Examples:
-        >>> llm = LLM("path-or-hub-id", **engine_args({"king-james": "king-james.safetensors"}, temperature=True))
-        >>> llm.generate(prompts, SamplingParams(extra_args={"style": "king-james", "lambda": 0.1}))
-        >>> llm.generate(prompts, SamplingParams(temperature=1, extra_args={"temperature": "auto"}))
-        >>> llm = LLM("path-or-hub-id", **engine_args(phases=True))
-        >>> phases = {"think_temperature": 1.0, "answer_temperature": 0.3}
-        >>> llm.generate(prompts, SamplingParams(temperature=1, extra_args=phases))
-        >>> llm = LLM("path-or-hub-id", **engine_args(chunk_adapters="my-adapters", kv_budget=2048))
-        >>> llm.generate(prompts, SamplingParams(extra_args={"kv_budget": 4096}))  # or "full"
 
-    Args:
-        styles: a style for every name, as `StylePrior` takes it: a file of ``decoding style train``, a folder of
-            `StylePrior.save_pretrained` (its settings apply, and its λ where a request gives none), a hub id, or a
-            text, from which the engine trains a prior once.
-        temperature: the selector: True for the embedded one, a folder of `TemperatureSelector.save_pretrained`, or a
-            hub id.
-        model_size: "small", "medium" or "large", as for `TemperatureSelector.select`; by default by the number of the
-            model's parameters.
-        policy: "ability" (the default) or "curve".
-        phases: requests may have one temperature for thinking and one for answering. True to go by the model's own
-            markers of thinking, as `PhaseTemperature` does; else the two texts that begin and end it.
-        chunk_adapters: select chunks, with the adapters of a folder or hub id; "default" for the embedded ones.
-        kv_budget: select chunks, with or without adapters, where a request has more tokens than these, 2048 by default.
+def offered() -> Offer:
+    """What this process's environment declares.
 
     Raises:
-        DecodingError: a name without a style, no selector or adapters there, an unknown size, policy or budget, or
-            phases that are no two texts.
+        DecodingError: as the functions below.
     """
-    priors = None if styles is None else {name: _style(name, spec) for name, spec in styles.items()}
-    selector = _selector(temperature, model_size, policy)
-    temperatures = _temperatures(selector, _phases(phases))
-    _declare(STYLES_VARIABLE, priors)
-    _declare(TEMPERATURE_VARIABLE, temperatures)
-    chunks = _chunks(chunk_adapters, kv_budget)
-    _declare(CHUNKS_VARIABLE, None if chunks is None else chunks._asdict())
-    declared = {STYLE_PROCESSOR: priors, TEMPERATURE_PROCESSOR: temperatures, CHUNK_PROCESSOR: chunks}
-    processors = [name for name, value in declared.items() if value is not None]
-    return {"logits_processors": processors, **({} if chunks is None else _engine_of(chunks))}
+    return Offer(
+        declared_styles(),
+        declared_selector(),
+        TEMPERATURE_VARIABLE in os.environ,
+        declared_phases() is not None,
+        declared_chunks() is not None,
+    )
 
 
-def _engine_of(chunks: DeclaredChunks) -> dict[str, Any]:
-    engine = {"additional_config": {CHUNKS_KEY: chunks._asdict()}, "block_size": BLOCK_SIZE}
-    if not torch.cuda.is_available():
-        return engine
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2 does not tell backends which row is whose
-    return engine | {"attention_backend": "CUSTOM"}
+def declared_policy() -> Mapping[str, Any]:
+    """The arguments that this process's environment declares for requests that do not have them.
+
+    Raises:
+        DecodingError: the variable is not a JSON object.
+    """
+    text = os.environ.get(POLICY_VARIABLE)
+    return {} if text is None else _parsed(POLICY_VARIABLE, text)
 
 
-def _chunks(adapters: str | PathLike | None, budget: int | None) -> DeclaredChunks | None:
-    if adapters is None and budget is None:
-        return None
-    source = None if adapters is None else _saved_adapters(adapters)
-    return checked_chunks({"adapters": source, "kv_budget": DEFAULT_BUDGET if budget is None else budget})
+def declared_styles() -> Mapping[str, DeclaredStyle]:
+    """The styles that this process's environment declares, by name.
+
+    Raises:
+        DecodingError: the variable is not a JSON object of texts, or of objects of `DeclaredStyle`'s fields, or a
+            value that a field cannot have.
+    """
+    return _styles_in(os.environ.get(STYLES_VARIABLE, "{}"))
 
 
-def _saved_adapters(source: str | PathLike) -> str:
-    if source == EMBEDDED:
-        return EMBEDDED
-    if (Path(source) / ADAPTER_CONFIG_FILE).is_file():
-        return str(Path(source).resolve())
-    if not may_be_hub_id(str(source)):
-        raise DecodingError(f"no adapters at {source}: make some with `decoding chunk train`")
-    return str(source)
+@lru_cache(maxsize=8)
+def _styles_in(text: str) -> Mapping[str, DeclaredStyle]:
+    return {name: _style_in(name, value) for name, value in _parsed(STYLES_VARIABLE, text).items()}
 
 
-def _style(name: str, spec: str | PathLike) -> str:
+def _style_in(name: str, value: Any) -> DeclaredStyle:
+    if isinstance(value, str):
+        return DeclaredStyle(value)
+    known = ("style", *OF_STYLES)
+    if not isinstance(value, Mapping) or not set(value) <= set(known) or "style" not in value:
+        raise DecodingError(
+            f'{STYLES_VARIABLE} must map names to saved priors, like {{"name": "path"}}, or to objects with '
+            f"{', '.join(known)}"
+        )
     try:
-        source = StyleSource.parse(spec)
-        if source.is_text:
-            source.corpus()  # the engine reads it again, but could not tell the caller
+        for field, each in value.items():
+            check_field(field, each)
     except DecodingError as error:
-        raise DecodingError(f"style {name!r}: no saved prior, text or hub id: {error}") from error
-    if source.kind == "prior" and not exists(source.where):
-        raise DecodingError(f"style {name!r}: no saved prior at {spec}; make one with `decoding style train`")
-    where = str(Path(source.where).resolve()) if exists(source.where) else source.where
-    return where if source.field is None else f"{where}#{source.field}"
-
-
-def _selector(
-    temperature: bool | str | PathLike | None, model_size: str | None, policy: Policy | None
-) -> DeclaredSelector | None:
-    if temperature is None or temperature is False:
-        if model_size is not None or policy is not None:
-            raise DecodingError("model_size and policy are the temperature selector's: ask for one with temperature")
-        return None
-    for what, value, known in (("model size", model_size, SIZES), ("policy", policy, get_args(Policy))):
-        if value not in (None, *known):
-            raise DecodingError(f"unknown {what} {value!r}: choose from {', '.join(known)}")
-    return DeclaredSelector(None if temperature is True else _saved_selector(temperature), model_size, policy)
-
-
-def _saved_selector(source: str | PathLike) -> str:
-    if (Path(source) / CONFIG_FILE).is_file():
-        return str(Path(source).resolve())
-    if not may_be_hub_id(str(source)):
-        raise DecodingError(f"no temperature selector at {source}: there is no {CONFIG_FILE}")
-    return str(source)
-
-
-def _phases(phases: bool | Sequence[str]) -> DeclaredPhases | None:
-    if isinstance(phases, bool):
-        return DeclaredPhases() if phases else None
-    if isinstance(phases, str) or len(phases) != 2:
-        raise DecodingError(f"phases must be True, or the texts that begin and end thinking, not {phases!r}")
-    checked_markers(*phases)
-    return DeclaredPhases(*phases)
-
-
-def _temperatures(selector: DeclaredSelector | None, phases: DeclaredPhases | None) -> dict[str, Any] | None:
-    """What the variable holds."""
-    if phases is None:
-        return None if selector is None else selector._asdict()
-    return {**({"selector": False} if selector is None else selector._asdict()), _PHASES: phases._asdict()}
-
-
-def _declare(variable: str, value: dict[str, Any] | None) -> None:
-    if value is None:
-        os.environ.pop(variable, None)
-        return
-    os.environ[variable] = json.dumps(value, ensure_ascii=False)
-    copied = os.environ.get(_COPIED_BY_RAY, "")
-    if variable not in copied.split(","):  # Ray's workers on other machines get only what is listed
-        os.environ[_COPIED_BY_RAY] = ",".join(filter(None, (copied, variable)))
-
-
-def declared_styles() -> dict[str, str]:
-    """What this process's environment declares: a saved prior for every name.
-
-    Raises:
-        DecodingError: the variable is not a JSON object of strings.
-    """
-    declared = _parsed(STYLES_VARIABLE, os.environ.get(STYLES_VARIABLE, "{}"))
-    if not all(isinstance(source, str) for source in declared.values()):
-        raise DecodingError(f'{STYLES_VARIABLE} must map names to saved priors, like {{"name": "path"}}')
-    return dict(declared)
+        raise DecodingError(f"{STYLES_VARIABLE}: style {name!r}: {error}") from error
+    if value.get("lambda") == AUTO:
+        raise DecodingError(f'{STYLES_VARIABLE}: style {name!r}: λ must be a number here, not "{AUTO}"')
+    return DeclaredStyle(value["style"], tuple((field, each) for field, each in value.items() if field != "style"))
 
 
 def declared_selector() -> DeclaredSelector | None:
@@ -226,7 +165,7 @@ def declared_selector() -> DeclaredSelector | None:
     declared = _declared_temperatures()
     if declared is None or declared.get("selector") is False:
         return None
-    declared = {name: value for name, value in declared.items() if name != _PHASES}
+    declared = {name: value for name, value in declared.items() if name != PHASES}
     if not all(value is None or isinstance(value, str) for value in declared.values()):
         raise DecodingError(f"{TEMPERATURE_VARIABLE} must hold texts or null")
     try:
@@ -242,7 +181,7 @@ def declared_phases() -> DeclaredPhases | None:
     Raises:
         DecodingError: the variable is not a JSON object, or its ``phases`` not one of `DeclaredPhases`'s fields.
     """
-    phases = (_declared_temperatures() or {}).get(_PHASES)
+    phases = (_declared_temperatures() or {}).get(PHASES)
     if phases is None or isinstance(phases, bool):
         return DeclaredPhases() if phases else None
     if not isinstance(phases, Mapping) or not set(phases) <= set(DeclaredPhases._fields):
@@ -281,14 +220,14 @@ def checked_chunks(settings: Any) -> DeclaredChunks:
     return chunks._replace(kv_budget=checked_budget(chunks.kv_budget))
 
 
-def checked_budget(value: Any) -> int:
+def checked_budget(value: Any, name: str = "kv_budget") -> int:
     """A budget in tokens.
 
     Raises:
         DecodingError: no whole number above 0.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise DecodingError(f"kv_budget must be a whole number of tokens above 0, not {value!r}")
+        raise DecodingError(f"{name} must be a whole number of tokens above 0, not {value!r}")
     return value
 
 

@@ -17,8 +17,16 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Logi
 from decoding.errors import DecodingError
 from decoding.temperature.markers import Markers, markers_of
 from decoding.tokens import ends_of_sequence
-from decoding.vllm.declaration import TEMPERATURE_VARIABLE, declared_phases, declared_selector, declared_styles
-from decoding.vllm.requests import LoadedStyles, check_request, load_styles
+from decoding.vllm.declaration import (
+    TEMPERATURE_VARIABLE,
+    DeclaredStyle,
+    declared_phases,
+    declared_selector,
+    declared_styles,
+    offered,
+)
+from decoding.vllm.requests import check_policy, check_request
+from decoding.vllm.styles import LoadedStyles, load_styles
 from decoding.vllm.temperatures import PromptTemperatures, load_temperatures
 from decoding.vllm.tokenizer import engine_tokenizer
 from decoding.vllm.v1 import BudgetRows, StyleRows, TemperatureRows, budget_rows
@@ -40,6 +48,7 @@ class _Processor(V1LogitsProcessor, V2LogitsProcessor):
         if not vllm_config.model_config.logits_processors:
             name = f"{type(self).__module__}:{type(self).__name__}"
             raise DecodingError(f"declare this processor with the engine: --logits-processors {name}")
+        check_policy(SamplingParams())
         if isinstance(device_or_states, torch.device):
             self._rows = self._rows_of(vllm_config, device_or_states)
         else:
@@ -74,7 +83,7 @@ class _Processor(V1LogitsProcessor, V2LogitsProcessor):
 
 
 class StyleLogitsProcessor(_Processor):
-    """Style priors per request, by ``extra_args={"style": …, "lambda": …}`` (``vllm_xargs`` over HTTP).
+    """Style priors per request, by ``extra_args={"style": …, "lambda": …}`` and guards (``vllm_xargs`` over HTTP).
 
     Declare it in ``logits_processors`` (`decoding.vllm.engine_args` and ``decoding serve`` do), not as an installed
     plugin: V1 keeps histories up to date for declared processors alone, and refuses those, rather than skipping them,
@@ -151,7 +160,11 @@ def _stop_ids(config: Any, tokenizer: Any | None) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1)
 def _loaded_styles(
-    declared: tuple[tuple[str, str], ...], tokenizer: Any | None, width: int, device: str, stop_ids: tuple[int, ...]
+    declared: tuple[tuple[str, DeclaredStyle], ...],
+    tokenizer: Any | None,
+    width: int,
+    device: str,
+    stop_ids: tuple[int, ...],
 ) -> LoadedStyles:
     """The styles of a process, loaded once."""
     styles = load_styles(dict(declared), tokenizer, width, device, stop_ids)
@@ -161,9 +174,9 @@ def _loaded_styles(
 
 def _temperatures_of(vllm_config: VllmConfig, device: torch.device) -> tuple[PromptTemperatures | None, Markers | None]:
     """The selector and the markers of thinking, as declared."""
-    selector, phases = declared_selector(), declared_phases()
-    if selector is None and phases is None:
+    if not offered().has_temperatures:
         raise DecodingError(f"no temperature selector and no phases are declared: {TEMPERATURE_VARIABLE} is not set")
+    selector, phases = declared_selector(), declared_phases()
     config, tokenizer = vllm_config.model_config, engine_tokenizer(vllm_config)
     if phases is not None and tokenizer is None:
         raise DecodingError("markers of thinking are found with the model's tokenizer: do not skip its start")

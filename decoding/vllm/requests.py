@@ -1,139 +1,40 @@
-"""What a request asks for, and the priors that answer it. Knows nothing of vLLM's runners, and does not import vLLM."""
+"""What a request asks for, read once from its arguments and the server's policy. Does not import vLLM.
+
+A request's arguments are ``SamplingParams(extra_args={…})``, over HTTP ``vllm_xargs``, whose values are texts, numbers
+or lists of these: so "off" says what null says in Python, and 0 and 1 say what false and true say.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple, get_args
 
 from decoding.errors import DecodingError
-from decoding.style.prior import StylePrior
-from decoding.style.source import StyleSource
-from decoding.style.steering import Guards, Stops, guards_of, steer, stops_of
+from decoding.policy.values import AUTO, EMBEDDED, OF_STYLES
+from decoding.style.settings import Mode
+from decoding.style.steering import GuardSettings
 from decoding.style.strength import checked_lambda
-from decoding.style.training import name_and_file
 from decoding.temperature.processors import checked_temperature
-from decoding.vllm.declaration import (
-    checked_budget,
-    declared_chunks,
-    declared_phases,
-    declared_selector,
-    declared_styles,
-)
-from ngram import NGramError
-from ngram.layout import join
-from ngram.tables import Tables
+from decoding.vllm.declaration import POLICY_VARIABLE, Offer, checked_budget, declared_policy, offered
 
 MOST_STYLES_PER_REQUEST = 8
-AUTO = "auto"
-_TOP_P = "temperature_top_p"
-_TEMPERATURES = _WHOLE, _THINK, _ = "temperature", "think_temperature", "answer_temperature"
-_LEAST = 1e-2  # what vLLM raises lower temperatures to, before scores overflow
-FULL = "full"
 UNLIMITED = 2**31 - 1
+OFF, FULL = "off", "full"
+_WHOLE, _THINK, _ANSWER, _TOP_P = "temperature", "think_temperature", "answer_temperature", "temperature_top_p"
+_OF_TEMPERATURES = (_WHOLE, _THINK, _ANSWER, _TOP_P)
+_OF_CHUNKS = ("chunks", "kv_budget")
+ARGUMENTS = ("policy", "style", *OF_STYLES, *_OF_TEMPERATURES, "selector", *_OF_CHUNKS)
+_ALIKE = 0.9  # of two words' letters, for one to be taken for the other: not "model" for "mode"
+_LEAST = 1e-2  # what vLLM raises lower temperatures to, before scores overflow
 
 
-def check_request(params: Any) -> None:
-    """Refuses what this process's environment does not offer, so that it is not silently left out.
+class Held(NamedTuple):
+    """What holds a style back."""
 
-    Args:
-        params: vLLM's ``SamplingParams``.
-
-    Raises:
-        DecodingError: as `requested_styles`, `check_temperature` and `requested_budget`.
-    """
-    requested_styles(params.extra_args, declared_styles())
-    has_selector, has_phases = declared_selector() is not None, declared_phases() is not None
-    check_temperature(params.extra_args, params.temperature, has_selector, has_phases)
-    requested_budget(params.extra_args, is_served=declared_chunks() is not None)
-
-
-def requested_styles(extra_args: Mapping[str, Any] | None, known: Collection[str]) -> list[tuple[str, float | None]]:
-    """The styles that a request's arguments name, and the λ of each, None where it gives none.
-
-    Args:
-        extra_args: a request's own arguments: ``style``, a name or a list of names, and ``lambda``, a number or as
-            many. Others are somebody else's.
-        known: names that are served.
-
-    Raises:
-        DecodingError: an unknown style, λ outside [0, 1], or lists that do not fit each other.
-    """
-    style, lambda_ = (extra_args or {}).get("style"), (extra_args or {}).get("lambda")
-    if style is None:
-        if lambda_ is not None:
-            raise DecodingError("lambda without a style: name one in style")
-        return []
-    names = style if isinstance(style, list) else [style]
-    lambdas = [None] * len(names) if lambda_ is None else lambda_ if isinstance(lambda_, list) else [lambda_]
-    if len(names) != len(lambdas):
-        raise DecodingError(f"style and lambda must have the same length: {len(names)} and {len(lambdas)}")
-    if len(names) > MOST_STYLES_PER_REQUEST:
-        raise DecodingError(f"a request can have {MOST_STYLES_PER_REQUEST} styles, not {len(names)}")
-    for name in names:
-        if not isinstance(name, str) or name not in known:
-            served = ", ".join(sorted(known)) or "none; start it with --style NAME=FILE"
-            raise DecodingError(f"unknown style {name!r}; this server has: {served}")
-    return [
-        (name, None if value is None else checked_lambda(value, hint=""))
-        for name, value in zip(names, lambdas, strict=True)
-    ]
-
-
-def check_temperature(
-    extra_args: Mapping[str, Any] | None, own: float, has_selector: bool, has_phases: bool = False
-) -> None:
-    """Refuses a request that asks for the temperature selector or for phases, and cannot have them.
-
-    Args:
-        extra_args: a request's own arguments: ``temperature``, "auto" or not there; or ``think_temperature``, a number,
-            and ``answer_temperature``, a number or "auto", both or one of them; beside "auto" ``temperature_top_p``,
-            true or false. Others are somebody else's.
-        own: the request's own temperature, by which vLLM divides as well.
-        has_selector: whether the server has a selector.
-        has_phases: whether it tells thinking from answering.
-
-    Raises:
-        DecodingError: other values, no selector, no phases, or an own temperature other than 1.
-    """
-    asked = {name: value for name in _TEMPERATURES if (value := (extra_args or {}).get(name)) is not None}
-    top_p = (extra_args or {}).get(_TOP_P)
-    if top_p not in (None, True, False):
-        raise DecodingError(f"{_TOP_P} must be true or false, not {top_p!r}")
-    if top_p is not None and AUTO not in asked.values():
-        raise DecodingError(f'{_TOP_P} goes with a temperature that is "{AUTO}"')
-    if not asked:
-        return
-    if asked.get(_WHOLE, AUTO) != AUTO:
-        raise DecodingError(
-            f'the temperature in extra_args or vllm_xargs can be "{AUTO}" alone, not {asked[_WHOLE]!r}: '
-            "a number belongs in the request's own temperature"
-        )
-    if _WHOLE in asked and len(asked) > 1:
-        raise DecodingError(
-            f'"temperature": "{AUTO}" is for a whole text: beside {_THINK} write "answer_temperature": "{AUTO}"'
-        )
-    if _WHOLE not in asked and not has_phases:
-        raise DecodingError("this server does not tell thinking from answering; start it with --phases")
-    for name, value in asked.items():
-        if value != AUTO:
-            checked_temperature(value, name, hint="" if name == _THINK else f' or "{AUTO}"')
-        elif name == _THINK:
-            raise DecodingError(f'{_THINK} must be a number: "{AUTO}" is for the answer')
-    if AUTO in asked.values() and not has_selector:
-        raise DecodingError("this server has no temperature selector; start it with --temperature-selector default")
-    if own != 1:
-        what = f'"{AUTO}"' if _WHOLE in asked else " and ".join(asked)
-        raise DecodingError(
-            f"with {what} the request's own temperature must be 1, not {own:g} (where a request has none, the "
-            "model's generation_config.json may set one, unless the server has --generation-config vllm)"
-        )
+    guards: GuardSettings = GuardSettings()
+    steer_stop: bool = False
 
 
 class Temperatures(NamedTuple):
@@ -143,251 +44,300 @@ class Temperatures(NamedTuple):
     think: float | None = None  # None for no other than the answer's
 
 
-def wanted_temperatures(extra_args: Mapping[str, Any] | None) -> Temperatures | None:
-    """What a request that `check_temperature` let pass wants; None for nothing.
+@dataclass(frozen=True)
+class Request:
+    """What a request asks for. `read_request` makes it, and nothing else looks at a request's arguments.
 
-    A phase that it does not name is sampled at the request's own temperature, which is 1.
+    Attributes:
+        styles: names, and the λ of each, None for the style's own.
+        mode: that its styles must have; None for any.
+        guards: those that it says itself, by name; None for without.
+        steer_stop: likewise; None as the styles have it.
+        stop_ids: ids at which it alone ends.
+        temperatures: that it wants of us; None for none.
+        takes_top_p: whether the selector's top-p goes with a chosen temperature: nothing of its own leaves tokens out.
+        selector: that must be the server's; None for any.
+        budget: tokens of keys and values to read at most, up to `UNLIMITED`; None for what the server says.
+        selects: whether the server must select chunks.
     """
-    whole, think, answer = ((extra_args or {}).get(name) for name in _TEMPERATURES)
-    if think is None and answer is None:
-        return Temperatures() if whole == AUTO else None
-    chosen = answer == AUTO
-    return Temperatures(None if chosen else _of_phase(answer), _of_phase(think))
+
+    styles: tuple[tuple[str, float | None], ...] = ()
+    mode: Mode | None = None
+    guards: tuple[tuple[str, float | None], ...] = ()
+    steer_stop: bool | None = None
+    stop_ids: tuple[int, ...] = ()
+    temperatures: Temperatures | None = None
+    takes_top_p: bool = False
+    selector: str | None = None
+    budget: int | None = None
+    selects: bool = False
+
+    def held(self, own: Held) -> Held:
+        """What holds one of its styles back, which has ``own`` by itself."""
+        steer_stop = own.steer_stop if self.steer_stop is None else self.steer_stop
+        return Held(own.guards._replace(**dict(self.guards)), steer_stop)
 
 
-def chosen_top_p(params: Any, top_p: float | None) -> float | None:
-    """The top-p that goes with the temperature chosen for a request that `check_temperature` let pass.
+def read_request(params: Any) -> Request:
+    """Reads a request, with the policy that this process's environment declares as defaults.
 
-    None where none is chosen, where something of the request's own leaves tokens out (vLLM sees to that), and where it
-    says ``temperature_top_p: false``.
+    Args:
+        params: vLLM's ``SamplingParams``. Arguments in ``extra_args`` that are not among `ARGUMENTS` are somebody
+            else's.
+
+    Raises:
+        DecodingError: values that an argument cannot have, arguments that contradict each other, or one that resembles
+            ours and is none.
+    """
+    own = params.extra_args or {}
+    policy = declared_policy()
+    if not own and not policy:
+        return Request()
+    _refuse_misspelt(own)
+    given = _with_policy(own, policy, params.temperature)
+    styles = _styles(given)
+    _refuse_without_style(given, styles)
+    temperatures = _temperatures(given, params.temperature)
+    budget, selects = _budget(given)
+    is_whole = params.top_p == 1 and params.top_k <= 0 and params.min_p == 0
+    return Request(
+        styles=styles,
+        mode=_mode(given),
+        guards=_guards(given),
+        steer_stop=_flag(given, "steer_stop"),
+        stop_ids=tuple(params.stop_token_ids or ()),
+        temperatures=temperatures,
+        takes_top_p=_takes_top_p(given, temperatures) and is_whole,
+        selector=_selector(given),
+        budget=budget,
+        selects=selects,
+    )
+
+
+def check_request(params: Any) -> None:
+    """Refuses what this process's environment does not offer, so that it is not silently left out.
 
     Args:
         params: vLLM's ``SamplingParams``.
-        top_p: the selector's.
-    """
-    wanted = wanted_temperatures(params.extra_args)
-    if top_p is None or wanted is None or wanted.answer is not None:
-        return None
-    is_whole = params.top_p == 1 and params.top_k <= 0 and params.min_p == 0
-    return top_p if is_whole and params.extra_args.get(_TOP_P) in (None, True) else None
-
-
-def _of_phase(value: float | None) -> float:
-    return 1.0 if value is None else max(float(value), _LEAST)
-
-
-def requested_budget(extra_args: Mapping[str, Any] | None, is_served: bool) -> int | None:
-    """How many tokens of its keys and values a request wants to read at most; None for what the server says.
-
-    Args:
-        extra_args: a request's own arguments: ``kv_budget``, a number, or "full" for all. Others are somebody else's.
-        is_served: whether there is chunk selection.
 
     Raises:
-        DecodingError: another value, or no chunk selection.
+        DecodingError: as `read_request`; a style, a mode, a selector, phases or chunks that the server does not have.
     """
-    asked = (extra_args or {}).get("kv_budget")
-    if asked is None:
-        return None
-    if not is_served:
+    request, offer = read_request(params), offered()
+    _check_styles(request, offer)
+    _check_temperatures(request, offer)
+    if request.selects and not offer.has_chunks:
         raise DecodingError("this server selects no chunks; start it with --kv-budget TOKENS or --chunk-adapters DIR")
-    return UNLIMITED if asked == FULL else checked_budget(asked)
 
 
-class Layer(NamedTuple):
-    """At most one prior for each row of a batch; a request's second style stands in a second layer."""
-
-    prior: int | Tensor  # one for all rows, or int64 [rows]
-    strength: Tensor  # λ, float32 [rows], 0 for rows without one
-
-
-class LoadedStyles:
-    """Priors on a device, joined so that every row of a batch can have others.
+def check_policy(params: Any) -> None:
+    """Refuses a policy in the environment that no request could have.
 
     Args:
-        names: of the styles.
-        opened: gives the prior of a name. Called twice for each, so that no more than one need be in memory beside
-            the joined ones.
-        width: columns of the model's logits.
-        device: where the logits are.
-        stop_ids: more ids that end a text than the priors know of.
-
-    Attributes:
-        context: how many tokens back a prior looks.
-    """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        opened: Callable[[str], StylePrior],
-        width: int,
-        device: torch.device | str,
-        stop_ids: Sequence[int] = (),
-    ):
-        self._index = {name: i for i, name in enumerate(names)}
-        self._lambdas: list[float] = []
-        self._tables: Tables | None = None
-        self._guards: Guards | None = None
-        self._stops: Stops | None = None
-        self._stop_ids = set(stop_ids)
-        self._steer_stop: list[bool] = []
-        self._width = width
-        self.context = 1
-        if not names:
-            return
-        shapes, mixtures, guards = [], [], []
-        for name in names:
-            prior = opened(name)
-            self._lambdas.append(float(prior.lambda_))
-            shapes.append(prior.tables.shape)
-            mixtures.append(_mixture_of(prior))
-            guards.append(prior.guards)
-            self._steer_stop.append(prior.settings.steer_stop)
-            self._stop_ids.update(prior.stop_ids)
-        self._tables = join(shapes, (opened(name).tables for name in names), width).to(device)
-        self._guards = guards_of(guards, device)
-        self._stops = stops_of(sorted(self._stop_ids), self._steer_stop, width, device)
-        order = self._tables.order
-        self._mixtures = torch.cat([pad(each, (0, order - each.shape[1]) * 2) for each in mixtures]).to(device)
-        self.context = max(order - 1, 1)
-
-    def resolve(self, extra_args: Mapping[str, Any] | None) -> list[tuple[int, float]]:
-        """Index and λ of each prior that a request asks for, those with λ = 0 left out."""
-        styles = [(self._index[name], value) for name, value in requested_styles(extra_args, self._index)]
-        chosen = [(i, self._lambdas[i] if value is None else value) for i, value in styles]
-        return [(i, value) for i, value in chosen if value != 0]
-
-    def own_stops(self, params: Any) -> list[int]:
-        """The ids at which this request alone ends, if its styles leave such ids alone.
-
-        Args:
-            params: vLLM's ``SamplingParams``.
-        """
-        chosen = self.resolve(params.extra_args)
-        if not chosen or all(self._steer_stop[index] for index, _ in chosen):
-            return []
-        asked = getattr(params, "stop_token_ids", None) or []
-        return sorted({each for each in asked if 0 <= each < self._width} - self._stop_ids)
-
-    def add(self, logits: Tensor, history: Tensor, layers: Iterable[Layer], own_stops: Tensor | None = None) -> Tensor:
-        """Adds every layer's priors to ``logits`` in place, up to a number that is the same for a whole row.
-
-        The guards of a request's second style look at what its first one left.
-
-        Args:
-            logits: float32 [rows, W].
-            history: int64 [rows, context], −1 where there is no token.
-            layers: from `layers_of`, or a runner's own.
-            own_stops: from `stops_table`, of each row, int64 [rows, K]; None where no row has any.
-        """
-        before = None if own_stops is None else self._ends(logits, own_stops)
-        for prior, strength in layers:
-            assert self._tables is not None  # nobody can have asked for a style otherwise
-            steer(
-                self._tables,
-                logits,
-                history,
-                strength,
-                self._mixtures,
-                self._guards,
-                self._stops,
-                prior=prior,
-                shift=False,
-                out=logits,
-            )
-        if own_stops is not None and before is not None:
-            moved = (self._ends(logits, own_stops)[1] - before[1]).nan_to_num_(0)  # −inf less −inf
-            logits.scatter_(1, own_stops.clamp(min=0), _chosen(own_stops, before[0] + moved, logits))
-        return logits
-
-    def _ends(self, logits: Tensor, own_stops: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits of each row's own stops, [rows, K], and the highest one of what ends no text, [rows, 1]."""
-        ids = own_stops.clamp(min=0)
-        nothing = logits.new_full((1, 1), -torch.inf)
-        others = logits.scatter(1, ids, _chosen(own_stops, nothing, logits))
-        if self._stops is not None:
-            others.index_fill_(1, self._stops.ids, -torch.inf)
-        return logits.gather(1, ids), others.amax(-1, keepdim=True)
-
-
-def stops_table(rows: Sequence[Sequence[int]]) -> Tensor | None:
-    """What `LoadedStyles.own_stops` gave for each row, int64 [rows, K] on the host: the first again, or −1, to fill up.
-
-    None if there is nothing.
-    """
-    widest = max(map(len, rows), default=0)
-    if not widest:
-        return None
-    return torch.tensor([[*ids, *[ids[0] if ids else -1] * (widest - len(ids))] for ids in rows])
-
-
-def _chosen(own_stops: Tensor, values: Tensor, logits: Tensor) -> Tensor:
-    """``values`` in rows with stops of their own, and what stands there in others."""
-    return torch.where(own_stops >= 0, values, logits.gather(1, own_stops.clamp(min=0)))
-
-
-def _mixture_of(prior: StylePrior) -> Tensor:
-    """How a prior weighs its orders, float32 [1, n, n]."""
-    if prior.mixture is not None:
-        return prior.mixture
-    order = prior.tables.order  # log p_n: the terms of all orders, whichever contexts match
-    return pad(torch.ones(1, 1, order), (0, 0, 0, order - 1))
-
-
-def load_styles(
-    declared: Mapping[str, str], tokenizer: Any | None, width: int, device: Any, stop_ids: Sequence[int] = ()
-) -> LoadedStyles:
-    """Opens styles and checks them against the model.
-
-    Args:
-        declared: a style for every name, as `StyleSource.parse` takes it. Texts are trained once, and kept.
-        tokenizer: the model's; None to take saved priors at their word.
-        width: columns of the model's logits.
-        device: where the logits are.
-        stop_ids: as for `LoadedStyles`.
+        params: ``SamplingParams`` that say nothing.
 
     Raises:
-        DecodingError: a style that is missing, damaged, or of another tokenizer.
+        DecodingError: names the variable.
     """
-
-    @lru_cache
-    def source_of(name: str) -> str:
-        source = StyleSource.parse(declared[name])  # a text is read, and trained on, once
-        return name_and_file(source, tokenizer)[1] if source.is_text else declared[name]
-
-    def opened(name: str) -> StylePrior:
-        try:
-            prior = StylePrior(source_of(name), tokenizer=tokenizer)
-        except DecodingError as error:
-            raise DecodingError(f"style {name!r}: {error}") from error
-        size = prior.tables.vocab_size
-        if not prior.tables.fits(width):
-            raise DecodingError(f"style {name!r} has {size} token ids, the model scores {width}: another model's")
-        return prior
-
+    if unknown := [name for name in declared_policy() if name not in ARGUMENTS or name == "policy"]:
+        raise DecodingError(f"{POLICY_VARIABLE} can have {', '.join(ARGUMENTS[1:])}, not {', '.join(unknown)}")
     try:
-        return LoadedStyles(list(declared), opened, width, device, stop_ids)
-    except NGramError as error:
-        raise DecodingError(str(error)) from error
-    finally:
-        _give_back_freed_memory()
+        check_request(params)
+    except DecodingError as error:
+        raise DecodingError(f"{POLICY_VARIABLE}: {error}") from error
 
 
-def _give_back_freed_memory() -> None:
-    """Opening files leaves some 200 MB with glibc's allocator, which a server would hold for good."""
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+def _refuse_misspelt(own: Mapping[str, Any]) -> None:
+    for name in own:
+        if name in ARGUMENTS:
+            continue
+        like = str(name).lower().replace("-", "_").replace("λ", "lambda")
+        if near := get_close_matches(like, ARGUMENTS, 1, _ALIKE):
+            raise DecodingError(f"unknown argument {name!r}: did you mean {near[0]!r}?")
 
 
-def layers_of(rows: Sequence[Sequence[tuple[int, float]]], device: torch.device) -> list[Layer]:
-    """What `LoadedStyles.resolve` gave for each row of a batch, as layers."""
-    layers = []
-    for depth in range(max(map(len, rows), default=0)):
-        here = [row[depth] if depth < len(row) else None for row in rows]
-        used = [each for each in here if each is not None]
-        strength = torch.tensor([each[1] if each else 0.0 for each in here]).to(device)
-        if len({index for index, _ in used}) == 1:
-            layers.append(Layer(used[0][0], strength))
-        else:
-            layers.append(Layer(torch.tensor([each[0] if each else 0 for each in here]).to(device), strength))
-    return layers
+def _with_policy(own: Mapping[str, Any], policy: Mapping[str, Any], temperature: float) -> dict[str, Any]:
+    """A request's arguments over the policy's.
+
+    What belongs to the policy's style goes with that style; a temperature of the request's own is one that it has
+    chosen.
+    """
+    if own.get("policy") not in (None, OFF):
+        raise DecodingError(f'policy can be "{OFF}" alone, which leaves the server\'s out, not {own["policy"]!r}')
+    given = {name: own[name] for name in ARGUMENTS if name in own}
+    if given.get("kv_budget", OFF) is None:
+        del given["kv_budget"]
+    if own.get("policy") == OFF:
+        left = {"chunks": OFF} if any(name in policy for name in _OF_CHUNKS) else {}
+    else:
+        left = dict(policy)
+        _leave_out(left, OF_STYLES if "style" in given else ())
+        _leave_out(left, (_WHOLE, _ANSWER) if _WHOLE in given or _ANSWER in given else ())
+        _leave_out(left, _OF_TEMPERATURES if temperature != 1 and not any(map(given.get, _OF_TEMPERATURES)) else ())
+    _leave_out(left, _OF_CHUNKS if any(name in given for name in _OF_CHUNKS) else ())
+    return left | given
+
+
+def _leave_out(values: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        values.pop(name, None)
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value == OFF)
+
+
+def _styles(given: Mapping[str, Any]) -> tuple[tuple[str, float | None], ...]:
+    style, lambda_ = given.get("style"), given.get("lambda")
+    if _is_off(style):
+        return ()
+    names = style if isinstance(style, list) else [style]
+    lambdas = [None] * len(names) if lambda_ is None else lambda_ if isinstance(lambda_, list) else [lambda_]
+    if len(names) != len(lambdas):
+        raise DecodingError(f"style and lambda must have the same length: {len(names)} and {len(lambdas)}")
+    if len(names) > MOST_STYLES_PER_REQUEST:
+        raise DecodingError(f"a request can have {MOST_STYLES_PER_REQUEST} styles, not {len(names)}")
+    for name in names:
+        if names.count(name) > 1:
+            raise DecodingError(f"style {name!r} is named twice: once is enough, with the λ that it is to have")
+    return tuple(
+        (name, None if value is None else checked_lambda(value, hint=""))
+        for name, value in zip(names, lambdas, strict=True)
+    )
+
+
+def _refuse_without_style(given: Mapping[str, Any], styles: tuple[Any, ...]) -> None:
+    alone = [name for name in OF_STYLES if not _is_off(given.get(name))]
+    if alone and not styles:
+        raise DecodingError(f"{', '.join(alone)} without a style: name one in style")
+
+
+def _mode(given: Mapping[str, Any]) -> Mode | None:
+    mode = given.get("mode")
+    if mode not in (None, *get_args(Mode)):
+        raise DecodingError(f"unknown mode {mode!r}: choose from {', '.join(get_args(Mode))}")
+    return mode
+
+
+def _guards(given: Mapping[str, Any]) -> tuple[tuple[str, float | None], ...]:
+    said = {name: given[name] for name in GuardSettings._fields if name in given}
+    guards = {name: None if _is_off(value) else value for name, value in said.items()}
+    GuardSettings(**guards).checked()
+    return tuple(guards.items())
+
+
+def _flag(given: Mapping[str, Any], name: str) -> bool | None:
+    if name not in given:
+        return None
+    value = given[name]
+    if _is_off(value):
+        return False
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise DecodingError(f"{name} must be true or false, not {value!r}")
+    return bool(value)
+
+
+def _temperatures(given: Mapping[str, Any], own: float) -> Temperatures | None:
+    """What is asked for. A phase that is not named is sampled at the request's own temperature, which is 1."""
+    names = (_WHOLE, _THINK, _ANSWER)
+    asked: dict[str, Any] = {name: given[name] for name in names if not _is_off(given.get(name))}
+    if _WHOLE in asked and _ANSWER in asked:
+        raise DecodingError(f"{_WHOLE} and {_ANSWER} are the same beside {_THINK}: give one of them")
+    for name, value in asked.items():
+        if not (isinstance(value, str) and value == AUTO):
+            checked_temperature(value, name, hint="" if name == _THINK else f' or "{AUTO}"')
+        elif name == _THINK:
+            raise DecodingError(f'{_THINK} must be a number: "{AUTO}" is for the answer')
+    if not asked or asked == {_WHOLE: own}:  # then vLLM divides by it
+        return None
+    if own != 1:
+        what = f'"{AUTO}"' if asked == {_WHOLE: AUTO} else " and ".join(asked)
+        raise DecodingError(
+            f"with {what} the request's own temperature must be 1, not {own:g} (where a request has none, the server's "
+            "policy or the model's generation_config.json may set one, unless the server has --generation-config vllm: "
+            "write 1)"
+        )
+    answer = asked.get(_WHOLE, asked.get(_ANSWER, 1.0))
+    has_phases = _THINK in asked or _ANSWER in asked
+    think = max(float(asked.get(_THINK, 1.0)), _LEAST) if has_phases else None
+    return Temperatures(None if answer == AUTO else max(float(answer), _LEAST), think)
+
+
+def _takes_top_p(given: Mapping[str, Any], temperatures: Temperatures | None) -> bool:
+    is_chosen = temperatures is not None and temperatures.answer is None
+    if given.get(_TOP_P) is None:
+        return is_chosen
+    if not is_chosen:
+        raise DecodingError(f'{_TOP_P} goes with a temperature that is "{AUTO}"')
+    return bool(_flag(given, _TOP_P))
+
+
+def _selector(given: Mapping[str, Any]) -> str | None:
+    selector = given.get("selector")
+    if _is_off(selector):
+        return None
+    if not isinstance(selector, str):
+        raise DecodingError(f"selector must be the name of the server's, not {selector!r}")
+    return selector
+
+
+def _budget(given: Mapping[str, Any]) -> tuple[int | None, bool]:
+    """The budget, and whether chunks must be selected."""
+    named = [name for name in _OF_CHUNKS if name in given]
+    if len(named) == len(_OF_CHUNKS):
+        raise DecodingError(f"{' and '.join(named)} are the same: give one of them")
+    if not named:
+        return None, False
+    (name,) = named
+    asked = given[name]
+    if name == "chunks":
+        asked = _budget_of(asked)
+        if _is_off(asked) or (isinstance(asked, int) and asked == 0):
+            return UNLIMITED, False
+        if isinstance(asked, int) and asked == 1:  # so true comes over HTTP, and nobody reads one token
+            return None, True
+    if isinstance(asked, str) and asked == FULL:
+        return UNLIMITED, True
+    return min(checked_budget(asked, name), UNLIMITED), True
+
+
+def _budget_of(chunks: Any) -> Any:
+    """That of `ChunkSelection`'s settings, if it is these."""
+    if not isinstance(chunks, Mapping):
+        return chunks
+    if other := [name for name, value in chunks.items() if name != "budget" and value is not None]:
+        raise DecodingError(
+            f"of chunks a request can have another budget alone: {', '.join(map(str, other))} is the server's, for all"
+        )
+    return True if chunks.get("budget") is None else chunks["budget"]
+
+
+def _check_styles(request: Request, offer: Offer) -> None:
+    for name, _ in request.styles:
+        if not isinstance(name, str) or name not in offer.styles:
+            served = ", ".join(sorted(offer.styles)) or "none; start it with --style NAME=FILE"
+            raise DecodingError(f"unknown style {name!r}; this server has: {served}")
+        if request.mode is not None and request.mode != (mode := offer.styles[name].mode()):
+            raise DecodingError(
+                f'style {name!r} is served in mode "{mode}", not "{request.mode}": have it served in that mode under '
+                f"another name, --style NAME=FOLDER, from `decoding style train --mode {request.mode} --out FOLDER`"
+            )
+
+
+def _check_temperatures(request: Request, offer: Offer) -> None:
+    served = None if offer.selector is None else offer.selector.selector or EMBEDDED
+    if request.selector not in (None, served):
+        has = "none" if served is None else repr(served)
+        raise DecodingError(f"selector {request.selector!r} is not this server's, which has {has} for all requests")
+    wanted = request.temperatures
+    if wanted is None:
+        return
+    if wanted.think is not None and not offer.has_phases:
+        raise DecodingError("this server does not tell thinking from answering; start it with --phases")
+    if wanted.answer is None and offer.selector is None:
+        raise DecodingError("this server has no temperature selector; start it with --temperature-selector default")
+    if not offer.has_temperatures:
+        raise DecodingError(
+            f"this server sets no temperatures beside vLLM: a number, such as {wanted.answer:g}, belongs in the "
+            "request's own temperature"
+        )

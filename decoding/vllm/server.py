@@ -43,6 +43,8 @@ def _take_in(args: Any, engine: Mapping[str, Any]) -> None:
     """Adds what an engine needs to the arguments that the user gave."""
     args.logits_processors = [*(args.logits_processors or []), *engine["logits_processors"]]
     args.additional_config = {**(args.additional_config or {}), **engine.get("additional_config", {})}
+    defaults = {**engine.get("override_generation_config", {}), **(args.override_generation_config or {})}
+    args.override_generation_config = defaults
     args.block_size = args.block_size or engine.get("block_size")
     backend = engine.get("attention_backend")
     if backend is not None:

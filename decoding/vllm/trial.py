@@ -25,7 +25,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from chunkllm.selection import DEFAULT_BUDGET
 from decoding.errors import DecodingError
 from decoding.vllm.chunks import SelectingImpl, refuse_unusual_attention, refuse_what_is_missing, without_windows
-from decoding.vllm.declaration import engine_args
+from decoding.vllm.engine import engine_args
 from decoding.vllm.processor import StyleLogitsProcessor, TemperatureLogitsProcessor
 
 _HOST = torch.device("cpu")

@@ -13,16 +13,8 @@ from torch import Tensor
 from chunkllm.late import send
 from decoding.temperature.markers import Markers
 from decoding.temperature.nucleus import cut_to_nucleus
-from decoding.vllm.requests import (
-    Layer,
-    LoadedStyles,
-    Temperatures,
-    chosen_top_p,
-    layers_of,
-    requested_budget,
-    stops_table,
-    wanted_temperatures,
-)
+from decoding.vllm.requests import Temperatures, read_request
+from decoding.vllm.styles import Chosen, Layer, LoadedStyles, stops_table
 from decoding.vllm.temperatures import PromptTemperatures
 
 Kept = TypeVar("Kept")
@@ -54,7 +46,7 @@ def take_in(
 
 
 class _Styled(NamedTuple):
-    styles: list[tuple[int, float]]
+    styles: list[Chosen]
     own_stops: list[int]
     prompt_tail: list[int]  # as many as can be context
     output: Sequence[int]
@@ -82,11 +74,12 @@ class StyleRows:
             take_in(batch_update, self._rows, self._kept)
 
     def _kept(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> _Styled | None:
-        styles = self._styles.resolve(params.extra_args)
+        request = read_request(params)
+        styles = self._styles.resolve(request)
         if not styles:
             return None
         tail = list((prompt or [])[-self._styles.context :])
-        return _Styled(styles, self._styles.own_stops(params), tail, output)
+        return _Styled(styles, self._styles.own_stops(styles, request.stop_ids), tail, output)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Steers a step, in place: logits float32 [rows, W]."""
@@ -95,7 +88,7 @@ class StyleRows:
         count = len(logits)
         if self._layers is None or len(self._layers[0].strength) != count:
             requests = [self._rows.get(row) for row in range(count)]
-            self._layers = layers_of([request.styles if request else [] for request in requests], self._device)
+            self._layers = self._styles.layers([request.styles if request else [] for request in requests])
             table = stops_table([request.own_stops if request else [] for request in requests])
             self._own_stops = None if table is None else send(table, self._device)
         return self._styles.add(logits, self._history(count), self._layers, self._own_stops)
@@ -168,11 +161,11 @@ class TemperatureRows:
             take_in(batch_update, self._rows, self._kept)
 
     def _kept(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> _Request | None:
-        wanted = wanted_temperatures(params.extra_args)
-        if wanted is None:
+        request = read_request(params)
+        if request.temperatures is None:
             return None
-        top_p = None if self._choose is None else chosen_top_p(params, self._choose.top_p)
-        return _Request(wanted, prompt, output, top_p)
+        top_p = self._choose.top_p if self._choose is not None and request.takes_top_p else None
+        return _Request(request.temperatures, prompt, output, top_p)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Divides the rows of a step by their temperatures and cuts them, in place: logits float32 [rows, W]."""
@@ -236,7 +229,7 @@ class BudgetRows:
             take_in(batch_update, self._rows, self._kept)
 
     def _kept(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> int | None:
-        return requested_budget(params.extra_args, is_served=True)
+        return read_request(params).budget
 
     def apply(self, logits: Tensor) -> Tensor:
         """Nothing."""

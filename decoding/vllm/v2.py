@@ -11,14 +11,8 @@ from torch import Tensor
 from chunkllm.late import send
 from decoding.temperature.markers import Markers
 from decoding.temperature.nucleus import cut_to_nucleus
-from decoding.vllm.requests import (
-    MOST_STYLES_PER_REQUEST,
-    Layer,
-    LoadedStyles,
-    chosen_top_p,
-    stops_table,
-    wanted_temperatures,
-)
+from decoding.vllm.requests import MOST_STYLES_PER_REQUEST, Held, read_request
+from decoding.vllm.styles import Chosen, Holds, Layer, LoadedStyles, stops_table
 from decoding.vllm.temperatures import PromptTemperatures
 
 
@@ -36,6 +30,8 @@ class StyleSlots:
         size = (req_states.max_num_reqs, MOST_STYLES_PER_REQUEST)
         self._prior, self._strength = np.zeros(size, np.int64), np.zeros(size, np.float32)
         self._depth = np.zeros(req_states.max_num_reqs, np.int64)  # number of styles
+        self._is_held = np.zeros(req_states.max_num_reqs, bool)  # otherwise than its styles are by themselves
+        self._chosen: dict[int, list[Chosen]] = {}  # of slots with styles
         self._own: dict[int, list[int]] = {}  # slot -> a request's own stops
         self._back = torch.arange(styles.context - 1, -1, -1, device=req_states.device)
         self._changed = True
@@ -43,16 +39,21 @@ class StyleSlots:
 
     def add(self, slot: int, params: Any) -> bool:
         """Puts a request into a slot, over whatever was there. Whether it has a style."""
-        chosen = self._styles.resolve(params.extra_args)
+        request = read_request(params)
+        chosen = self._styles.resolve(request)
         self._changed |= bool(chosen) or bool(self._depth[slot])
         self._strength[slot] = 0
-        self._changed |= self._own.pop(slot, None) is not None
-        if own := self._styles.own_stops(params):
+        self._own.pop(slot, None)
+        self._chosen.pop(slot, None)
+        self._depth[slot], self._is_held[slot] = len(chosen), any(each.held is not None for each in chosen)
+        if not chosen:
+            return False
+        self._chosen[slot] = chosen
+        if own := self._styles.own_stops(chosen, request.stop_ids):
             self._own[slot] = own
-        self._depth[slot] = len(chosen)
-        for depth, (index, strength) in enumerate(chosen):
-            self._prior[slot, depth], self._strength[slot, depth] = index, strength
-        return bool(chosen)
+        for depth, each in enumerate(chosen):
+            self._prior[slot, depth], self._strength[slot, depth] = each.prior, each.strength
+        return True
 
     def flush(self) -> None:
         """Copies what `add` changed to the device."""
@@ -60,7 +61,16 @@ class StyleSlots:
             self._priors, self._strengths = self._to_device(self._prior), self._to_device(self._strength)
             table = stops_table([self._own.get(slot, []) for slot in range(len(self._depth))])
             self._own_stops = None if table is None else send(table, self._states.device)
+            self._holds = self._holds_of_places() if self._is_held.any() else None
             self._changed = False
+
+    def _holds_of_places(self) -> Holds:
+        """What holds the styles of all slots back, one slot behind the other, each with `MOST_STYLES_PER_REQUEST`."""
+        held = [Held()] * self._prior.size
+        for slot, chosen in self._chosen.items():
+            for depth, each in enumerate(chosen):
+                held[slot * MOST_STYLES_PER_REQUEST + depth] = self._styles.held(each)
+        return self._styles.holds(held)
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         # A copy each time: the last step's may still be on its way while the host writes the next one's.
@@ -80,6 +90,9 @@ class StyleSlots:
         in_use, slots = slots >= 0, slots.clamp(min=0)  # rows that only pad a CUDA graph's batch have no slot
         strengths, priors = self._strengths[slots] * in_use[:, None], self._priors[slots]
         layers = [Layer(priors[:, i], strengths[:, i]) for i in range(depth)]
+        if self._holds is not None and self._is_held[ctx.idx_mapping_np].any():
+            first = slots * MOST_STYLES_PER_REQUEST
+            layers = [layer._replace(holds=self._holds.of(first + i)) for i, layer in enumerate(layers)]
         own = None if self._own_stops is None else self._own_stops[slots].masked_fill(~in_use[:, None], -1)
         return self._styles.add(logits, tokens_before(self._states, slots, ctx, self._back), layers, own)
 
@@ -151,7 +164,8 @@ class TemperatureSlots:
         """Puts a request into a slot, over whatever was there. Whether its temperatures are set here."""
         self._joined.pop(slot, None)
         self._waiting.pop(slot, None)
-        wanted = wanted_temperatures(params.extra_args)
+        request = read_request(params)
+        wanted = request.temperatures
         if self._phases is not None:
             self._phases.add(slot, None if wanted is None else wanted.think)
         was_ours, self._is_ours[slot] = bool(self._is_ours[slot]), wanted is not None
@@ -161,7 +175,7 @@ class TemperatureSlots:
             self._temperatures[slot] = wanted.answer
         elif was_ours:
             self._temperatures[slot] = 1
-        self._cut(slot, None if self._choose is None else chosen_top_p(params, self._choose.top_p))
+        self._cut(slot, self._choose.top_p if self._choose is not None and request.takes_top_p else None)
         return wanted is not None
 
     def _cut(self, slot: int, top_p: float | None) -> None:

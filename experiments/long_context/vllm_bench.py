@@ -21,7 +21,8 @@ from decoding.errors import DecodingError
 from decoding.models import load_tokenizer, resolve_model
 from decoding.style.source import load_corpus
 from decoding.tokens import tokenize
-from decoding.vllm.declaration import BLOCK_SIZE, engine_args
+from decoding.vllm.declaration import BLOCK_SIZE
+from decoding.vllm.engine import engine_args
 from experiments.lab.figures import Figure, interleaved, report, seconds_of
 from experiments.lab.pictures import plt, save
 from experiments.lab.vllm_runner import model_runner, require_vllm

@@ -21,8 +21,9 @@ import torch
 
 from decoding.models import load_tokenizer, resolve_model
 from decoding.style.training import name_and_file
-from decoding.vllm.declaration import engine_args
-from decoding.vllm.requests import load_styles
+from decoding.vllm.declaration import DeclaredStyle
+from decoding.vllm.engine import engine_args
+from decoding.vllm.styles import load_styles
 from experiments.lab.figures import Figure, interleaved, not_measured, report
 from experiments.lab.prompts import DEFAULT_PROMPTS, read_prompts
 from experiments.lab.vllm_runner import model_runner, require_vllm
@@ -150,9 +151,9 @@ def _memory(files: Sequence[str], count: int, width: int) -> Figure:
 
 def _growth(sources: Sequence[str], width: int) -> int:
     """By how many bytes this process grows."""
-    first = load_styles({"warm-up": sources[0]}, None, width, "cpu")
+    first = load_styles({"warm-up": DeclaredStyle(sources[0])}, None, width, "cpu")
     before = _resident()
-    styles = load_styles({str(i): source for i, source in enumerate(sources)}, None, width, "cpu")
+    styles = load_styles({str(i): DeclaredStyle(source) for i, source in enumerate(sources)}, None, width, "cpu")
     grown = _resident() - before
     del first, styles
     return grown

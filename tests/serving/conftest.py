@@ -12,7 +12,7 @@ from decoding.style.training import train_prior
 from decoding.temperature.abilities import ABILITIES
 from decoding.temperature.encoder import load_encoder
 from decoding.temperature.heads import AbilityHead
-from decoding.vllm.requests import LoadedStyles
+from decoding.vllm.styles import LoadedStyles
 from decoding.vllm.temperatures import PromptTemperatures
 from ngram import NGramModel
 from tests.decoding.temperature.thinking import is_thinking
@@ -48,11 +48,12 @@ def styles(priors):
     return LoadedStyles(list(priors), priors.__getitem__, WIDTH, "cpu")
 
 
-def steered(priors, styles, history, row):
-    """One row of scores steered by transformers' StylePrior, one style after the other."""
+def steered(priors, styles, history, row, changes=None):
+    """One row of scores steered by transformers' StylePrior, one style after the other, with a request's guards."""
     for name, value in styles:
-        prior = priors[name]
-        prior.lambda_ = value
+        held = priors[name]
+        settings = held.settings.as_dict() | {key: None if of == "off" else of for key, of in (changes or {}).items()}
+        prior = StylePrior(held.model, λ=value, log_ratio=held.log_ratio, **settings)
         row = prior(torch.tensor([history]), row[None])[0]
     return row
 
@@ -62,16 +63,27 @@ def assert_same_distribution(got, wanted):
     torch.testing.assert_close(got.log_softmax(-1), wanted.log_softmax(-1), atol=1e-5, rtol=1e-5)
 
 
+GUARDS = [
+    *[{}] * 4,
+    {"max_js": 0.02},
+    {"plausibility": 0.1, "max_js": "off"},
+    {"entropy_gate": 1.5, "plausibility": None},
+    {"plausibility": "off", "max_js": None, "entropy_gate": "off"},
+]
+"""Those that requests say themselves."""
+
+
 def random_arguments(rng, priors):
-    """``extra_args`` of a request, and the (name, λ) of its styles."""
+    """``extra_args`` of a request, the (name, λ) of its styles, and its guards."""
     count = rng.choice([0, 0, 1, 1, 1, 2, 3])
     names = [str(name) for name in rng.choice(list(priors), count, replace=False)]
     lambdas = [float(rng.choice([0, 0.1, 0.5, 1])) for _ in names]
+    guards = GUARDS[rng.integers(len(GUARDS))]
     if not names:
-        return None, []
+        return None, [], {}
     if count == 1 and rng.random() < 0.5:
-        return {"style": names[0], "lambda": lambdas[0]}, [(names[0], lambdas[0])]
-    return {"style": names, "lambda": lambdas}, list(zip(names, lambdas, strict=True))
+        return {"style": names[0], "lambda": lambdas[0], **guards}, [(names[0], lambdas[0])], guards
+    return {"style": names, "lambda": lambdas, **guards}, list(zip(names, lambdas, strict=True)), guards
 
 
 @pytest.fixture
@@ -124,7 +136,7 @@ def wanted_temperature(arguments, prompt, ids):
 
 
 TOP_P = 0.6
-PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}  # of SamplingParams
+PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "stop_token_ids": []}  # of SamplingParams
 
 
 def sampling(extra_args, **options):

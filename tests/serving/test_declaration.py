@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from decoding import DecodingError
+from decoding import DecodingError, Policy, StylePrior
+from decoding.style.measured import measured_elsewhere, measured_folder
 from decoding.vllm import engine_args
 from decoding.vllm.declaration import (
     CHUNK_PROCESSOR,
@@ -13,9 +14,11 @@ from decoding.vllm.declaration import (
     TEMPERATURE_PROCESSOR,
     DeclaredChunks,
     DeclaredSelector,
+    DeclaredStyle,
     checked_chunks,
     declared_chunks,
     declared_phases,
+    declared_policy,
     declared_selector,
     declared_styles,
 )
@@ -27,7 +30,8 @@ BOTH = {"logits_processors": [STYLE_PROCESSOR, TEMPERATURE_PROCESSOR]}
 
 @pytest.fixture(autouse=True)
 def nothing_declared(monkeypatch):
-    for variable in ("DECODING_STYLES", "DECODING_TEMPERATURE", "DECODING_CHUNKS", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"):
+    declared = (f"DECODING_{what}" for what in ("STYLES", "TEMPERATURE", "CHUNKS", "POLICY"))
+    for variable in (*declared, "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"):
         monkeypatch.setenv(variable, "")  # so that it is put back as it was
         monkeypatch.delenv(variable)
 
@@ -44,7 +48,8 @@ def test_styles_are_declared_in_the_environment(saved, monkeypatch):
     monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "MINE")
     assert engine_args(saved) == STYLES
     assert engine_args(saved | {"hub": "me/mine"}) == STYLES
-    assert declared_styles() == {name: str(path) for name, path in saved.items()} | {"hub": "me/mine"}
+    found = {name: DeclaredStyle(str(path)) for name, path in saved.items()} | {"hub": DeclaredStyle("me/mine")}
+    assert declared_styles() == found
     assert os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] == "MINE,DECODING_STYLES"
 
 
@@ -52,7 +57,7 @@ def test_a_selector_is_declared_in_the_environment(saved_selector, monkeypatch):
     monkeypatch.chdir(saved_selector.parent)
     assert engine_args(temperature="selector") == TEMPERATURE
     assert declared_selector() == DeclaredSelector(str(saved_selector))
-    assert engine_args(temperature=True, model_size="large", policy="curve") == TEMPERATURE
+    assert engine_args(temperature=True, model_size="large", temperature_policy="curve") == TEMPERATURE
     assert json.loads(os.environ["DECODING_TEMPERATURE"]) == {
         "selector": None,
         "model_size": "large",
@@ -118,9 +123,12 @@ def test_what_is_not_there_is_refused_and_nothing_declared(saved, tmp_path):
             engine_args(saved, temperature=source)
     for options, reason in (
         ({"temperature": True, "model_size": "tiny"}, "unknown model size 'tiny': choose from small, medium, large"),
-        ({"temperature": True, "policy": "best"}, "unknown policy 'best': choose from ability, curve"),
+        ({"temperature": True, "temperature_policy": "best"}, "unknown temperature policy 'best': choose from ability"),
         ({"model_size": "small"}, "ask for one with temperature"),
-        ({"policy": "curve"}, "ask for one with temperature"),
+        ({"temperature_policy": "curve"}, "ask for one with temperature"),
+        ({"policy": "curve"}, "policy='curve' was the temperature selector's: write temperature_policy='curve'"),
+        ({"policy": "no"}, "no policy at no"),
+        ({"kv_budget": 0}, "kv_budget must be a whole number"),
     ):
         with pytest.raises(DecodingError, match=reason):
             engine_args(saved, **options)
@@ -128,7 +136,9 @@ def test_what_is_not_there_is_refused_and_nothing_declared(saved, tmp_path):
     assert declared_selector() is None
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"a": 1}', '{"a": {"style": "x", "max_js": 2}}', '{"a": {"style": "x", "lambda": "auto"}}']
+)
 def test_a_spoilt_declaration_is_refused(text, monkeypatch):
     monkeypatch.setenv("DECODING_STYLES", text)
     monkeypatch.setenv("DECODING_TEMPERATURE", text)
@@ -192,3 +202,88 @@ def test_settings_of_chunk_selection_are_checked(settings, reason):
 def test_adapters_that_are_not_there_are_refused_before_anything_starts(tmp_path):
     with pytest.raises(DecodingError, match="decoding chunk train"):
         engine_args(chunk_adapters=tmp_path / "none")
+
+
+def test_a_style_cannot_have_the_name_of_none(saved):
+    with pytest.raises(DecodingError, match='cannot be called "off"'):
+        engine_args({"off": saved["file"]})
+
+
+ALL_TOKENS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+
+
+def test_a_policy_is_declared_part_by_part(saved, saved_selector, tmp_path, style_file):
+    Policy(style_file, λ=0.3, max_js=0.1, temperature=0.7, think_temperature=1, chunks=512).save_pretrained(
+        tmp_path / "mine"
+    )
+    got = engine_args({"other": saved["file"]}, policy=tmp_path / "mine")
+    chunks = {"adapters": None, "kv_budget": 512}
+    assert got == {
+        "logits_processors": [STYLE_PROCESSOR, TEMPERATURE_PROCESSOR, CHUNK_PROCESSOR],
+        "override_generation_config": {"temperature": 1.0, **ALL_TOKENS},
+        "additional_config": {"chunkllm": chunks},
+        "block_size": 32,
+    }
+    text = str(tmp_path / "mine" / "style" / style_file.name)
+    own = DeclaredStyle(text, (("lambda", 0.3), ("max_js", 0.1)))
+    assert declared_styles() == {"other": DeclaredStyle(str(saved["file"])), style_file.stem: own}
+    assert declared_phases() == (None, None) and declared_selector() is None
+    assert declared_policy() == {
+        "style": style_file.stem,
+        "temperature": 0.7,
+        "think_temperature": 1.0,
+        "chunks": 512,
+    }
+    assert "DECODING_POLICY" in os.environ["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"].split(",")
+    engine_args()
+    assert declared_policy() == {}
+
+
+def test_a_policys_temperature_is_vllms_own_where_it_is_a_number(monkeypatch):
+    got = engine_args(policy=Policy(temperature=0.7))
+    assert got == TEMPERATURE | {"override_generation_config": {"temperature": 0.7, **ALL_TOKENS}}
+    assert declared_policy() == {} and declared_selector() is None
+    got = engine_args(policy=Policy(temperature="auto"), model_size="large", temperature_policy="curve")
+    assert got == TEMPERATURE | {"override_generation_config": {"temperature": 1.0, **ALL_TOKENS}}
+    assert declared_policy() == {"temperature": "auto"}
+    assert declared_selector() == DeclaredSelector(None, "large", "curve")
+    assert engine_args(policy=Policy()) == {"logits_processors": []}
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "reason"),
+    [
+        ({"style": "king-james"}, {"styles": {"king-james": "king-james"}}, "called 'king-james', as another one is"),
+        ({"temperature": "auto"}, {"temperature": True}, "temperature beside a policy that says the same"),
+        ({"chunks": 512}, {"kv_budget": 512}, "kv_budget beside a policy"),
+        ({"chunks": {"retention": 0.5}}, {}, "has adapters and a budget, not retention"),
+        ({"style": "king-james", "mode": "ratio"}, {}, r'mode="ratio" of this policy.* engine_args\(policy=…, model=…'),
+        ({"style": "king-james", "λ": "auto"}, {}, 'λ="auto" of this policy'),
+    ],
+)
+def test_policies_that_a_server_cannot_have_are_refused(policy, options, reason):
+    with pytest.raises(DecodingError, match=reason):
+        engine_args(policy=Policy(**policy), **options)
+    assert declared_styles() == {}
+
+
+def test_a_style_that_wants_the_model_is_measured_with_it(model_folder, style_file, monkeypatch):
+    monkeypatch.setattr("decoding.style.background.openings", lambda: ("the captain", "storm"))
+    monkeypatch.setattr("decoding.vllm.policies.measured_elsewhere", measured_folder)
+    policy = Policy(style_file, λ=0.4, mode="ratio", max_js=0.1)
+    folders = set()
+    for _ in range(2):
+        engine_args(policy=policy, model=str(model_folder))
+        ((name, style),) = declared_styles().items()
+        assert (name, style.said, style.mode()) == (style_file.stem, (), "ratio")
+        prior = StylePrior.from_pretrained(style.style)
+        assert (prior.lambda_, prior.mode, prior.guards.max_js) == (0.4, "ratio", 0.1)
+        assert prior.log_ratio.std() > 0
+        folders.add(style.style)
+    assert len(folders) == 1
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_measures(model_folder, style_file):
+    folder = measured_elsewhere(str(style_file), {"lambda_": 0.3}, str(model_folder))
+    assert folder == measured_folder(str(style_file), {"lambda_": 0.3}, str(model_folder))

@@ -66,12 +66,14 @@ def texts(llm, prompts, sampling):
     return [[list(one.token_ids) for one in each.outputs] for each in llm.generate(prompts, sampling, use_tqdm=False)]
 
 
-@pytest.mark.parametrize("value", [0, 0.1, 0.5])
-def test_greedy_texts_agree_with_transformers(llm, files, real_model, value):
+@pytest.mark.parametrize(
+    ("value", "guards"), [(0, {}), (0.1, {}), (0.5, {}), (0.8, {"max_js": 0.02, "plausibility": 0.05})]
+)
+def test_greedy_texts_agree_with_transformers(llm, files, real_model, value, guards):
     model, tokenizer = real_model
     prompts = list(PROMPTS[:20])
-    ours = texts(llm, prompts, params(extra_args=style("king-james", value)))
-    prior = StylePrior(load_prior(files["king-james"]), λ=value, tokenizer=tokenizer)
+    ours = texts(llm, prompts, params(extra_args=style("king-james", value) | guards))
+    prior = StylePrior(load_prior(files["king-james"]), λ=value, tokenizer=tokenizer, **guards)
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     output = model.generate(
         **inputs,
@@ -102,6 +104,7 @@ def churn(seed):
         style("presidents", 0.5),
         style(list(NAMES), [0.2, 0.1]),
         style(NAMES[0], 0),
+        style(NAMES[0], 0.8) | {"max_js": 0.05},
     ]
     for i in range(40):
         prompt = " ".join(choose.choices(PROMPTS, k=choose.choice([1, 1, 3, 12])))
@@ -164,7 +167,8 @@ def test_bad_arguments_are_refused_and_the_engine_lives_on(llm):
         (style("nobody", 0.1), "unknown style"),
         (style(NAMES[0], 2), "λ must lie"),
         (style(list(NAMES), [0.1]), "same length"),
-        ({"temperature": "auto"}, "no temperature selector"),
+        ({"temperature": "auto"}, "own temperature must be 1, not 0"),
+        ({"chunks": 2048}, "selects no chunks"),
     ):
         with pytest.raises(VLLMValidationError, match=reason):
             llm.generate([PROMPTS[0]], params(extra_args=extra), use_tqdm=False)

@@ -1,45 +1,85 @@
+import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from decoding import DecodingError, StylePrior
+from decoding import DecodingError, Policy, StylePrior
+from decoding.vllm.declaration import DeclaredStyle
 from decoding.vllm.requests import (
     MOST_STYLES_PER_REQUEST,
     UNLIMITED,
+    Held,
+    Temperatures,
+    check_policy,
     check_request,
-    check_temperature,
-    chosen_top_p,
-    layers_of,
-    load_styles,
-    requested_budget,
-    requested_styles,
-    stops_table,
-    wanted_temperatures,
+    read_request,
 )
+from decoding.vllm.styles import Chosen, load_styles, stops_table
 from tests.conftest import WORDS, make_tokenizer
-from tests.serving.conftest import CUT, TOP_P, assert_same_distribution, sampling
+from tests.serving.conftest import CUT, assert_same_distribution, sampling
 
-KNOWN = ["a", "b"]
+VARIABLES = ("DECODING_STYLES", "DECODING_TEMPERATURE", "DECODING_CHUNKS", "DECODING_POLICY")
+EVERYTHING = {
+    "DECODING_STYLES": {"a": "a.safetensors", "b": "b.safetensors"},
+    "DECODING_TEMPERATURE": {"phases": True},
+    "DECODING_CHUNKS": {},
+}
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Declares what a server offers."""
+
+    def declare(declared, policy=None):
+        declared = declared if policy is None else declared | {"DECODING_POLICY": policy}
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+            if name in declared:
+                monkeypatch.setenv(name, json.dumps(declared[name]))
+
+    declare({})
+    return declare
+
+
+@pytest.fixture
+def everything(serve):
+    serve(EVERYTHING)
+
+
+def checked(arguments, **options):
+    params = sampling(arguments, **options)
+    check_request(params)
+    return read_request(params)
 
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (None, []),
-        ({}, []),
-        ({"other": 1}, []),
-        ({"style": "a"}, [("a", None)]),
-        ({"style": "a", "lambda": 0.5}, [("a", 0.5)]),
-        ({"style": ["a"], "lambda": 1}, [("a", 1.0)]),
-        ({"style": ["a", "b"]}, [("a", None), ("b", None)]),
-        ({"style": ["a", "b"], "lambda": [0.1, 0]}, [("a", 0.1), ("b", 0.0)]),
-        ({"style": []}, []),
+        (None, ()),
+        ({}, ()),
+        ({"other": 1, "kv_transfer_params": {}, "session_id": "x"}, ()),
+        ({"style": "a"}, (("a", None),)),
+        ({"style": "a", "lambda": 0.5}, (("a", 0.5),)),
+        ({"style": ["a"], "lambda": 1}, (("a", 1.0),)),
+        ({"style": ["a", "b"]}, (("a", None), ("b", None))),
+        ({"style": ["a", "b"], "lambda": [0.1, 0]}, (("a", 0.1), ("b", 0.0))),
+        ({"style": []}, ()),
+        ({"style": "off"}, ()),
+        ({"style": None, "lambda": None, "max_js": None}, ()),
     ],
 )
-def test_what_requests_ask_for(arguments, wanted):
-    assert requested_styles(arguments, KNOWN) == wanted
+def test_what_requests_ask_for(everything, arguments, wanted):
+    assert checked(arguments).styles == wanted
+
+
+def test_guards_that_requests_say_stand_in_for_a_styles_own(everything):
+    own = Held(StylePrior("king-james", max_js=0.1, entropy_gate=2.0).guards, steer_stop=True)
+    request = checked({"style": "a", "max_js": "off", "plausibility": 0.2, "steer_stop": 0, "mode": "paper"})
+    assert request.held(own) == ((0.2, None, 2.0), False)
+    assert checked({"style": "a", "entropy_gate": None}).held(own) == ((None, 0.1, None), True)
+    assert checked({"style": "a", "steer_stop": True}).held(Held()) == Held(steer_stop=True)
+    assert checked({"style": "a"}).held(own) == own
 
 
 @pytest.mark.parametrize(
@@ -49,7 +89,10 @@ def test_what_requests_ask_for(arguments, wanted):
         ({"style": 3}, "unknown style 3"),
         ({"style": {"a": 1}}, "unknown style"),
         ({"style": ["a", ["b"]]}, "unknown style"),
-        ({"lambda": 0.1}, "without a style"),
+        ({"style": ["a", "off"]}, "unknown style 'off'"),
+        ({"style": ["a", "b", "a"]}, "style 'a' is named twice"),
+        ({"lambda": 0.1}, "lambda without a style"),
+        ({"max_js": 0.1, "style": "off"}, "max_js without a style"),
         ({"style": "a", "lambda": 1.1}, r"λ must lie in \[0, 1\], not 1.1$"),
         ({"style": "a", "lambda": -0.1}, "λ must lie"),
         ({"style": "a", "lambda": "0.1"}, "finite number"),
@@ -57,203 +100,298 @@ def test_what_requests_ask_for(arguments, wanted):
         ({"style": "a", "lambda": float("nan")}, "finite number"),
         ({"style": "a", "lambda": [0.1, 0.2]}, "same length: 1 and 2"),
         ({"style": ["a", "b"], "lambda": 0.1}, "same length: 2 and 1"),
-        ({"style": ["a"] * (MOST_STYLES_PER_REQUEST + 1)}, "8 styles, not 9"),
+        ({"style": list("abcdefghi")}, f"{MOST_STYLES_PER_REQUEST} styles, not 9"),
+        ({"style": "a", "max_js": 0.7}, "max_js must be a number above 0 and at most 0.6931, not 0.7"),
+        ({"style": "a", "max_js": True}, "max_js must be a number"),
+        ({"style": "a", "entropy_gate": [1.0]}, "entropy_gate must be a number above 0, not"),
+        ({"style": "a", "plausibility": "much"}, "plausibility must be a number"),
+        ({"style": "a", "steer_stop": 2}, "steer_stop must be true or false, not 2"),
+        ({"style": "a", "mode": "Ratio"}, "unknown mode 'Ratio': choose from paper, ratio"),
+        ({"styles": "a"}, "unknown argument 'styles': did you mean 'style'"),
+        ({"style": "a", "lamda": 1}, "unknown argument 'lamda': did you mean 'lambda'"),
+        ({"style": "a", "λ": 1}, "did you mean 'lambda'"),
+        ({"style": "a", "Max-JS": 1}, "did you mean 'max_js'"),
+        ({"kvbudget": 3}, "did you mean 'kv_budget'"),
+        ({"policy": "mine"}, 'policy can be "off" alone'),
+        ({"selector": 3}, "selector must be the name of the server's, not 3"),
+        ({"selector": "mine"}, "selector 'mine' is not this server's, which has 'default' for all requests"),
     ],
 )
-def test_what_is_refused(arguments, reason):
+def test_what_is_refused(everything, arguments, reason):
     with pytest.raises(DecodingError, match=reason):
-        requested_styles(arguments, KNOWN)
+        checked(arguments)
 
 
-def test_without_styles_the_reason_says_how_to_get_some():
+def test_a_style_in_another_mode_is_refused_and_the_reason_says_how_to_get_it(serve, saved):
+    serve({"DECODING_STYLES": {"a": str(saved["folder"]), "b": {"style": "text.txt", "mode": "ratio"}}})
+    assert checked({"style": "a", "mode": "paper"}) and checked({"style": "b", "mode": "ratio"})
+    for name, mode, other in (("a", "paper", "ratio"), ("b", "ratio", "paper")):
+        reason = f'style \'{name}\' is served in mode "{mode}", not "{other}".*style train --mode {other}'
+        with pytest.raises(DecodingError, match=reason):
+            checked({"style": name, "mode": other})
+
+
+def test_without_styles_the_reason_says_how_to_get_some(serve):
     with pytest.raises(DecodingError, match="has: none; start it with --style"):
-        requested_styles({"style": "a"}, [])
+        checked({"style": "a"})
 
 
-@pytest.mark.parametrize("arguments", [None, {}, {"style": "a"}, {"temperature": None}])
-@pytest.mark.parametrize("is_served", [True, False])
-def test_requests_may_leave_the_selector_alone(arguments, is_served):
-    check_temperature(arguments, 0.3, is_served, is_served)
-    assert wanted_temperatures(arguments) is None
-
-
-def test_requests_may_leave_their_temperature_to_the_selector():
-    arguments = {"style": "a", "temperature": "auto"}
-    check_temperature(arguments, 1.0, has_selector=True)
-    assert wanted_temperatures(arguments) == (None, None)
+@pytest.mark.parametrize("arguments", [None, {}, {"style": "off"}, {"temperature": None}, {"temperature": "off"}])
+@pytest.mark.parametrize("declared", [{}, EVERYTHING])
+def test_requests_may_leave_temperatures_alone(serve, arguments, declared):
+    serve(declared)
+    assert checked(arguments, temperature=0.3).temperatures is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
+        ({"style": "a", "temperature": "auto"}, (None, None)),
+        ({"temperature": 0.5}, (0.5, None)),
         ({"think_temperature": 1.5, "answer_temperature": 0.3, "style": "a"}, (0.3, 1.5)),
+        ({"think_temperature": 1.5, "temperature": 0.3}, (0.3, 1.5)),
         ({"think_temperature": 1.5}, (1.0, 1.5)),
         ({"answer_temperature": 2, "think_temperature": None}, (2.0, 1.0)),
         ({"think_temperature": 1, "answer_temperature": "auto"}, (None, 1.0)),
+        ({"think_temperature": 1, "temperature": "auto"}, (None, 1.0)),
         ({"answer_temperature": "auto", "temperature": None}, (None, 1.0)),
         ({"think_temperature": 1e-30, "answer_temperature": 1}, (1.0, 0.01)),
+        ({"temperature": 1}, None),
     ],
 )
-def test_requests_may_think_and_answer_at_temperatures_of_their_own(arguments, wanted):
-    check_temperature(arguments, 1, has_selector="auto" in arguments.values(), has_phases=True)
-    assert wanted_temperatures(arguments) == wanted
+def test_temperatures_that_requests_ask_for(everything, arguments, wanted):
+    assert checked(arguments).temperatures == wanted
+
+
+def test_a_temperature_that_is_the_requests_own_is_left_to_vllm(serve):
+    assert checked({"temperature": 0.7}, temperature=0.7).temperatures is None
 
 
 @pytest.mark.parametrize("value", [0, -1, True, math.inf, math.nan, "hot", [1.0], "0.5"])
-@pytest.mark.parametrize("name", ["think_temperature", "answer_temperature"])
-def test_temperatures_of_phases_that_are_none(name, value):
+@pytest.mark.parametrize("name", ["temperature", "think_temperature", "answer_temperature"])
+def test_temperatures_that_are_none(everything, name, value):
     with pytest.raises(DecodingError, match=f"{name} must be a positive number, not "):
-        check_temperature({"think_temperature": 1.0, name: value}, 1, has_selector=True, has_phases=True)
+        checked({name: value})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "own", "served", "reason"),
+    ("arguments", "own", "declared", "reason"),
     [
-        ({"think_temperature": 1.0}, 1, (True, False), "does not tell thinking from answering; start it with --phases"),
-        ({"think_temperature": "auto"}, 1, (True, True), 'must be a number: "auto" is for the answer'),
-        ({"answer_temperature": "auto"}, 1, (False, True), "no temperature selector; start it with --temperature-sel"),
-        ({"think_temperature": 1, "temperature": "auto"}, 1, (True, True), 'write "answer_temperature": "auto"'),
-        ({"think_temperature": 1, "temperature": 0.5}, 1, (True, True), "not 0.5: a number belongs"),
-        ({"think_temperature": 1}, 0, (True, True), "with think_temperature the request's own .* must be 1, not 0 "),
+        ({"temperature": 0.7}, 1, None, "such as 0.7, belongs in the request's own temperature"),
+        ({"temperature": "auto"}, 1, False, "no temperature selector; start it with --temperature-selector"),
+        ({"temperature": "auto"}, 0, True, 'with "auto" the request\'s own .* must be 1, not 0 .*--generation-config'),
+        ({"temperature": 0.7}, 0.6, True, "with temperature the request's own temperature must be 1, not 0.6"),
+        ({"think_temperature": 1.0}, 1, None, "does not tell thinking from answering; start it with --phases"),
+        ({"think_temperature": "auto"}, 1, True, 'must be a number: "auto" is for the answer'),
+        ({"answer_temperature": "auto"}, 1, False, "no temperature selector; start it with --temperature-selector"),
+        ({"answer_temperature": 1, "temperature": "auto"}, 1, True, "are the same beside think_temperature: give one"),
+        ({"think_temperature": 1}, 0, True, "with think_temperature the request's own .* must be 1, not 0 "),
         (
             {"think_temperature": 1, "answer_temperature": 1},
             0.6,
-            (True, True),
+            True,
             "with think_temperature and answer_temperature .* must be 1, not 0.6 .*--generation-config vllm",
         ),
+        ({"temperature": "auto", "temperature_top_p": 0.9}, 1, True, "must be true or false, not 0.9"),
+        ({"temperature": "auto", "temperature_top_p": "no"}, 1, True, "must be true or false, not 'no'"),
+        ({"temperature": "auto", "temperature_top_p": [1]}, 1, True, "must be true or false"),
+        ({"temperature_top_p": True}, 1, True, 'goes with a temperature that is "auto"'),
+        ({"temperature_top_p": 0, "think_temperature": 1.0}, 1, True, 'goes with a temperature that is "auto"'),
     ],
 )
-def test_what_phases_refuse(arguments, own, served, reason):
+def test_temperatures_that_are_refused(serve, arguments, own, declared, reason):
+    """On a server with a selector and phases, with phases alone, or with neither."""
+    temperature = {} if declared is None else {"DECODING_TEMPERATURE": {"phases": True, "selector": None}}
+    if declared is False:
+        temperature["DECODING_TEMPERATURE"]["selector"] = False
+    serve(temperature)
     with pytest.raises(DecodingError, match=reason):
-        check_temperature(arguments, own, *served)
-
-
-@pytest.mark.parametrize(
-    ("asked", "own", "is_served", "reason"),
-    [
-        (0.7, 1, True, '"auto" alone, not 0.7: a number belongs in the request\'s own temperature'),
-        (0, 1, True, "not 0: a number"),
-        ("Auto", 1, True, "not 'Auto'"),
-        (["auto"], 1, True, "not \\['auto'\\]"),
-        (True, 1, True, "not True"),
-        ("auto", 0, True, "must be 1, not 0 .*--generation-config vllm"),
-        ("auto", 0.6, True, "must be 1, not 0.6 "),
-        ("auto", 1, False, "no temperature selector; start it with --temperature-selector"),
-    ],
-)
-def test_what_the_selector_refuses(asked, own, is_served, reason):
-    with pytest.raises(DecodingError, match=reason):
-        check_temperature({"temperature": asked}, own, is_served)
+        checked(arguments, temperature=own)
 
 
 @pytest.mark.parametrize(("params", "is_cut"), CUT)
-def test_the_selectors_top_p_goes_with_its_temperature(params, is_cut):
-    if params.extra_args is not None:
-        check_temperature(params.extra_args, 1, has_selector=True)
-    assert chosen_top_p(params, TOP_P) == (TOP_P if is_cut else None)
-    assert chosen_top_p(params, None) is None
+def test_the_selectors_top_p_goes_with_its_temperature(serve, params, is_cut):
+    assert read_request(params).takes_top_p is is_cut
 
 
-def test_the_selectors_top_p_goes_with_phases_whose_answer_is_chosen():
+def test_the_selectors_top_p_goes_with_phases_whose_answer_is_chosen(everything):
     chosen, fixed = ({"think_temperature": 1.0, "answer_temperature": value} for value in ("auto", 0.3))
-    assert chosen_top_p(sampling(chosen), TOP_P) == TOP_P
-    assert chosen_top_p(sampling(fixed), TOP_P) is chosen_top_p(sampling({"think_temperature": 1.0}), TOP_P) is None
-    check_temperature(chosen | {"temperature_top_p": False}, 1, has_selector=True, has_phases=True)
+    assert checked(chosen).takes_top_p
+    assert not checked(fixed).takes_top_p and not checked({"think_temperature": 1.0}).takes_top_p
+    assert not checked(chosen | {"temperature_top_p": False}).takes_top_p
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (None, (None, False)),
+        ({"style": "a"}, (None, False)),
+        ({"kv_budget": None}, (None, False)),
+        ({"kv_budget": 4096}, (4096, True)),
+        ({"kv_budget": "full"}, (UNLIMITED, True)),
+        ({"kv_budget": 9223372036854775808}, (UNLIMITED, True)),
+        ({"chunks": 4096}, (4096, True)),
+        ({"chunks": {"budget": 4096, "adapters": None}}, (4096, True)),
+        ({"chunks": True}, (None, True)),
+        ({"chunks": 1}, (None, True)),  # true over HTTP
+        ({"chunks": {}}, (None, True)),
+        *[({"chunks": off}, (UNLIMITED, False)) for off in (False, 0, None, "off")],
+    ],
+)
+def test_budgets_that_requests_ask_for(everything, arguments, wanted):
+    request = checked(arguments)
+    assert (request.budget, request.selects) == wanted
+
+
+@pytest.mark.parametrize("budget", [0, -5, True, 2.0, "2048", "all", [2048]])
+def test_budgets_that_are_refused(everything, budget):
+    with pytest.raises(DecodingError, match="kv_budget must be a whole number"):
+        checked({"kv_budget": budget})
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"temperature": "auto", "temperature_top_p": 0.9}, "must be true or false, not 0.9"),
-        ({"temperature": "auto", "temperature_top_p": "no"}, "must be true or false, not 'no'"),
-        ({"temperature": "auto", "temperature_top_p": [1]}, "must be true or false"),
-        ({"temperature_top_p": True}, 'goes with a temperature that is "auto"'),
-        ({"temperature_top_p": 0, "think_temperature": 1.0}, 'goes with a temperature that is "auto"'),
+        ({"chunks": -5}, "chunks must be a whole number of tokens above 0, not -5"),
+        ({"chunks": "2048"}, "chunks must be a whole number"),
+        ({"chunks": {"budget": 99, "adapters": "default"}}, "another budget alone: adapters is the server's"),
+        ({"chunks": 99, "kv_budget": 99}, "chunks and kv_budget are the same: give one"),
     ],
 )
-def test_what_the_top_p_refuses(arguments, reason):
+def test_chunks_that_are_refused(everything, arguments, reason):
     with pytest.raises(DecodingError, match=reason):
-        check_temperature(arguments, 1, has_selector=True, has_phases=True)
+        checked(arguments)
 
 
-def test_what_a_server_does_not_have_is_refused(monkeypatch):
-    monkeypatch.delenv("DECODING_STYLES", raising=False)
-    monkeypatch.delenv("DECODING_TEMPERATURE", raising=False)
-    auto, styled = (SimpleNamespace(temperature=1.0, extra_args={key: "auto"}) for key in ("temperature", "style"))
-    for params, reason in ((auto, "no temperature selector"), (styled, "unknown style 'auto'")):
+def test_a_budget_where_no_chunks_are_selected_is_refused(serve):
+    for arguments in ({"kv_budget": 2048}, {"kv_budget": "full"}, {"chunks": True}):
+        with pytest.raises(DecodingError, match="selects no chunks"):
+            checked(arguments)
+    assert checked({"chunks": False})
+
+
+PHASED = {"style": "a", "temperature": "auto", "think_temperature": 1.5, "chunks": 512}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own", "styles", "temperatures", "budget"),
+    [
+        (None, 1, [("a", None)], (None, 1.5), 512),
+        ({"other": 1}, 1, [("a", None)], (None, 1.5), 512),
+        ({"lambda": 0.3}, 1, [("a", 0.3)], (None, 1.5), 512),
+        ({"style": "b"}, 1, [("b", None)], (None, 1.5), 512),
+        ({"style": "off"}, 1, [], (None, 1.5), 512),
+        ({"style": None}, 1, [], (None, 1.5), 512),
+        ({"temperature": 0.5}, 1, [("a", None)], (0.5, 1.5), 512),
+        ({"answer_temperature": 0.5}, 1, [("a", None)], (0.5, 1.5), 512),
+        ({"think_temperature": 2}, 1, [("a", None)], (None, 2.0), 512),
+        ({"think_temperature": "off"}, 1, [("a", None)], (None, None), 512),
+        ({"temperature": "off"}, 1, [("a", None)], (1.0, 1.5), 512),
+        ({"temperature": "off", "think_temperature": "off"}, 1, [("a", None)], None, 512),
+        (None, 0.7, [("a", None)], None, 512),
+        (None, 0, [("a", None)], None, 512),
+        ({"kv_budget": 99}, 1, [("a", None)], (None, 1.5), 99),
+        ({"kv_budget": None}, 1, [("a", None)], (None, 1.5), 512),
+        ({"chunks": False}, 1, [("a", None)], (None, 1.5), UNLIMITED),
+        ({"policy": "off"}, 1, [], None, UNLIMITED),
+        ({"policy": "off", "style": "b", "kv_budget": 99}, 1, [("b", None)], None, 99),
+    ],
+)
+def test_requests_have_a_servers_policy_unless_they_say_otherwise(serve, arguments, own, styles, temperatures, budget):
+    serve(EVERYTHING, PHASED)
+    check_policy(sampling(None))
+    request = checked(arguments, temperature=own)
+    assert list(request.styles) == styles
+    assert request.temperatures == (None if temperatures is None else Temperatures(*temperatures))
+    assert request.budget == budget
+
+
+def test_what_belongs_to_the_policys_style_goes_with_it(serve):
+    serve(EVERYTHING, {"style": "a", "lambda": 0.3, "max_js": 0.1})
+    assert (checked(None).styles, checked(None).guards) == ((("a", 0.3),), (("max_js", 0.1),))
+    assert checked({"max_js": "off"}).guards == (("max_js", None),)
+    other = checked({"style": "b"})
+    assert (other.styles, other.guards) == ((("b", None),), ())
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ({"style": "c"}, "DECODING_POLICY: unknown style 'c'"),
+        ({"styles": "a"}, "DECODING_POLICY can have style, lambda, .*, not styles"),
+        ({"policy": "off"}, "not policy"),
+        ({"style": "a", "lambda": 2}, "DECODING_POLICY: λ must lie"),
+        ([], "DECODING_POLICY must be a JSON object"),
+    ],
+)
+def test_a_spoilt_policy_is_refused(serve, policy, reason):
+    serve(EVERYTHING, policy)
+    with pytest.raises(DecodingError, match=reason):
+        check_policy(sampling(None))
+
+
+def test_a_policy_says_itself_as_a_requests_arguments(everything, serve, style_file, saved):
+    policy = Policy(style_file, λ=0.3, mode="paper", max_js=0.1, steer_stop=True, temperature=0.5, think_temperature=2)
+    arguments = policy.request_args()
+    assert json.loads(json.dumps(arguments)) == arguments
+    serve(EVERYTHING | {"DECODING_STYLES": {style_file.stem: str(style_file)}})
+    request = checked(arguments)
+    assert request.styles == ((style_file.stem, 0.3),)
+    assert request.held(Held()) == ((None, 0.1, None), True)
+    assert request.temperatures == (0.5, 2.0)
+    assert checked(Policy(temperature="auto", selector="default").request_args()).temperatures == (None, None)
+    assert checked(Policy(chunks=True).request_args()).budget == 2048
+    assert Policy(saved["folder"]).request_args() == {"style": style_file.stem}
+    assert Policy().request_args() == {}
+    for unfit, reason in ((Policy(style_file, λ="auto"), "give a number"), (Policy(chunks={"vote": True}), "vote of")):
         with pytest.raises(DecodingError, match=reason):
-            check_request(params)
-    monkeypatch.setenv("DECODING_TEMPERATURE", "{}")
-    check_request(auto)
-    phased = SimpleNamespace(temperature=1.0, extra_args={"think_temperature": 0.5})
-    with pytest.raises(DecodingError, match="--phases"):
-        check_request(phased)
-    monkeypatch.setenv("DECODING_TEMPERATURE", '{"selector": false, "phases": true}')
-    check_request(phased)
-    with pytest.raises(DecodingError, match="no temperature selector"):
-        check_request(auto)
+            unfit.request_args()
 
 
-def test_rows_become_layers():
-    first, second = layers_of([[(2, 0.5)], [], [(2, 0.25), (1, 0.125)]], torch.device("cpu"))
-    assert first.prior == 2
+def rows_of(*rows):
+    return [[Chosen(*each) for each in row] for row in rows]
+
+
+def test_rows_become_layers(styles):
+    first, second = styles.layers(rows_of([(2, 0.5)], [], [(2, 0.25), (1, 0.125)]))
+    assert first.prior == 2 and first.holds is None
     assert first.strength.tolist() == [0.5, 0, 0.25]
     assert second.prior == 1
     assert second.strength.tolist() == [0, 0, 0.125]
-    (mixed,) = layers_of([[(2, 0.5)], [], [(1, 0.25)]], torch.device("cpu"))
+    (mixed,) = styles.layers(rows_of([(2, 0.5)], [], [(1, 0.25)]))
     assert mixed.prior.tolist() == [2, 0, 1]
-    assert layers_of([[], []], torch.device("cpu")) == []
+    assert styles.layers([[], []]) == []
 
 
 def test_saved_settings_apply_and_a_request_may_leave_lambda_out(saved, tokenizer):
-    styles = load_styles({name: str(path) for name, path in saved.items()}, tokenizer, 60, "cpu")
-    assert styles.resolve({"style": ["folder", "file"]}) == [(1, 0.7), (0, 0.1)]
-    assert styles.resolve({"style": ["folder", "file"], "lambda": [0, 0.5]}) == [(0, 0.5)]
+    styles = load_styles({name: DeclaredStyle(str(path)) for name, path in saved.items()}, tokenizer, 60, "cpu")
+    request = read_request(sampling({"style": ["folder", "file"]}))
+    assert styles.resolve(request) == [(1, 0.7, None), (0, 0.1, None)]
+    request = read_request(sampling({"style": ["folder", "file"], "lambda": [0, 0.5]}))
+    assert styles.resolve(request) == [(0, 0.5, None)]
     scores, history = torch.randn(2, 60), torch.tensor([[3, 4], [5, 6]])
     wanted = StylePrior.from_pretrained(saved["folder"])(history, scores)
-    got = styles.add(scores.clone(), history, layers_of([[(1, 0.7)]] * 2, torch.device("cpu")))
+    got = styles.add(scores.clone(), history, styles.layers(rows_of([(1, 0.7)], [(1, 0.7)])))
     assert_same_distribution(got, wanted)
 
 
 def test_priors_that_do_not_fit_the_model_are_refused(saved, tokenizer, tmp_path):
-    declared = {"mine": str(saved["file"])}
+    declared = {"mine": DeclaredStyle(str(saved["file"]))}
     with pytest.raises(DecodingError, match="style 'mine'.*another model's"):
         load_styles(declared, None, 10, "cpu")
     with pytest.raises(DecodingError, match="style 'mine': the prior was trained with tokenizer"):
         load_styles(declared, make_tokenizer(WORDS[::-1]), 60, "cpu")
     (tmp_path / "spoilt.safetensors").write_bytes(b"spoilt")
     with pytest.raises(DecodingError, match="style 'x':.*not a whole n-gram model"):
-        load_styles({"x": str(tmp_path / "spoilt.safetensors")}, tokenizer, 60, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "wanted"),
-    [(None, None), ({"style": "a"}, None), ({"kv_budget": 4096}, 4096), ({"kv_budget": "full"}, UNLIMITED)],
-)
-def test_budgets_that_requests_ask_for(arguments, wanted):
-    assert requested_budget(arguments, is_served=True) == wanted
-
-
-@pytest.mark.parametrize("budget", [0, -5, True, 2.0, "2048", "all", [2048]])
-def test_budgets_that_are_refused(budget):
-    with pytest.raises(DecodingError, match="kv_budget must be a whole number"):
-        requested_budget({"kv_budget": budget}, is_served=True)
-
-
-def test_a_budget_where_no_chunks_are_selected_is_refused(monkeypatch):
-    monkeypatch.delenv("DECODING_CHUNKS", raising=False)
-    with pytest.raises(DecodingError, match="selects no chunks"):
-        check_request(SimpleNamespace(extra_args={"kv_budget": 2048}, temperature=1))
-    monkeypatch.setenv("DECODING_CHUNKS", "{}")
-    check_request(SimpleNamespace(extra_args={"kv_budget": 2048}, temperature=1))
+        load_styles({"x": DeclaredStyle(str(tmp_path / "spoilt.safetensors"))}, tokenizer, 60, "cpu")
 
 
 def test_texts_and_saved_styles_are_styles(saved, tokenizer, style_file, tmp_path):
     declared = {"text": str(style_file), "saved": str(saved["folder"]), "file": str(saved["file"])}
-    styles = load_styles(declared, tokenizer, 60, "cpu")
+    styles = load_styles({name: DeclaredStyle(spec) for name, spec in declared.items()}, tokenizer, 60, "cpu")
     scores, history = torch.randn(3, 60), torch.tensor([[3, 4], [5, 6], [3, 4]])
-    rows = [[(0, 0.5)], [(1, 0.5)], [(2, 0.5)]]
-    got = styles.add(scores.clone(), history, layers_of(rows, torch.device("cpu")))
+    rows = rows_of([(0, 0.5)], [(1, 0.5)], [(2, 0.5)])
+    got = styles.add(scores.clone(), history, styles.layers(rows))
     for row, spec in enumerate(declared.values()):
         own = StylePrior(spec, λ=0.5, tokenizer=tokenizer)
         assert_same_distribution(got[row : row + 1], own(history[row : row + 1], scores[row : row + 1]))
@@ -263,10 +401,10 @@ def test_texts_and_saved_styles_are_styles(saved, tokenizer, style_file, tmp_pat
 def test_ends_of_texts_are_left_alone(tokenizer, style_file, tmp_path, steer_stop):
     prior = StylePrior(style_file, λ=0.5, steer_stop=steer_stop, tokenizer=tokenizer)
     prior.save_pretrained(tmp_path / "one")
-    styles = load_styles({"one": str(tmp_path / "one")}, tokenizer, 60, "cpu", stop_ids=[7])
+    styles = load_styles({"one": DeclaredStyle(str(tmp_path / "one"))}, tokenizer, 60, "cpu", stop_ids=[7])
     scores, history = torch.randn(2, 60), torch.tensor([[3, 4], [5, 6]])
     scores[:, 5] += 6  # a word of the text
-    got = styles.add(scores.clone(), history, layers_of([[(0, 1.0)], []], torch.device("cpu")))
+    got = styles.add(scores.clone(), history, styles.layers(rows_of([(0, 1.0)], [])))
     assert torch.equal(got[1], scores[1])
     stops = [tokenizer.eos_token_id, 7]
     others = [i for i in range(60) if i not in stops]
@@ -279,9 +417,9 @@ def test_a_prior_with_an_id_more_than_the_model_scores(tokenizer, style_file, tm
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     StylePrior(style_file, λ=0.5, tokenizer=tokenizer).save_pretrained(tmp_path / "one")
     width = len(tokenizer) - 1
-    styles = load_styles({"one": str(tmp_path / "one")}, tokenizer, width, "cpu")
+    styles = load_styles({"one": DeclaredStyle(str(tmp_path / "one"))}, tokenizer, width, "cpu")
     scores, history = torch.randn(2, width), torch.tensor([[3, 4], [5, 6]])
-    got = styles.add(scores.clone(), history, layers_of([[(0, 0.5)]] * 2, torch.device("cpu")))
+    got = styles.add(scores.clone(), history, styles.layers(rows_of([(0, 0.5)], [(0, 0.5)])))
     assert_same_distribution(got, StylePrior(tmp_path / "one", tokenizer=tokenizer)(history, scores))
 
 
@@ -289,16 +427,16 @@ def test_a_requests_own_stops_are_left_alone(tokenizer, style_file, tmp_path):
     for name, steer_stop in (("left", False), ("steered", True)):
         prior = StylePrior(style_file, λ=1, steer_stop=steer_stop, tokenizer=tokenizer)
         prior.save_pretrained(tmp_path / name)
-    declared = {name: str(tmp_path / name) for name in ("left", "steered")}
+    declared = {name: DeclaredStyle(str(tmp_path / name)) for name in ("left", "steered")}
     styles = load_styles(declared, tokenizer, 60, "cpu")
     asks = [("left", [7, 9, 1]), ("left", None), ("steered", [7]), (None, [8]), ("left", [9])]
-    params = [SimpleNamespace(extra_args=name and {"style": name}, stop_token_ids=ids) for name, ids in asks]
-    own = [styles.own_stops(each) for each in params]
+    requests = [read_request(sampling(name and {"style": name}, stop_token_ids=ids)) for name, ids in asks]
+    rows = [styles.resolve(each) for each in requests]
+    own = [styles.own_stops(row, each.stop_ids) for row, each in zip(rows, requests, strict=True)]
     assert own == [[7, 9], [], [], [], [9]]
     scores = torch.randn(5, 60)
     history = torch.tensor([[3, 4]] * 5)
-    rows = [styles.resolve(each.extra_args) for each in params]
-    layers = layers_of(rows, torch.device("cpu"))
+    layers = styles.layers(rows)
     got = styles.add(scores.clone(), history, layers, stops_table(own))
     plain = styles.add(scores.clone(), history, layers)
     assert torch.equal(got[1:4], plain[1:4]) and torch.equal(got[3], scores[3])
@@ -308,3 +446,20 @@ def test_a_requests_own_stops_are_left_alone(tokenizer, style_file, tmp_path):
         own_ends = [end for end in ends if end != 1]
         before, after = (each[row, own_ends] - each[row, others].max() for each in (scores, got))
         torch.testing.assert_close(before, after)
+
+
+def test_requests_say_whether_ends_are_steered(tokenizer, style_file):
+    """Whatever the style does by itself, and for rows of both kinds in one batch."""
+    spec = str(style_file)
+    declared = {name: DeclaredStyle(spec, (("steer_stop", name == "s"), ("lambda", 1.0))) for name in ("s", "left")}
+    for names in (["s"], ["left"], ["s", "left"]):
+        styles = load_styles({name: declared[name] for name in names}, tokenizer, 60, "cpu", stop_ids=[7])
+        asked = [(name, steers) for name in names for steers in (None, True, False)]
+        said = [{} if steers is None else {"steer_stop": steers} for _, steers in asked]
+        requests = [read_request(sampling({"style": name} | more)) for (name, _), more in zip(asked, said, strict=True)]
+        scores, history = torch.randn(len(asked), 60), torch.tensor([[3, 4]] * len(asked))
+        got = styles.add(scores.clone(), history, styles.layers([styles.resolve(each) for each in requests]))
+        for row, (name, steers) in enumerate(asked):
+            steer_stop = name == "s" if steers is None else steers
+            own = StylePrior(spec, λ=1, steer_stop=steer_stop).bound(tokenizer, stop_ids=[7])
+            assert_same_distribution(got[row : row + 1], own(history[row : row + 1], scores[row : row + 1]))

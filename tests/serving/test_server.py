@@ -12,7 +12,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from decoding import TemperatureSelector
+from decoding import Policy, StylePrior, TemperatureSelector, generate
 from decoding.models import DEFAULT_MODEL, load_tokenizer
 from decoding.style.training import name_and_file
 from experiments.long_context.evaluate import passkey_prompt
@@ -36,14 +36,26 @@ def log(tmp_path_factory):
     return tmp_path_factory.mktemp("server") / "log.txt"
 
 
+GUARDED = {"λ": 0.8, "max_js": 0.05}
+
+
 @pytest.fixture(scope="module")
-def client(log, selector_folder):
+def policy(tmp_path_factory, selector_folder):
+    """All that it can have, in a folder."""
+    folder = tmp_path_factory.mktemp("policy")
+    chunks = {"adapters": "default", "budget": 384}
+    policy = Policy("king-james", **GUARDED, temperature="auto", selector=selector_folder, chunks=chunks)
+    policy.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(log, policy):
     _, presidents = name_and_file("presidents", load_tokenizer(), order=3, smoothing="kneser-ney")
     port = free_port()
-    command = [sys.executable, "-m", "decoding", "serve", "--style", "king-james", "--style", f"speeches={presidents}"]
+    command = [sys.executable, "-m", "decoding", "serve", "--policy", str(policy), "--style", f"speeches={presidents}"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8", "--enforce-eager"]
-    command += ["--max-model-len", "2048", "--dtype", "float32", "--temperature-selector", str(selector_folder)]
-    command += ["--chunk-adapters", "default", "--kv-budget", "384"]
+    command += ["--max-model-len", "2048", "--dtype", "float32"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -72,9 +84,15 @@ def wait_until_healthy(server, port, log):
 
 
 def complete(client, style=None, value=None, **options):
-    asked = {"vllm_xargs": {"style": style} | ({} if value is None else {"lambda": value})} if style else {}
+    """As if there were no policy."""
+    asked = {"policy": "off"} | ({"style": style} if style else {}) | ({} if value is None else {"lambda": value})
+    return asking(client, asked, **options)
+
+
+def asking(client, asked, **options):
     options = {"temperature": 0, "max_tokens": 24, "prompt": PROMPT} | options
-    return client.completions.create(model=DEFAULT_MODEL, extra_body=asked, **options)
+    extra = {} if asked is None else {"vllm_xargs": asked}
+    return client.completions.create(model=DEFAULT_MODEL, extra_body=extra, **options)
 
 
 def test_completions(client):
@@ -90,7 +108,8 @@ def test_chat_and_streaming(client):
     asked = {"vllm_xargs": {"style": "speeches", "lambda": 0.8}}
     common = {"model": DEFAULT_MODEL, "messages": [{"role": "user", "content": "Tell me about the weather."}]}
     common |= {"temperature": 0, "max_tokens": 24}
-    plain = client.chat.completions.create(**common).choices[0].message.content
+    off = {"vllm_xargs": {"policy": "off"}}
+    plain = client.chat.completions.create(**common, extra_body=off).choices[0].message.content
     steered = client.chat.completions.create(**common, extra_body=asked).choices[0].message.content
     parts = client.chat.completions.create(**common, extra_body=asked, stream=True)
     streamed = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
@@ -125,12 +144,48 @@ def test_bad_arguments_are_a_400_with_the_reason_and_the_server_lives_on(client,
     assert complete(client, "king-james", 0.3).choices[0].text
 
 
+@pytest.mark.parametrize(
+    ("asked", "steering"),
+    [
+        (None, GUARDED),
+        ({"max_js": "off", "lambda": 0.6}, {"λ": 0.6}),
+        ({"plausibility": 0.3, "steer_stop": True}, GUARDED | {"plausibility": 0.3, "steer_stop": True}),
+        ({"style": "off"}, None),
+        ({"policy": "off"}, None),
+    ],
+)
+def test_requests_have_the_policy_and_its_fields_say_otherwise(client, real_model, asked, steering):
+    """Whatever a plain request says, and as transformers writes it."""
+    model, tokenizer = real_model
+    prior = [] if steering is None else [StylePrior("king-james", **steering)]
+    written = generate(model, PROMPT, tokenizer=tokenizer, logits_processor=prior, do_sample=False, max_new_tokens=24)
+    assert asking(client, asked).choices[0].text == written
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"lamda": 0.1}, "unknown argument 'lamda': did you mean 'lambda'?"),
+        ({"mode": "ratio"}, 'style \'king-james\' is served in mode "paper", not "ratio"'),
+        ({"selector": "mine"}, "selector 'mine' is not this server's"),
+        ({"max_js": 3}, "max_js must be a number above 0"),
+    ],
+)
+def test_what_is_no_field_or_cannot_vary_is_a_400(client, asked, reason):
+    with pytest.raises(openai.BadRequestError) as error:
+        asking(client, asked)
+    assert reason in error.value.message
+
+
 POEM = "Write a poem about rain."
-AUTO = {"vllm_xargs": {"temperature": "auto"}}
+AUTO = {"vllm_xargs": {"policy": "off", "temperature": "auto"}}
+OFF = {"vllm_xargs": {"policy": "off"}}
 
 
 def sample(client, temperature, **asked):
-    options = {"prompt": POEM, "max_tokens": 24, "seed": 5, "temperature": temperature}
+    options = {"prompt": POEM, "max_tokens": 24, "seed": 5} | (
+        {} if temperature is None else {"temperature": temperature}
+    )
     return (
         client.completions.create(model=DEFAULT_MODEL, extra_body=asked | {"ignore_eos": True}, **options)
         .choices[0]
@@ -141,10 +196,12 @@ def sample(client, temperature, **asked):
 def test_a_chosen_temperature_is_as_ones_own(client, selector_folder):
     (chosen,) = TemperatureSelector.from_pretrained(selector_folder).select([POEM], "small")
     assert chosen != 1
-    assert sample(client, 1, **AUTO) == sample(client, chosen) != sample(client, 1)
+    assert sample(client, 1, **AUTO) == sample(client, chosen, **OFF) != sample(client, 1, **OFF)
+    assert sample(client, None) == sample(client, chosen) != sample(client, 0.5)
+    assert sample(client, None, vllm_xargs={"temperature": "off"}) != sample(client, None)
 
 
-@pytest.mark.parametrize(("temperature", "asked"), [(0.5, "auto"), (0, "auto"), (1, "hot"), (1, 0.5)])
+@pytest.mark.parametrize(("temperature", "asked"), [(0.5, "auto"), (0, "auto"), (1, "hot"), (0.6, 0.5)])
 def test_two_temperatures_are_a_400(client, temperature, asked):
     with pytest.raises(openai.BadRequestError, match="temperature"):
         sample(client, temperature, vllm_xargs={"temperature": asked})
@@ -171,7 +228,7 @@ def test_what_is_chosen_shows_in_the_servers_figures_and_its_log(client, selecto
     for _ in range(3):  # the second and third prompt are remembered, and count all the same
         sample(client, 1, **AUTO)
     sample(client, 0.5)
-    unknown = {"vllm_xargs": {"temperature": "auto", "temperature_top_p": False}}
+    unknown = {"vllm_xargs": {"policy": "off", "temperature": "auto", "temperature_top_p": False}}
     options = {"prompt": [load_tokenizer().eos_token_id], "max_tokens": 1, "temperature": 1}
     client.completions.create(model=DEFAULT_MODEL, extra_body=unknown, **options)
     after = chosen_temperatures(client)
@@ -190,7 +247,7 @@ def test_passkeys_are_found_among_selected_chunks(client):
     for depth, key in ((0.1, "61934"), (0.5, "30728"), (0.8, "85216")):
         prompt = passkey_prompt(tokenizer, 1800, depth, key)
         assert 1700 < len(tokenizer(prompt)["input_ids"]) <= 1800
-        assert key in complete(client, prompt=prompt, max_tokens=8).choices[0].text
+        assert key in asking(client, {"style": "off"}, prompt=prompt, max_tokens=8).choices[0].text
 
 
 @pytest.mark.parametrize("budget", [0, "much", [1]])
@@ -199,7 +256,9 @@ def test_bad_budgets_are_a_400(client, budget):
         client.completions.create(model=DEFAULT_MODEL, prompt=PROMPT, extra_body={"vllm_xargs": {"kv_budget": budget}})
     options = {"model": DEFAULT_MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": 24}
     texts = [
-        client.completions.create(**options, extra_body={"vllm_xargs": {"kv_budget": each}}).choices[0].text
-        for each in (512, "full")
+        client.completions.create(**options, extra_body={"vllm_xargs": {"policy": "off", "kv_budget": each}})
+        .choices[0]
+        .text
+        for each in (512, "full", 2**64 - 1)
     ]
-    assert texts[0] == texts[1] == complete(client).choices[0].text
+    assert {*texts} == {complete(client).choices[0].text}

@@ -20,6 +20,7 @@ from tests.serving.conftest import (
     assert_same_distribution,
     fake_temperature,
     random_arguments,
+    sampling,
     steered,
     wanted_scores,
     wanted_temperature,
@@ -36,9 +37,10 @@ def batch_update(removed=(), added=(), moved=()):
 
 
 def request(rng, priors):
-    arguments, chosen = random_arguments(rng, priors)
+    arguments, chosen, guards = random_arguments(rng, priors)
     prompt = rng.integers(0, V, rng.integers(1, 6)).tolist()
-    return SimpleNamespace(params=SimpleNamespace(extra_args=arguments), styles=chosen, prompt=prompt, output=[])
+    params = sampling(extra_args=arguments)
+    return SimpleNamespace(params=params, styles=chosen, guards=guards, prompt=prompt, output=[])
 
 
 def added(row, it):
@@ -88,7 +90,7 @@ def test_random_batches_get_what_each_request_gets_alone(priors, styles, seed):
         scores = torch.randn(len(batch), WIDTH)
         got = rows.apply(scores.clone())
         for row, it in enumerate(batch):
-            wanted = steered(priors, it.styles, it.prompt + it.output, scores[row])
+            wanted = steered(priors, it.styles, it.prompt + it.output, scores[row], it.guards)
             assert_same_distribution(got[row], wanted)
             if not any(value for _, value in it.styles):
                 assert torch.equal(got[row], scores[row])
@@ -104,8 +106,8 @@ def test_without_styles_the_logits_come_back_themselves(styles):
     rows.update(
         batch_update(
             added=[
-                (0, SimpleNamespace(extra_args=None), [1], []),
-                (1, SimpleNamespace(extra_args={"style": "plain", "lambda": 0}), [1], []),
+                (0, sampling(extra_args=None), [1], []),
+                (1, sampling(extra_args={"style": "plain", "lambda": 0}), [1], []),
             ]
         )
     )
@@ -115,7 +117,7 @@ def test_without_styles_the_logits_come_back_themselves(styles):
 
 def test_masked_tokens_stay_masked_and_prompts_may_be_embeddings(priors, styles):
     rows = StyleRows(styles, torch.device("cpu"))
-    params = SimpleNamespace(extra_args={"style": ["plain", "long"], "lambda": [1, 1]})
+    params = sampling(extra_args={"style": ["plain", "long"], "lambda": [1, 1]})
     rows.update(batch_update(added=[(0, params, None, [])]))
     logits = torch.randn(1, WIDTH)
     logits[0, ::2] = -torch.inf
@@ -125,10 +127,10 @@ def test_masked_tokens_stay_masked_and_prompts_may_be_embeddings(priors, styles)
 
 def test_a_request_without_a_style_takes_the_place_of_one_with_it(styles):
     rows = StyleRows(styles, torch.device("cpu"))
-    rows.update(batch_update(added=[(0, SimpleNamespace(extra_args={"style": "plain"}), [1], [])]))
+    rows.update(batch_update(added=[(0, sampling(extra_args={"style": "plain"}), [1], [])]))
     logits = torch.randn(1, WIDTH)
     assert not torch.equal(rows.apply(logits.clone()), logits)
-    rows.update(batch_update(added=[(0, SimpleNamespace(extra_args=None), [1], [])]))
+    rows.update(batch_update(added=[(0, sampling(extra_args=None), [1], [])]))
     assert torch.equal(rows.apply(logits.clone()), logits)
 
 
@@ -136,7 +138,7 @@ def test_a_placeholder_counts_only_until_its_token_is_there(priors, styles):
     """Async scheduling puts −1 into the list that it shares; the runner fills it in before the logits are processed."""
     rows = StyleRows(styles, torch.device("cpu"))
     output = [3, -1]
-    rows.update(batch_update(added=[(0, SimpleNamespace(extra_args={"style": "long", "lambda": 1}), [1, 2], output)]))
+    rows.update(batch_update(added=[(0, sampling(extra_args={"style": "long", "lambda": 1}), [1, 2], output)]))
     output[-1] = 4
     scores = torch.randn(1, WIDTH)
     wanted = steered(priors, [("long", 1)], [1, 2, 3, 4], scores[0])
@@ -145,7 +147,7 @@ def test_a_placeholder_counts_only_until_its_token_is_there(priors, styles):
 
 def test_a_move_onto_an_occupied_row_replaces_it(styles):
     rows = StyleRows(styles, torch.device("cpu"))
-    plain = SimpleNamespace(extra_args={"style": "plain"})
+    plain = sampling(extra_args={"style": "plain"})
     rows.update(
         batch_update(added=[(0, plain, [1], []), (1, plain, [2], [])], moved=[(1, 0, Direction.UNIDIRECTIONAL)])
     )
@@ -157,8 +159,8 @@ def test_a_move_onto_an_occupied_row_replaces_it(styles):
 
 def test_own_stops_move_with_their_requests(styles):
     rows = StyleRows(styles, torch.device("cpu"))
-    plain = SimpleNamespace(extra_args={"style": "plain"})
-    ending = SimpleNamespace(extra_args={"style": "plain"}, stop_token_ids=[5, 6])
+    plain = sampling(extra_args={"style": "plain"})
+    ending = sampling(extra_args={"style": "plain"}, stop_token_ids=[5, 6])
     rows.update(batch_update(added=[(0, plain, [1], []), (1, ending, [2], [])], moved=[(0, 1, Direction.SWAP)]))
     logits = torch.randn(2, WIDTH)
     got = rows.apply(logits.clone())
@@ -170,7 +172,7 @@ def test_own_stops_move_with_their_requests(styles):
     assert torch.equal(rows.apply(logits.clone())[0], logits[0])
 
 
-AUTO, OWN = SimpleNamespace(extra_args={"temperature": "auto"}), SimpleNamespace(extra_args={"style": "plain"})
+AUTO, OWN = sampling(extra_args={"temperature": "auto"}), sampling(extra_args={"style": "plain"})
 
 
 def prompt_request(rng):
@@ -264,7 +266,7 @@ def test_a_request_keeps_its_temperature_when_its_prompt_is_forgotten(choose, se
 def phased_request(rng, most=12):
     arguments = PHASED[rng.integers(len(PHASED))]
     prompt = rng.integers(1, SMALL, rng.integers(1, most)).tolist()
-    return SimpleNamespace(params=SimpleNamespace(extra_args=arguments), prompt=prompt, output=[])
+    return SimpleNamespace(params=sampling(extra_args=arguments), prompt=prompt, output=[])
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -309,7 +311,7 @@ def test_random_batches_think_and_answer_at_the_temperatures_of_each(choose, see
 
 def test_phases_need_no_selector_and_prompts_may_be_embeddings():
     rows = TemperatureRows(None, torch.device("cpu"), markers())
-    both = SimpleNamespace(extra_args={"think_temperature": 2.0, "answer_temperature": 0.5})
+    both = sampling(extra_args={"think_temperature": 2.0, "answer_temperature": 0.5})
     output = []
     rows.update(batch_update(added=[(0, both, None, output)]))
     logits = torch.ones(2, WIDTH)
@@ -328,7 +330,7 @@ def test_budgets_move_with_their_requests(seed):
     def new_request():
         budget = list(kinds)[rng.integers(len(kinds))]
         extra = None if budget is None else {"kv_budget": budget}
-        return SimpleNamespace(params=SimpleNamespace(extra_args=extra), prompt=[1], output=[], wanted=kinds[budget])
+        return SimpleNamespace(params=sampling(extra_args=extra), prompt=[1], output=[], wanted=kinds[budget])
 
     for batch, update in steps(rng, new_request):
         rows.update(update)

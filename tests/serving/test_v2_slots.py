@@ -21,6 +21,7 @@ from tests.serving.conftest import (
     assert_same_distribution,
     fake_temperature,
     random_arguments,
+    sampling,
     steered,
     wanted_scores,
     wanted_temperature,
@@ -78,13 +79,13 @@ def test_random_steps_get_what_each_row_gets_alone(priors, styles, seed):
         for slot in [s for s in live if rng.random() < 0.15]:
             del live[slot]
         for slot in [s for s in range(SLOTS) if s not in live and rng.random() < 0.5]:
-            arguments, chosen = random_arguments(rng, priors)
+            arguments, chosen, guards = random_arguments(rng, priors)
             tokens = rng.integers(0, V, rng.integers(1, 6)).tolist()
             states.all_token_ids.gpu[slot, : len(tokens)] = torch.tensor(tokens)
             states.prompt_len.gpu[slot] = states.prefill_len.gpu[slot] = states.total_len.gpu[slot] = len(tokens)
-            wants = slots.add(slot, SimpleNamespace(extra_args=arguments))
+            wants = slots.add(slot, sampling(extra_args=arguments))
             assert wants == any(value for _, value in chosen)
-            live[slot] = (chosen, tokens)
+            live[slot] = (chosen, tokens, guards)
         slots.flush()
         running = [slot for slot in live if rng.random() < 0.8]
         if not running:
@@ -97,8 +98,8 @@ def test_random_steps_get_what_each_row_gets_alone(priors, styles, seed):
         for row, (slot, local) in enumerate(
             zip(ctx.expanded_idx_mapping.tolist(), ctx.expanded_local_pos.tolist(), strict=True)
         ):
-            chosen, tokens = live[slot]
-            wanted = steered(priors, chosen, tokens + drafts[slot][:local], scores[row])
+            chosen, tokens, guards = live[slot]
+            wanted = steered(priors, chosen, tokens + drafts[slot][:local], scores[row], guards)
             assert_same_distribution(got[row], wanted)
             if not any(value for _, value in chosen):
                 assert torch.equal(got[row], scores[row])
@@ -115,8 +116,8 @@ def test_random_steps_get_what_each_row_gets_alone(priors, styles, seed):
 def test_without_styles_in_the_step_the_logits_come_back_themselves(styles):
     states = request_states()
     slots = StyleSlots(styles, states)
-    assert not slots.add(0, SimpleNamespace(extra_args=None))
-    assert slots.add(1, SimpleNamespace(extra_args={"style": "plain"}))
+    assert not slots.add(0, sampling(extra_args=None))
+    assert slots.add(1, sampling(extra_args={"style": "plain"}))
     slots.flush()
     states.total_len.gpu[:] = 1
     logits = torch.randn(1, WIDTH)
@@ -130,11 +131,11 @@ def test_a_recycled_slot_forgets_its_last_request(styles):
     slots = StyleSlots(styles, states)
     states.total_len.gpu[:] = 1
     logits = torch.randn(1, WIDTH)
-    slots.add(0, SimpleNamespace(extra_args={"style": ["plain", "long"]}))
+    slots.add(0, sampling(extra_args={"style": ["plain", "long"]}))
     slots.flush()
     assert not torch.equal(slots.apply(logits.clone(), context(states, [0], {0: []})), logits)
-    slots.add(0, SimpleNamespace(extra_args={"style": "short"}))
-    slots.add(1, SimpleNamespace(extra_args={"style": ["plain", "long"]}))
+    slots.add(0, sampling(extra_args={"style": "short"}))
+    slots.add(1, sampling(extra_args={"style": ["plain", "long"]}))
     slots.flush()
     both = slots.apply(torch.cat((logits, logits)), context(states, [0, 1], {0: [], 1: []}))
     alone = slots.apply(logits.clone(), context(states, [0], {0: []}))
@@ -145,7 +146,7 @@ def test_rows_without_a_slot_are_left_alone_and_masked_tokens_stay_masked(styles
     states = request_states()
     slots = StyleSlots(styles, states)
     states.total_len.gpu[:] = 2
-    slots.add(0, SimpleNamespace(extra_args={"style": "plain", "lambda": 1}))
+    slots.add(0, sampling(extra_args={"style": "plain", "lambda": 1}))
     slots.flush()
     ctx = context(states, [0, 0], {0: []})
     ctx.expanded_idx_mapping[1] = -1
@@ -157,7 +158,7 @@ def test_rows_without_a_slot_are_left_alone_and_masked_tokens_stay_masked(styles
     assert torch.equal(torch.isneginf(got), torch.isneginf(logits))
 
 
-AUTO, OWN = SimpleNamespace(extra_args={"temperature": "auto"}), SimpleNamespace(extra_args={"style": "plain"})
+AUTO, OWN = sampling(extra_args={"temperature": "auto"}), sampling(extra_args={"style": "plain"})
 
 
 def take_slot(states, slot, prompt, output=()):
@@ -217,7 +218,7 @@ def test_random_steps_think_and_answer_at_the_temperatures_of_each_row(choose, s
             arguments, prompt, output = preempted.pop() if preempted and rng.random() < 0.5 else new
             take_slot(states, slot, prompt, output)
             asks = arguments is not None and "style" not in arguments
-            assert slots.add(slot, SimpleNamespace(extra_args=arguments)) == asks
+            assert slots.add(slot, sampling(extra_args=arguments)) == asks
             live[slot] = arguments, prompt, output
         slots.flush()
         order = rng.permutation([slot for slot in live if rng.random() < 0.7]).astype(int).tolist()
@@ -259,7 +260,7 @@ def test_a_marker_is_found_as_far_back_as_it_may_have_come():
     states = request_states()
     slots = TemperatureSlots(None, states, PhaseSlots(markers(), states, 2))
     take_slot(states, 0, [7, 2, 3])
-    slots.add(0, SimpleNamespace(extra_args={"think_temperature": 2.0, "answer_temperature": 0.5}))
+    slots.add(0, sampling(extra_args={"think_temperature": 2.0, "answer_temperature": 0.5}))
     slots.flush()
     for tokens, drafts, wanted in (([], [], [2]), ([2, 7, 7], [7, 7], [0.5] * 3), ([7, 7, 7], [6, 6], [0.5, 0.5, 2])):
         begin = int(states.total_len.np[0])
@@ -275,7 +276,7 @@ def test_phases_need_no_selector():
     for slot, prompt in enumerate(([1], [1, 5], [1])):
         take_slot(states, slot, prompt)
     for slot in range(2):
-        assert slots.add(slot, SimpleNamespace(extra_args={"think_temperature": 2.0, "answer_temperature": 0.5}))
+        assert slots.add(slot, sampling(extra_args={"think_temperature": 2.0, "answer_temperature": 0.5}))
     assert not slots.add(2, OWN)
     slots.flush()
     logits = torch.ones(3, WIDTH)
@@ -374,7 +375,7 @@ def test_own_stops_stay_with_their_slot(styles):
     states.total_len.gpu[:] = 1
     slots = StyleSlots(styles, states)
     for slot, ids in ((0, None), (2, [5, 6]), (3, [6])):
-        slots.add(slot, SimpleNamespace(extra_args={"style": "plain"}, stop_token_ids=ids))
+        slots.add(slot, sampling(extra_args={"style": "plain"}, stop_token_ids=ids))
     slots.flush()
     order, logits = [3, 0, 2], torch.randn(3, WIDTH)
     got = slots.apply(logits.clone(), context(states, order, [[]] * SLOTS))
@@ -382,7 +383,7 @@ def test_own_stops_stay_with_their_slot(styles):
         others = [i for i in range(WIDTH) if i not in ends]
         before, after = (each[row, ends] - each[row, others].max() for each in (logits, got))
         torch.testing.assert_close(before, after)
-    slots.add(2, SimpleNamespace(extra_args={"style": "plain"}))
+    slots.add(2, sampling(extra_args={"style": "plain"}))
     slots.flush()
     again = slots.apply(logits.clone(), context(states, order, [[]] * SLOTS))
     assert torch.equal(again[:2], got[:2]) and not torch.equal(again[2], got[2])

@@ -108,7 +108,7 @@ def test_rows_have_the_guards_of_their_own_prior(prior, history, scores):
     rows = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     strength = torch.full((8,), 0.8)
     strength[3] = 0
-    got = steer(tables, scores, history, strength, guards=guards_of(settings, "cpu"), prior=rows)
+    got = steer(tables, scores, history, strength, guards=guards_of(settings, "cpu").of(rows), prior=rows)
     assert torch.equal(got[3], scores[3])
     for row, which in enumerate(rows.tolist()):
         if row != 3:
@@ -135,7 +135,7 @@ def test_the_plausible_are_moved_alike_on_devices(prior, history, scores, monkey
     scores[:, ::3] = -torch.inf
     tables = join([prior.tables.shape] * 2, [prior.tables] * 2)
     rows, strength = torch.tensor([0, 1] * 4), torch.tensor([0.8] * 7 + [0.0])
-    guards = guards_of([GuardSettings(plausibility=0.1), GuardSettings()], "cpu")
+    guards = guards_of([GuardSettings(plausibility=0.1), GuardSettings()], "cpu").of(rows)
     on_host = steer(tables, scores, history, strength, guards=guards, prior=rows)
     monkeypatch.setattr(steering, "counts_on_host", lambda device: False)
     elsewhere = steer(tables, scores, history, strength, guards=guards, prior=rows)

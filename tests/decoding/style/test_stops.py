@@ -123,9 +123,9 @@ def test_generate_leaves_the_ends_alone_that_it_is_given(style_file, tokenizer, 
 def test_rows_of_priors_that_do_and_do_not(prior, tokenizer):
     scores = 3 * torch.randn(4, len(tokenizer), generator=torch.Generator().manual_seed(0))
     tables = join([prior.tables.shape] * 2, [prior.tables] * 2)
-    stops = stops_of([EOS], [False, True], len(tokenizer), "cpu")
     rows, strength = torch.tensor([0, 1, 0, 1]), torch.tensor([0.5, 0.5, 0, 0])
-    for guards in (None, guards_of([GuardSettings(plausibility=0.2), GuardSettings(max_js=0.3)], "cpu")):
+    stops = stops_of([EOS], len(tokenizer), "cpu").left_by([False, True]).of(rows)
+    for guards in (None, guards_of([GuardSettings(plausibility=0.2), GuardSettings(max_js=0.3)], "cpu").of(rows)):
         got = steer(tables, scores, HISTORY, strength, guards=guards, stops=stops, prior=rows)
         assert torch.equal(got[2:], scores[2:])
         torch.testing.assert_close(odds(got[:1], [EOS]), odds(scores[:1], [EOS]), atol=1e-4, rtol=1e-4)
@@ -134,8 +134,8 @@ def test_rows_of_priors_that_do_and_do_not(prior, tokenizer):
 
 
 def test_nothing_is_left_alone_where_nothing_ends_a_text():
-    assert stops_of([], [False], 9, "cpu") is None
-    assert stops_of([12, -1], [False], 9, "cpu") is None
-    assert stops_of([3], [True, True], 9, "cpu") is None
-    assert stops_of([0, 1], [False], 2, "cpu") is None  # nothing else could be said
-    assert stops_of([0, 3, 8], [False], 9, "cpu").between == ((1, 3), (4, 8))
+    assert stops_of([], 9, "cpu") is None
+    assert stops_of([12, -1], 9, "cpu") is None
+    assert stops_of([3], 9, "cpu").left_by([True, True]) is None
+    assert stops_of([0, 1], 2, "cpu") is None  # nothing else could be said
+    assert stops_of([0, 3, 8], 9, "cpu").between == ((1, 3), (4, 8))
