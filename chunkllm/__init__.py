@@ -1,7 +1,7 @@
 """ChunkLLM: key-value selection by chunks of the context, with trained adapters or without (arXiv 2510.02361)."""
 
 from chunkllm.adapters import AdapterConfig, AdapterScorer, BoundaryDetector, ChunkAdapters
-from chunkllm.contiguous import Attachment, ChunkCache, ChunkSelection
+from chunkllm.contiguous import Attachment, ChunkCache, ChunkSelection, Reading
 from chunkllm.errors import ChunkError
 from chunkllm.scorers import PooledScorer, Scorer
 
@@ -15,5 +15,6 @@ __all__ = [
     "ChunkError",
     "ChunkSelection",
     "PooledScorer",
+    "Reading",
     "Scorer",
 ]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("decoding", "ngram", "chunkllm", "experiments", "tests", "docs/figures")
+PACKAGES = ("decoding", "ngram", "chunkllm", "experiments", "tests", "docs/figures", "notebooks")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -2,5 +2,6 @@
 
 from chunkllm.contiguous.attach import Attachment, ChunkSelection
 from chunkllm.contiguous.cache import ChunkCache
+from chunkllm.contiguous.reading import Reading
 
-__all__ = ["Attachment", "ChunkCache", "ChunkSelection"]
+__all__ = ["Attachment", "ChunkCache", "ChunkSelection", "Reading"]

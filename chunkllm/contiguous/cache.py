@@ -179,7 +179,7 @@ class ChunkCache(Cache):
         is_short = held[rows] <= self._placed_for
         if plan.vote:
             ranks = [torch.stack(ranks).mean(0)] * len(layers)
-        kept = []
+        chosen = []
         for layer, rank, share in zip(layers, ranks, self._shares, strict=True):
             slots, limits = share, None
             if self._has_short_rows and share < self._placed_for:  # rows within the budget keep all in every layer
@@ -188,8 +188,10 @@ class ChunkCache(Cache):
             tokens, valid = choose_tokens(rank, chunks, stand, plan.sinks, slots, plan.top_k, limits)
             fills_all = plan.top_k is None and len(held) == 1 and slots <= held[0]
             layer.select(rows, tokens, None if fills_all else valid, self._spare(len(held)))
-            kept.append(Arriving(valid.sum(-1)))
-        self._kept_later = (rows, kept)
+            chosen.append((tokens, valid))
+        self._kept_later = (rows, [Arriving(valid.sum(-1)) for _, valid in chosen])
+        if self.counters.record is not None:
+            self.counters.record.add(rows, table.length, chosen)
         self.counters.selections += len(rows)
         self._ended[rows] = False
         if len(self._since) != len(held):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from chunkllm.contiguous.reading import Record
 from chunkllm.models import ModelShape
 from chunkllm.scorers import Scorer
 
@@ -34,7 +35,10 @@ class Plan:
 
 @dataclass
 class Counters:
-    """What happened since a selection was attached. Kept tokens are counted per layer, over rows and decode steps."""
+    """What happened since a selection was attached. Kept tokens are counted per layer, over rows and decode steps.
+
+    ``record`` has the selections themselves, if that was asked for.
+    """
 
     steps: int = 0
     boundaries: int = 0
@@ -42,6 +46,7 @@ class Counters:
     total: int = 0
     kept: dict[int, int] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
+    record: Record | None = None
 
     def count(self, kept: np.ndarray, total: np.ndarray) -> None:
         """Adds a decode step: kept tokens int64 [L, B] of int64 [B]."""

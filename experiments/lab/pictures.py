@@ -21,10 +21,10 @@ def literal(text: str) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def png(figure: Any) -> bytes:
+def png(figure: Any, dpi: int = 110) -> bytes:
     """A figure as the content of a PNG file. Closes it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
     return buffer.getvalue()
 

@@ -30,6 +30,7 @@ from chunkllm import ChunkAdapters, ChunkSelection
 from chunkllm.contiguous.attention import intercept
 from chunkllm.contiguous.layer import ChunkLayer, grouped_attention
 from chunkllm.models import cache_argument
+from decoding.environment import environment
 from experiments.lab.figures import Figure, interleaved, not_measured, ratio_of, report
 from experiments.lab.pictures import plt, save
 
@@ -211,7 +212,8 @@ def main(contexts: tuple[int, ...], dtype: str, rounds: int, out: Path | None, p
     about = {"shape": host.shape, "dtype": dtype, "budget": BUDGET, "chunk": CHUNK, "seconds_per_step": speeds}
     report(figures, f"long contexts, {host.shape} in {dtype}, {BUDGET} tokens kept", about, out)
     if picture is not None:
-        draw(host, times, picture)
+        here = environment()
+        draw(host, times, f"{here['cpu']}, {here['threads']} threads", picture)
 
 
 def _speed_figures(options: BenchOptions, times: Times) -> Iterator[Figure]:
@@ -337,20 +339,44 @@ def _bytes_per_step(batch: int) -> int:
     return 2 * (weights + batch * BUDGET * 2 * cached * layers)
 
 
-def draw(options: BenchOptions, times: Times, picture: Path) -> None:
+_LINES = {  # that differ in lightness too, for eyes and printers without colours
+    "default": ("s--", "#7a7a7a", "full attention, as by default"),
+    "best dense": ("o--", "#b36b00", "full attention, best dense cache"),
+    "selected": ("D-", "#0072b2", "chunk selection"),
+}
+
+
+def draw(options: BenchOptions, times: Times, machine: str, picture: Path) -> None:
     """Tokens per second over the context, relative to the default at the shortest: absolute ones are the machine's."""
-    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    unit = float(np.median(times["default", 1, min(options.contexts)]))
-    for name, style in zip(PATHS, ("s--", "o--", "D-"), strict=True):
-        lines = [(length, times[name, 1, length]) for length in options.contexts if (name, 1, length) in times]
-        axis.plot([x for x, _ in lines], [unit / float(np.median(y)) for _, y in lines], style, label=name)
+    figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    speeds = {key: 1 / float(np.median(seconds)) for key, seconds in times.items()}
+    unit = speeds["default", 1, min(options.contexts)]
+    for name in PATHS:
+        line = [(length, speeds[name, 1, length] / unit) for length in options.contexts if (name, 1, length) in speeds]
+        style, color, said = _LINES[name]
+        axis.plot(*zip(*line, strict=True), style, color=color, lw=2, ms=7)
+        axis.annotate(
+            said, line[-1], (10, 0), textcoords="offset points", color=color, va="center", annotation_clip=False
+        )
+    for length in options.contexts:
+        if ("default", 1, length) in speeds:
+            ratios = np.divide(times["default", 1, length], times["selected", 1, length])  # of the rounds
+            at = (length, speeds["selected", 1, length] / unit)
+            axis.annotate(f"{np.median(ratios):.1f}×", at, (0, 8), textcoords="offset points", ha="center", fontsize=9)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xticks(options.contexts, [f"{length // 1000}K" for length in options.contexts])
+    axis.set_xticks(options.contexts, [f"{length:,}" for length in options.contexts])
+    axis.yaxis.set_major_formatter("{x:g}×")
+    axis.minorticks_off()
+    axis.margins(y=0.12)
     axis.set_xlabel("tokens in the cache")
-    axis.set_ylabel(f"tokens per second (default at {min(options.contexts):,} = 1)")
-    axis.set_title(f"{options.shape}, {str(options.dtype).removeprefix('torch.')}, {BUDGET} tokens kept", fontsize=10)
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
+    axis.set_ylabel(f"tokens per second\n(1× is the default at {min(options.contexts):,})")
+    dtype = str(options.dtype).removeprefix("torch.")
+    title = (
+        f"{options.shape}, {dtype}, batch 1, {BUDGET:,} tokens read; {machine}\nAbove: chunk selection against default"
+    )
+    axis.set_title(title, fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.3)
     picture.parent.mkdir(parents=True, exist_ok=True)
     save(figure, picture)

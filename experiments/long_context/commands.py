@@ -160,6 +160,49 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
     click.echo(f"look at {out / 'quality.png'} and {out / 'passkey.png'}")
 
 
+@chunk.command(name="picture")
+@click.argument("text")
+@click.option("--adapters", help="A folder or a hub id; the embedded ones by default.")
+@click.option("--no-adapters", is_flag=True, help="Select without: for models that have none.")
+@_number("--context", default=6000, help="Tokens of TEXT.")
+@_number("--budget", default=1024, help="Tokens to read of it.")
+@_number("--tokens", default=64, type=click.IntRange(min=2), help="To write; the end of the text is ruled out.")
+@click.option(
+    "--fact",
+    default="The name of the ship was Aurora Borealis, and her captain was Mary Whitfield of Nantucket.",
+    show_default=True,
+    help="A sentence that is put into the text.",
+)
+@click.option("--depth", default=0.25, show_default=True, help="Where, as a share of the text.")
+@click.option(
+    "--question",
+    default="Question: What was the name of the ship, and who was her captain?\nAnswer:",
+    show_default=True,
+    help="What stands behind the text.",
+)
+@shared.model
+@shared.dtype
+@shared.field
+@shared.unwrap
+@click.option("--out", required=True, type=shared.Writable(), help="A .png file.")
+def draw_reading(text: str, adapters: str | None, no_adapters: bool, out: Path, **chosen: Any) -> None:
+    """Hides a fact in TEXT, asks for it behind the text, and draws which places are read for the answer."""
+    import numpy as np
+
+    from chunkllm import ChunkAdapters
+    from decoding.models import load_model, load_tokenizer
+    from decoding.tokens import tokenize
+    from experiments.long_context.heat_map import PictureOptions, picture
+
+    opened = None if no_adapters else ChunkAdapters.from_pretrained(adapters)
+    (source,) = shared.sources([text], chosen)
+    tokenizer = load_tokenizer(chosen["model"])
+    ids = np.concatenate(tokenize(source.corpus().documents, tokenizer))
+    options = PictureOptions(**{field.name: chosen[field.name] for field in fields(PictureOptions)})
+    answer = picture(load_model(chosen["model"], chosen["dtype"]), tokenizer, opened, ids, options, out)
+    click.echo(f"{answer}\n\nlook at {out}")
+
+
 @click.command(name="long-context")
 @click.option(
     "--contexts", type=shared.Numbers("contexts"), default="8192,32768,120000", show_default=True, help="Cached tokens."

@@ -125,7 +125,7 @@ def _passkey_table(rows: Sequence[Mapping[str, Any]], options: EvalOptions) -> l
 
 
 def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9.6), layout="constrained")
     measures = (
         ("perplexity above full attention, %", lambda row: 100 * (row["ratio"] - 1)),
         ("divergence from full attention (KL), nats", lambda row: row["divergence"]),
@@ -150,7 +150,7 @@ def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("keys and values kept, %")
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     save(figure, path)
 
 
@@ -188,7 +188,7 @@ def _draw_passkeys(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path
         for axis, name in zip(line, names, strict=True):
             wanted = (name, 1.0 if name == FULL else share)
             found = next(row["found"] for row in rows if (row["method"], row["retention"]) == wanted)
-            image = axis.imshow(np.array(found), vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            image = axis.imshow(np.array(found), vmin=0, vmax=1, cmap="cividis", aspect="auto")
             axis.set_yticks(
                 range(len(options.passkey_lengths)), [f"{n:,}" for n in options.passkey_lengths], fontsize=8
             )

@@ -283,7 +283,8 @@ def _run_and_report(run: Any, work: Callable[[Any], Any], as_json: bool = False)
         click.echo(json.dumps({"folder": str(folder), "rows": rows}, ensure_ascii=False))
         return
     _print_table(rows)
-    click.echo(f"\nlook at {folder / 'report.html'} and {folder / 'sweep.png'}; numbers: {folder / 'results.csv'}")
+    pictures = f"{folder / 'sweep.png'} and {folder / 'texts.png'}"
+    click.echo(f"\nlook at {folder / 'report.html'}, {pictures}; numbers: {folder / 'results.csv'}")
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:

@@ -262,8 +262,9 @@ def _panel(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
             for row in line:
                 if row["lambda"]:
                     at = (row["fluency"], row["judge"])
+                    where = {"xytext": (-4, 3), "ha": "right"} if method == RECOMMENDED else {"xytext": (4, -9)}
                     axis.annotate(
-                        f"{row['lambda']:g}", at, (4, -9), textcoords="offset points", fontsize=6, color=color
+                        f"{row['lambda']:g}", at, **where, textcoords="offset points", fontsize=6, color=color
                     )
     plain = [row for row in rows if row["method"] == UNSTEERED]
     axis.plot([row["fluency"] for row in plain], [row["judge"] for row in plain], "k.", label="unsteered, T 0.3 to 1.3")

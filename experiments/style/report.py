@@ -20,6 +20,7 @@ from decoding.tokens import token_texts
 from experiments.lab.pictures import literal, plt, png
 from experiments.lab.stats import interval
 from experiments.lab.tables import markdown, number
+from experiments.style import texts_picture
 from ngram.storage import write_atomically
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -103,7 +104,7 @@ class Point:
 
 
 def write_report(folder: Path, settings: dict[str, Any], points: Sequence[Point], decode: Decode) -> list[dict]:
-    """Writes results.csv, results.json, results.md, sweep.png, plots/*.png and report.html into a run's folder.
+    """Writes results.csv, .json and .md, sweep.png, texts.png, plots/*.png and report.html into a run's folder.
 
     Args:
         folder: where.
@@ -127,8 +128,21 @@ def write_report(folder: Path, settings: dict[str, Any], points: Sequence[Point]
         _draw(axis, rows, key, title)
         axis.legend(frameon=False, fontsize=8)
         write_atomically(folder / "plots" / f"{key}.png", png(figure))
-    write_atomically(folder / "report.html", _page(settings, rows, points, overview, decode).encode())
+    data = _viewer_data(settings, points, decode)
+    write_atomically(folder / "texts.png", _texts(settings, data, points[0].records[0]["seed"]))
+    write_atomically(folder / "report.html", _page(settings, rows, overview, data).encode())
     return rows
+
+
+def _texts(settings: dict[str, Any], data: dict[str, Any], seed: int) -> bytes:
+    """The first prompt's texts, of the first seed."""
+    texts = {style: {name: cell[0] for name, cell in cells.items()} for style, cells in data["texts"].items()}
+    styles = f"{', '.join(texts)}, " if len(texts) == 1 else ""
+    about = (
+        f"{styles}{_modes(settings)}; {settings['model']}, temperature 1. "
+        f"Prompt 1 of {len(settings['prompts'])}, seed {seed}, the same random numbers for all: not picked."
+    )
+    return texts_picture.draw(texts, settings["prompts"][0], about)
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -208,7 +222,7 @@ def _shown(row: dict[str, Any], key: str, interval: bool) -> str:
     return f"{number(mean)} [{number(low)}, {number(high)}]"
 
 
-def _page(settings: dict[str, Any], rows: list[dict], points: Sequence[Point], overview: bytes, decode: Decode) -> str:
+def _page(settings: dict[str, Any], rows: list[dict], overview: bytes, data: dict[str, Any]) -> str:
     head, *body = table(rows)
     versions = ", ".join(f"{name} {number}" for name, number in settings["environments"][-1]["versions"].items())
     about = (
@@ -222,7 +236,7 @@ def _page(settings: dict[str, Any], rows: list[dict], points: Sequence[Point], o
         image=base64.b64encode(overview).decode(),
         head=head,
         body=body,
-        data=_viewer_data(settings, points, decode),
+        data=data,
     )
 
 

@@ -136,7 +136,7 @@ def superglue_lines(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _draw(models: Sequence[Mapping[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(2, 3, figsize=(11, 8), layout="constrained")
     for axis, ability in zip(axes.flat, ABILITIES, strict=True):
         rows = [(model, row) for model in models for row in model["curves"] if row["ability"] == ability]
         for i, (model, row) in enumerate(rows):
@@ -151,8 +151,7 @@ def _draw(models: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         if axis.has_data():
-            axis.legend(fontsize=7, frameon=False)
-    for axis in axes[-1]:
+            axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18))
         axis.set_xlabel("temperature")
     for axis in axes[:, 0]:
         axis.set_ylabel("score, %")

@@ -147,6 +147,7 @@ def test_the_report_holds_every_cell_and_draws_from_disk(make_sweep):
     assert content["settings"]["styles"]["style"]["corpus_sha256"]
     assert len((folder / "results.csv").read_text().splitlines()) == 7
     assert {path.stem for path in (folder / "plots").iterdir()} >= {"style_ppl", "base_ppl", "js", "speed"}
+    assert (folder / "texts.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.html").read_text()
     assert "http://" not in page and "https://" not in page  # self-contained
     assert "<!--" not in page
