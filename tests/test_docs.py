@@ -2,7 +2,9 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
+from urllib.parse import unquote
 
 import click
 import numpy as np
@@ -13,6 +15,7 @@ from decoding.cli import cli
 from decoding.models import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[1]
+NAMED = ("transformers", "vllm")  # beside Python and the licence, in the README's badges
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -30,6 +33,20 @@ def test_links_lead_somewhere(page):
         if heading:
             headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+def test_the_badges_are_true():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    floors = [*project["dependencies"], *project["optional-dependencies"]["vllm"]]
+    expected = {"python": project["requires-python"], "licence": project["license"]}
+    expected |= {name: next(each.removeprefix(name) for each in floors if each.startswith(name)) for name in NAMED}
+    badges = re.findall(r"img\.shields\.io/badge/(\w+)-(.+)-blue", (ROOT / "README.md").read_text(encoding="utf-8"))
+    said = {name.lower(): unquote(value).replace("--", "-").replace("≥", ">=") for name, value in badges}
+    assert said == expected
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def commands():
