@@ -220,25 +220,49 @@ def texts_within(ids: np.ndarray, controls: Sequence[int]) -> list[np.ndarray]:
     return [run for run in runs if len(run)]
 
 
+class TokenTexts:
+    """What each token adds to a text, as it comes. Characters stay whole: what only begins one adds nothing yet.
+
+    Args:
+        decode: a tokenizer's.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._ids: list[int] = []
+        self._begin, self._known = 0, 1  # tokens whose text the next one is compared with
+
+    def add(self, id_: int) -> str:
+        """What one more token adds, of a text that goes on from another."""
+        if not self._ids:
+            self._ids = [id_]  # twice: decoders take the space off a text's first token
+        self._ids.append(id_)
+        added, is_whole = self._added()
+        if not is_whole:
+            return ""
+        self._begin, self._known = self._known, len(self._ids)
+        return added
+
+    def rest(self) -> str:
+        """What the tokens at the end begin and do not end."""
+        return self._added()[0]
+
+    def _added(self) -> tuple[str, bool]:
+        before = self._decode(self._ids[self._begin : self._known])
+        after = self._decode(self._ids[self._begin :])
+        return after[len(before) :], len(after) > len(before) and not after.endswith(_UNFINISHED)
+
+
 def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
-    """What each token adds to a text. Characters stay whole: a token that only begins one adds nothing yet.
+    """What each token adds to a text, the last one with all that is left.
 
     Args:
         ids: of a text that goes on from another.
         decode: a tokenizer's.
     """
-    texts: list[str] = []
-    ids = [ids[0], *ids] if len(ids) else []  # decoders take the space off a text's first token
-    begin, known = 0, 1  # tokens whose text the next one is compared with
-    for stop in range(2, len(ids) + 1):
-        before, after = decode(ids[begin:known]), decode(ids[begin:stop])
-        is_whole = len(after) > len(before) and not after.endswith(_UNFINISHED)
-        if is_whole or stop == len(ids):
-            texts.append(after[len(before) :])
-            begin, known = known, stop
-        else:
-            texts.append("")
-    return texts
+    texts = TokenTexts(decode)
+    added = [texts.add(each) for each in ids]
+    return [*added[:-1], added[-1] + texts.rest()] if added else []
 
 
 def pad_id(tokenizer: Any) -> int:

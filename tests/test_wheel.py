@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv-wheel" / "bin" / "python"
-COMMANDS = ("bench", "chunk", "doctor", "generate", "reproduce", "serve", "style", "sweep", "temperature")
+COMMANDS = ("bench", "chunk", "doctor", "generate", "playground", "reproduce", "serve", "style", "sweep", "temperature")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON.is_file(), reason="the wheel is not installed: make wheel"),

@@ -213,15 +213,18 @@ class Attachment:
         """What happened since the selection was attached.
 
         ``kv_retention`` is the share of cached tokens that decode steps read, the mean over layers with full attention
-        (``layers`` has each); ``steps`` the decode steps that it is counted over, ``boundaries`` the chunks that ended,
-        in prompts too, and ``selections`` how often a row's chunks were chosen.
+        (``layers`` has each): of ``held`` tokens, those of all ``steps`` together, ``read`` were read. ``boundaries``
+        are the chunks that ended, in prompts too, and ``selections`` how often a row's chunks were chosen.
         """
         for cache in self._caches:
             cache.count_last_step()
         counters = self._counters
         shares = {layer: kept / max(counters.total, 1) for layer, kept in counters.kept.items()}
+        retention = sum(shares.values()) / len(shares) if shares else 1.0
         return {
-            "kv_retention": sum(shares.values()) / len(shares) if shares else 1.0,
+            "kv_retention": retention,
+            "read": retention * counters.total,
+            "held": counters.total,
             "steps": counters.steps,
             "boundaries": counters.boundaries,
             "selections": counters.selections,

@@ -1,7 +1,7 @@
 """The command line: ``decoding``.
 
-``chat``, ``completion``, ``doctor``, ``generate``, ``lm-eval`` and ``serve`` stand here. Everything else is added by
-entry points, those of `experiments` first of all.
+``chat``, ``completion``, ``doctor``, ``generate``, ``lm-eval``, ``playground`` and ``serve`` stand here. Everything
+else is added by entry points, those of `experiments` first of all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from decoding.cli.doctor import doctor
 from decoding.cli.generate import generate
 from decoding.cli.groups import Group
 from decoding.cli.lm_eval import lm_eval
+from decoding.cli.playground import playground
 from decoding.cli.sections import Root
 from decoding.cli.serve import serve
 
@@ -57,5 +58,5 @@ def reproduce() -> None:
     """Reproduces the papers' experiments."""
 
 
-for command in (chat, completion, doctor, generate, lm_eval, serve):
+for command in (chat, completion, doctor, generate, lm_eval, playground, serve):
     cli.add_command(command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,16 +40,21 @@ class _FrequenciesKey(Key):
     tokens: int
 
 
-def model_frequencies(model: Any, tokenizer: Any) -> Tensor:
+def model_frequencies(model: Any, tokenizer: Any, at_step: Callable[[float], None] | None = None) -> Tensor:
     """Relative frequencies of token ids in what a model writes by itself, float64 [V]. Kept in the cache folder.
 
     The mean of its next-token distributions (without the end of sequence) along texts that it samples at temperature 1
     from `openings`, which tells more of rare tokens than counting the sampled ones.
+
+    Args:
+        model: to be measured.
+        tokenizer: its own.
+        at_step: called now and then while it is measured, with the share that is done.
     """
 
     def measured() -> Tensor:
         with Console(stderr=True).status("measuring which tokens the model writes by itself, once …"):
-            return _measured_frequencies(model, tokenizer)
+            return _measured_frequencies(model, tokenizer, at_step)
 
     key = _FrequenciesKey(
         model_fingerprint(model), str(model.dtype), encoding_fingerprint(tokenizer), openings(), _TOKENS_PER_OPENING
@@ -60,9 +66,15 @@ def _loaded(content: bytes) -> Tensor:
     return load(content)["frequencies"]
 
 
-def _measured_frequencies(model: Any, tokenizer: Any) -> Tensor:
-    mean = MeanDistribution()
-    sample_openings(model, tokenizer, _TOKENS_PER_OPENING, [Watcher(mean.add)])
+def _measured_frequencies(model: Any, tokenizer: Any, at_step: Callable[[float], None] | None) -> Tensor:
+    mean, steps = MeanDistribution(), count(1)
+
+    def watch(scores: Tensor) -> None:
+        mean.add(scores)
+        if at_step is not None:
+            at_step(next(steps) / _TOKENS_PER_OPENING)
+
+    sample_openings(model, tokenizer, _TOKENS_PER_OPENING, [Watcher(watch)])
     return mean.frequencies(id_count(tokenizer))
 
 

@@ -137,6 +137,20 @@ class BoundStyle(LogitsProcessor):
         tokens = history(max(tables.order - 1, 1)).to(scores.device)
         return steer(tables, scores, tokens, strength, mixture, guards, stops, before=before)
 
+    def matching_orders(self, input_ids: Tensor) -> list[int]:
+        """The highest order in use whose context the prior has, of each row; 1 where it has none.
+
+        Args:
+            input_ids: tokens so far, int64 [B, L].
+        """
+        tables, used = self.model.tables, set(self.settings.orders or range(1, self.model.order + 1))
+        if self._highest_order == 1:
+            return [1] * len(input_ids)
+        history = self._history(input_ids, tables.order - 1).to(tables.unigram.device)
+        found = tables.find(history)
+        matched = (found.ends > found.starts).view(len(input_ids), -1).tolist()  # of orders 2 … n
+        return [max([k for k, known in enumerate(row, start=2) if known and k in used], default=1) for row in matched]
+
     def _placed_for(self, scores: Tensor) -> _Placed:
         key = (scores.shape[1], scores.device)
         if key not in self._placed:

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from matplotlib.ticker import LogFormatter
 
+from decoding.coloured import head_of_page
 from decoding.tokens import token_texts
 from experiments.lab.pictures import literal, plt, png
 from experiments.lab.stats import interval
@@ -233,6 +235,7 @@ def _page(settings: dict[str, Any], rows: list[dict], overview: bytes, data: dic
     templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     return templates.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         about=about,
+        coloured=Markup(head_of_page()),
         image=base64.b64encode(overview).decode(),
         head=head,
         body=body,

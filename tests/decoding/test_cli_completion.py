@@ -23,8 +23,8 @@ def offered(words, incomplete):
     ("words", "incomplete", "names"),
     [
         ([], "ch", ["chat", "chunk"]),
-        ([], "", ["bench", "chat", "chunk", "completion", "doctor", "generate", "lm-eval", "reproduce", "serve",
-                  "style", "sweep", "temperature"]),
+        ([], "", ["bench", "chat", "chunk", "completion", "doctor", "generate", "lm-eval", "playground", "reproduce",
+                  "serve", "style", "sweep", "temperature"]),
         (["bench"], "vllm", ["vllm", "vllm-long-context"]),
         (["style"], "", ["compare", "eval", "info", "train"]),
         (["chat"], "--te", ["--temperature"]),

@@ -182,6 +182,7 @@ def test_steps_are_counted_up_to_the_last_though_asked_afterwards(llama):
     with attach(llama, budget=24) as attached:
         _, cache = read(llama, *prompts((60,)), steps_for((60,), 1))
     assert attached.stats["kv_retention"] == pytest.approx(25 / 61)
+    assert (attached.stats["read"], attached.stats["held"]) == (pytest.approx(25), 61)
     assert attached.stats["steps"] == 1
     assert not cache.full_layers[0].selected
 

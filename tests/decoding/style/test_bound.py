@@ -178,3 +178,14 @@ def test_a_trained_model_cannot_become_a_ratio(tokenizer, style_file, tmp_path):
         for asked in ({"mode": "ratio"}, {"λ": "auto"}):
             with pytest.raises(DecodingError, match="needs the style's text"):
                 StylePrior(style, **asked)
+
+
+@pytest.mark.parametrize("orders", [None, [1, 2], [1], [1, 3]])
+def test_the_highest_order_whose_context_is_in_the_text(style_file, tokenizer, orders):
+    bound = StylePrior(style_file, tokenizer=tokenizer, orders=orders).bind(tokenizer)
+    text = tokenizer(TEXT)["input_ids"]
+    rows = torch.tensor([text[4:9], [0, 0, 0, *text[8:10]], [0, 0, 0, 0, text[3]], [text[5]] * 5, [0] * 4 + [1]])
+    pairs, within = {*zip(text, text[1:], strict=False)}, set(text)
+    for row, found in zip(rows.tolist(), bound.matching_orders(rows), strict=True):
+        known = [1, *([2] if row[-1] in within else []), *([3] if tuple(row[-2:]) in pairs else [])]
+        assert found == max(k for k in known if k in (orders or (1, 2, 3)))

@@ -151,7 +151,7 @@ def test_the_report_holds_every_cell_and_draws_from_disk(make_sweep):
     page = (folder / "report.html").read_text()
     assert "http://" not in page and "https://" not in page  # self-contained
     assert "<!--" not in page
-    assert page.count("</script>") == 2
+    assert page.count("</script>") == 3
 
     before = (folder / "results.csv").read_bytes()
     again = make_sweep(resume=True)
@@ -173,7 +173,7 @@ def test_names_and_texts_that_mean_something_to_others_stand_as_they_are(make_sw
     folder = tmp_path / "report"
     write_report(folder, settings, points, lambda ids: nasty * (len(ids) - 1))
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count("<script") == 2 and page.count("</script>") == 2 and "<!--" not in page
+    assert page.count("<script") == 3 and page.count("</script>") == 3 and "<!--" not in page
     assert "<b>Ba" not in page and "&lt;b&gt;Ba$$in_" in page and "mode paper" in page
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     assert data["prompts"][0] == nasty and list(data["texts"]) == list(names.values())
