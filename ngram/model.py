@@ -29,7 +29,8 @@ class NGramModel:
     Attributes:
         tables: the probabilities as tensors; `ngram.tables.add_log_prior` adds them to a batch of scores.
         smoothing: "kneser-ney", "witten-bell", "additive", or "arpa" for a model read from such a file.
-        bos_id, eos_id: the markers before and after every document, or None.
+        bos_id: the marker before every document, or None.
+        eos_id: the marker behind every document, or None.
         metadata: free text by key, saved with the model.
     """
 

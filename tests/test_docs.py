@@ -23,6 +23,13 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
+def anchors(text):
+    """Those of headings, and of what the API's pages show."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    shown = re.findall(r"^::: (.*)$", text, re.MULTILINE)
+    return {*shown, *(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings)}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
@@ -31,8 +38,7 @@ def test_links_lead_somewhere(page):
         target = page.parent / path if path else page
         assert target.exists(), path
         if heading:
-            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
+            assert heading in anchors(target.read_text(encoding="utf-8"))
 
 
 def test_the_badges_are_true():
