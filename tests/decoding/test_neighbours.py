@@ -42,10 +42,11 @@ def test_the_command_line_says_so_once_and_works(neighbour):
 
 
 @pytest.mark.slow
-def test_a_broken_installation_is_said_in_a_line(neighbour, tmp_path):
+@pytest.mark.parametrize(("module", "arguments"), [("decoding.models", ["generate", "x"]), ("decoding.errors", [])])
+def test_a_broken_installation_is_said_in_a_line(neighbour, tmp_path, module, arguments):
     neighbour("decoding")
-    stub = "import sys; sys.modules['decoding.models'] = type(sys)('decoding.models')\n"  # theirs, in place of ours
-    code = f"{stub}from decoding.__main__ import main; main()"
+    stub = f"import sys; sys.modules[{module!r}] = type(sys)({module!r})\n"  # theirs, in place of ours
+    code = f"{stub}sys.argv = {['decoding', *arguments]}\nfrom decoding.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert (
