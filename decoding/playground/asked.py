@@ -17,6 +17,7 @@ from decoding.style.source import StyleSource
 from decoding.tokens import require_text
 
 AUTO: Literal["auto"] = "auto"
+SAVED = "my-policy"
 LONGEST = 1024  # tokens that one run writes
 
 
@@ -88,12 +89,13 @@ class Asked:
         return {name: value for name, value in asked.items() if value is not None}
 
     def python(self, model: str, adapters: str | None = None) -> str:
-        """The lines of Python that write the steered text."""
+        """The lines of Python that write the steered text, and save its policy."""
         fields = self._fields(_elsewhere(self.style), adapters)
         arguments = ", ".join(f"{'λ' if name == 'lambda_' else name}={value!r}" for name, value in fields.items())
         return (
             "import torch\n\nfrom decoding import Policy, generate\n\n"
             f"policy = Policy({arguments})\n"
+            f"policy.save_pretrained({SAVED!r})  # for decoding serve\n"
             f"torch.manual_seed({self.seed})\n"
             f"print(generate({model!r}, {self.prompt!r}, chat={self.chat}, policy=policy, "
             f"max_new_tokens={self.max_new_tokens}))\n"
@@ -126,31 +128,20 @@ class Asked:
             return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": self.prompt}]}
         return "/v1/completions", body | {"prompt": self.prompt}
 
-    def curl(self, model: str, server: str | None = None, adapters: str | None = None) -> str:
-        """The shell's lines that ask a server for the steered text, with those that start one where there is none."""
+    def curl(self, model: str, server: str | None = None) -> str:
+        """The shell's lines that ask a server for the steered text, with that which starts one where there is none."""
         served = self if server else Asked(**(vars(self) | {"style": _name(self.style)}))
         path, body = served.request(model)
         address = shlex.quote(f"{server or 'http://localhost:8000'}{path}")
         request = shlex.quote(json.dumps(body, ensure_ascii=False, indent=1))
         asking = f"curl {address} -H 'Content-Type: application/json' -d {request}\n"
-        return asking if server else f"{self._serving(model, adapters)}\n{asking}"
-
-    def _serving(self, model: str, adapters: str | None) -> str:
-        source, named = StyleSource.parse(self.style), shlex.quote(model)
-        where = f"{source.name}-{self.mode}" if source.is_text else source.where
-        options = [shlex.quote(f"--style={source.name}={where}"), "--generation-config vllm"]
-        options += ["--temperature-selector default"] if self.temperature == AUTO else []
-        options += ["--phases"] if self.think_temperature is not None else []
-        options += [f"--kv-budget {self.kv_budget}"] if self.kv_budget is not None else []
-        options += [f"--chunk-adapters {adapters}"] if self.kv_budget is not None and adapters else []
-        text = shlex.quote(_elsewhere(self.style))
-        training = f"decoding style train {text} --model {named} --mode {self.mode} --out {shlex.quote(where)}\n"
-        serving = f"decoding serve --model {named} {' '.join(options)} --port 8000\n"
-        return f"{training if source.is_text else ''}{serving}# and, once it answers:"
+        if server:
+            return asking
+        return f"decoding serve --model {shlex.quote(model)} --policy {SAVED} --port 8000\n# once it answers:\n{asking}"
 
 
 def _name(style: str) -> str:
-    return StyleSource.parse(style).name
+    return StyleSource.parse(style).served_name
 
 
 def _elsewhere(style: str) -> str:

@@ -195,7 +195,7 @@ class Playground:
         name, adapters = self._model.name, self._model.adapters
         if not self._is_local:
             return [gr.skip(), asked.curl(name, self._model.server), gr.skip()]
-        return [asked.python(name, adapters), asked.curl(name, None, adapters), asked.policy_file(adapters)]
+        return [asked.python(name, adapters), asked.curl(name), asked.policy_file(adapters)]
 
     async def _rested(self, request: gr.Request) -> Any:
         """Something new once the slider rests, nothing while it moves."""

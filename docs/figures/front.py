@@ -18,7 +18,7 @@ def table(docs: str = "") -> str:
         f"[Style]({docs}style_measured.md)": _style(),
         f"[Temperature]({docs}temperature_measured.md)": _temperature(),
         f"[Long contexts]({docs}long_context_measured.md)": _long(),
-        f"[In vLLM]({docs}vllm.md)": _vllm(),
+        f"[In vLLM]({docs}vllm_measured.md)": _vllm(),
     }
     heads = ["", "gives", "measured on", "costs", "hurts when"]
     return data.table([heads, *([label, *cells] for label, cells in lines.items())])
