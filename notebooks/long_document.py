@@ -6,7 +6,7 @@
 # chooses them anew whenever a sentence ends.
 #
 # Run the cells from top to bottom, in VS Code or Jupyter (`jupytext --to ipynb long_document.py`), or run the file as a
-# script. It takes a few minutes on two cores.
+# script. It takes a minute and a half on two cores.
 
 # %%
 import os

@@ -29,7 +29,7 @@ TOKENS = 8 if SHORT else 60
 # Any causal model of transformers does. The one here is small and installs as a package.
 #
 # In mode `"ratio"` the prior asks of each token: how much likelier is it in your text than in what the model writes by
-# itself? The model is listened to once for that, which takes half a minute.
+# itself? The model is listened to once for that, which takes a minute.
 
 # %%
 model, tokenizer = load_model(), load_tokenizer()
