@@ -128,6 +128,17 @@ class Asked:
             return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": self.prompt}]}
         return "/v1/completions", body | {"prompt": self.prompt}
 
+    def client(self, model: str, server: str) -> str:
+        """The lines of Python that ask a server for the steered text."""
+        body = self.request(model)[1]
+        extra = {"vllm_xargs": body.pop("vllm_xargs")}
+        calls, text = ("chat.completions", "message.content") if self.chat else ("completions", "text")
+        arguments = "".join(f"    {name}={value!r},\n" for name, value in {**body, "extra_body": extra}.items())
+        return (
+            f"import openai\n\nclient = openai.OpenAI(base_url={f'{server}/v1'!r}, api_key='none')\n"
+            f"answer = client.{calls}.create(\n{arguments})\nprint(answer.choices[0].{text})\n"
+        )
+
     def curl(self, model: str, server: str | None = None) -> str:
         """The shell's lines that ask a server for the steered text, with that which starts one where there is none."""
         served = self if server else Asked(**(vars(self) | {"style": _name(self.style)}))

@@ -119,7 +119,7 @@ class Playground:
         self._panes = gr.HTML(panes(first, View(""), self._is_local))
         self._details = gr.HTML("", elem_classes="details")
         with gr.Accordion("The same elsewhere", open=False):
-            with gr.Tab("Python", visible=local):
+            with gr.Tab("Python"):
                 self._python = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True)
             with gr.Tab("curl"):
                 self._curl = gr.Code(language="shell", label="curl", interactive=False, wrap_lines=True)
@@ -193,8 +193,8 @@ class Playground:
 
     def _calls(self, asked: Asked) -> list[Any]:
         name, adapters = self._model.name, self._model.adapters
-        if not self._is_local:
-            return [gr.skip(), asked.curl(name, self._model.server), gr.skip()]
+        if (server := self._model.server) is not None:
+            return [asked.client(name, server), asked.curl(name, server), gr.skip()]
         return [asked.python(name, adapters), asked.curl(name), asked.policy_file(adapters)]
 
     async def _rested(self, request: gr.Request) -> Any:

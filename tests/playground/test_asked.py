@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +45,26 @@ def test_the_shell_lines_are_commands_and_a_request(asked):
     body = json.loads(words[-1])
     assert body["prompt"] == wanted.prompt and body["temperature"] == 1 and body["seed"] == 7
     assert body["vllm_xargs"] == {"style": "style", "lambda": 0.6, "temperature": "auto", "kv_budget": 512}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_python_for_a_server_makes_that_request(asked, monkeypatch, capsys, chat):
+    wanted = asked(chat=chat, style="s", temperature="auto")
+    path, body = wanted.request("m")
+    made = []
+
+    def create(self, *, extra_body, **arguments):
+        made.append(arguments | extra_body)
+        choice = SimpleNamespace(text="written", message=SimpleNamespace(content="written"))
+        return SimpleNamespace(choices=[choice])
+
+    calls = type("Calls", (), {"create": create})()
+    client = SimpleNamespace(completions=calls, chat=SimpleNamespace(completions=calls))
+    opened = SimpleNamespace(OpenAI=lambda **where: made.append(where) or client)
+    monkeypatch.setitem(sys.modules, "openai", opened)
+    exec(compile(wanted.client("m", "http://localhost:8000"), "copied", "exec"), {})  # noqa: S102  # ours
+    assert made == [{"base_url": "http://localhost:8000/v1", "api_key": "none"}, body]
+    assert capsys.readouterr().out == "written\n" and path.startswith("/v1/chat" if chat else "/v1/comp")
 
 
 def test_phases_and_chats_in_a_request(asked):
