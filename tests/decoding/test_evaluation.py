@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from decoding import DecodingError, NGramModel, Policy, generate
 from decoding.cli import cli
-from tests.conftest import TEXT, WORDS, make_model, make_tokenizer
+from tests.conftest import TEXT, WORDS
 from tests.decoding.temperature.test_processors import FixedSelector
 from tests.ngram.reference import Reference
 
@@ -51,16 +51,6 @@ WRITING = """output_type: generate_until
 doc_to_target: "{{choices[label]}}"
 generation_kwargs: {until: ["night"], max_gen_toks: 12, do_sample: false}
 metric_list: [{metric: exact_match}]"""
-
-
-@pytest.fixture(scope="module")
-def thinking():
-    return make_tokenizer([*WORDS, "<think>", "</think>"])
-
-
-@pytest.fixture(scope="module")
-def thinker(thinking):
-    return make_model(len(thinking))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
+from transformers import GenerationConfig
 
 from decoding import (
     AutoTemperature,
@@ -81,13 +81,7 @@ def test_strings_that_stop():
     assert stopped == whole[: whole.index(whole[3]) + 1] != whole
 
 
-def test_an_encoder_decoder_writes_all_of_its_text(tokenizer, style_file):
-    torch.manual_seed(0)
-    shape = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    shape |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 16, "max_position_embeddings": 64}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
-    config = BartConfig(vocab_size=len(tokenizer), forced_eos_token_id=None, init_std=1.0, **shape, **ids)
-    bart = BartForConditionalGeneration(config).eval()
+def test_an_encoder_decoder_writes_all_of_its_text(tokenizer, style_file, bart):
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 1}
     prompts = ["the captain said that", "rain"]
     texts = generate(bart, prompts, tokenizer=tokenizer, **options)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration
 
 from decoding import DecodingError, FixedTemperature, PhaseTemperature, Policy, StylePrior, generate
 from decoding.streaming import TextStreamer
@@ -65,18 +64,12 @@ def test_what_streams_is_what_is_returned(model, tokenizer, style_file, processo
     assert len(pieces) > 10
 
 
-def test_one_prompt_in_a_list_an_encoder_decoder_and_information(model, tokenizer):
+def test_one_prompt_in_a_list_an_encoder_decoder_and_information(model, tokenizer, bart):
     pieces = []
     (found,) = generate(
         model, ["the captain"], tokenizer=tokenizer, policy=Policy(), return_info=True, streamer=pieces.append
     )
     assert "".join(pieces) == found.text
-    torch.manual_seed(0)
-    shape = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    shape |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 16, "max_position_embeddings": 64}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
-    config = BartConfig(vocab_size=len(tokenizer), forced_eos_token_id=None, init_std=1.0, **shape, **ids)
-    bart = BartForConditionalGeneration(config).eval()
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 1, "do_sample": False}
     pieces = []
     text = generate(bart, "the captain said", tokenizer=tokenizer, streamer=pieces.append, **options)

@@ -14,21 +14,10 @@ from decoding import (
     generate,
 )
 from decoding.temperature.heads import AbilityHead
-from tests.conftest import WORDS, make_model, make_tokenizer
 
 PROMPTS = ["storm and sea", "wind", "none of them"]
 LONG = ["the captain said that his ship " * 8, "the sea was black with rain " * 3]
 SMALL = {"budget": 16, "sinks": 2, "local": 4, "max_chunk": 6}
-
-
-@pytest.fixture(scope="module")
-def thinking():
-    return make_tokenizer([*WORDS, "<think>", "</think>"])
-
-
-@pytest.fixture(scope="module")
-def thinker(thinking):
-    return make_model(len(thinking))
 
 
 @pytest.fixture
