@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,3 +36,33 @@ def send(values: np.ndarray | Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+class Stopwatch:
+    """Laps of work on a device, without waiting for it."""
+
+    def __init__(self, device: torch.device):
+        self._is_cuda = device.type == "cuda"
+        self._marks: list[float | torch.cuda.Event] = []
+        self.lap()
+
+    def lap(self) -> None:
+        """A lap ends, and the next begins."""
+        if not self._is_cuda:
+            self._marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
+
+    def seconds(self) -> list[float]:
+        """Of each lap. On CUDA it waits until the last has ended."""
+        if self._is_cuda:
+            self._marks[-1].synchronize()
+        return [_between(begin, end) for begin, end in pairwise(self._marks)]
+
+
+def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(begin, float) or isinstance(end, float):
+        return end - begin
+    return begin.elapsed_time(end) / 1000

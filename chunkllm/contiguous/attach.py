@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -15,8 +16,10 @@ from chunkllm.boundaries import punctuation_boundaries
 from chunkllm.contiguous.attention import intercept
 from chunkllm.contiguous.cache import ChunkCache
 from chunkllm.contiguous.layer import ChunkLayer
+from chunkllm.contiguous.lossless import lossless
 from chunkllm.contiguous.plan import Counters, Plan
 from chunkllm.contiguous.reading import Reading, Record
+from chunkllm.contiguous.verified import VerifiedCache
 from chunkllm.errors import ChunkError
 from chunkllm.models import CACHE_NAMES, ModelShape, cache_argument, model_shape
 from chunkllm.scorers import PooledScorer, Scorer
@@ -50,6 +53,10 @@ class ChunkSelection:
         vote: one selection for all layers, by their mean score.
         every_step: select at every token, not at boundaries.
         offload: keep what is not selected in the host's memory. Then a selection waits for the device.
+        verify: lossless: while ``generate`` is at work, the selection drafts a few tokens, and full attention verifies
+            them in one pass. What is written is what the model writes without a selection, token for token, sampled
+            from a seed too; in lower precision than float32 but for ties. How many are drafted follows from what was
+            accepted and what it cost, and is 0 where that is faster. Elsewhere than in ``generate`` everything is read.
 
     Raises:
         ChunkError: settings that contradict each other or leave nothing to choose.
@@ -70,6 +77,7 @@ class ChunkSelection:
         vote: bool = False,
         every_step: bool = False,
         offload: bool = False,
+        verify: bool = False,
     ):
         if sum(x is not None for x in (top_k, budget, retention)) > 1:
             raise ChunkError("top_k, budget and retention say the same thing in three ways: give one")
@@ -84,6 +92,11 @@ class ChunkSelection:
             raise ChunkError("adaptive needs adapters that know the layers' sensitivities: `decoding chunk train`")
         if local < 1 or sinks < 0 or (max_chunk is not None and max_chunk < 1):
             raise ChunkError("local and max_chunk must be at least 1, sinks at least 0")
+        if verify and (offload or every_step):
+            raise ChunkError(
+                f"verify=True reads everything at every pass, and chooses anew behind it: leave "
+                f"{'offload' if offload else 'every_step'} out"
+            )
         self.adapters = adapters
         self.scorer = scorer
         self.max_chunk = max_chunk
@@ -92,7 +105,7 @@ class ChunkSelection:
         self.retention = retention
         self.local, self.sinks = local, sinks
         self.adaptive = knows_layers and top_k is None and not vote if adaptive is None else adaptive
-        self.vote, self.every_step, self.offload = vote, every_step, offload
+        self.vote, self.every_step, self.offload, self.verify = vote, every_step, offload, verify
         self._require_room(local if max_chunk is None else max(local, max_chunk))
 
     def _require_room(self, recent: int) -> None:
@@ -154,6 +167,7 @@ class ChunkSelection:
             vote=self.vote,
             every_step=self.every_step,
             offload=self.offload,
+            verify=self.verify,
         )
 
     def _weights(self, layers: int) -> Tensor:
@@ -189,6 +203,8 @@ class Attachment:
             decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove,
             decoder.register_forward_hook(self._after, always_call=True).remove,
         ]
+        if plan.verify:
+            self._undo.append(_replaced(model, "generate", lossless(model.generate, self._counters)))
         if adapters is not None:
             self._undo.append(decoder.layers[0].register_forward_hook(self._detect).remove)
         _attached[model] = self
@@ -228,6 +244,8 @@ class Attachment:
             "steps": counters.steps,
             "boundaries": counters.boundaries,
             "selections": counters.selections,
+            "passes": counters.passes,
+            "acceptance": counters.right / counters.tried if counters.tried else None,
             "layers": shares,
         }
 
@@ -261,7 +279,7 @@ class Attachment:
 
     def new_cache(self) -> ChunkCache:
         """An empty cache. A forward pass without a cache makes one by itself."""
-        made = ChunkCache(self.plan, self._counters)
+        made = (VerifiedCache if self.plan.verify else ChunkCache)(self.plan, self._counters)
         self._caches.add(made)
         return made
 
@@ -312,12 +330,26 @@ class Attachment:
         self, attention: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         layer = None if self._current is None else self._current.layers[module.layer_idx]
-        if not isinstance(layer, ChunkLayer):
-            return attention(module, query, key, value, mask, **options)
-        layer.remember(query, self.plan.scorer.queries)
-        if layer.selected:
-            return layer.attend(query, key, value, options.get("scaling")), None
+        if isinstance(layer, ChunkLayer):
+            assert self._current is not None
+            attended = self._current.attend(layer, query, key, value, options.get("scaling"))
+            if attended is not None:
+                return attended, None
         return attention(module, query, key, value, mask, **options)
+
+
+def _replaced(model: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Gives a model a method of its own, and returns what takes it away."""
+    held = vars(model).get(name)
+    setattr(model, name, function)
+
+    def undo() -> None:
+        if held is None:
+            delattr(model, name)
+        else:
+            setattr(model, name, held)
+
+    return undo
 
 
 def _punctuation(tokenizer: Any, model: Any) -> Tensor:

@@ -168,10 +168,10 @@ class ChunkCache(Cache):
         self._summarise(device)
         every = Chunks(*(send(span[rows], device) for span in table.spans()))
         recent = np.maximum(plan.local, table.running[rows])
-        stand = Rows(*(send(x, device) for x in (table.first[rows], np.full(len(rows), table.length), recent)))
+        stand = Rows(*(send(x, device) for x in (table.first[rows], table.lengths[rows], recent)))
         chunks = selectable(every, stand, plan.sinks)
-        ranks = self._ranks(rows, every, device)
-        held = table.length - table.first
+        ranks = self._ranks(rows, every, stand.length, device)
+        held = table.lengths - table.first
         if len(rows) == len(held):
             self._placed_for = self._slots(int(held.max()))
             self._shares = self._divided(self._placed_for, plan.sinks + int(recent.max()), int(held.max()))
@@ -225,12 +225,12 @@ class ChunkCache(Cache):
             layer.add_features(features.to(keys.dtype), at, counts)
         self._summarised = table.counts.copy()
 
-    def _ranks(self, rows: np.ndarray, chunks: Chunks, device: torch.device) -> list[Tensor]:
+    def _ranks(self, rows: np.ndarray, chunks: Chunks, held: Tensor, device: torch.device) -> list[Tensor]:
         """What chunks are chosen by, float [rows, C] for each layer: scores, or scores per token under a budget."""
         assert self.table is not None
         scorer: Scorer = self.plan.scorer
         lengths = chunks.lengths.float()
-        distances = (self.table.length - chunks.starts - chunks.lengths + 1).clamp(min=1).float()
+        distances = (held[:, None] - chunks.starts - chunks.lengths + 1).clamp(min=1).float()
         everything = len(rows) == len(self.table.first)
         index = None if everything else send(rows, device)
         by_token = scorer.is_distribution and self.plan.top_k is None
@@ -259,7 +259,7 @@ class ChunkCache(Cache):
             return
         self._is_uncounted = False
         layers = self.full_layers
-        total = self.table.length - self.table.first
+        total = self.table.lengths - self.table.first
         if not self._front.selected:
             self.counters.count(np.broadcast_to(total, (len(layers), len(total))), total)
             return
@@ -271,6 +271,13 @@ class ChunkCache(Cache):
             self._kept_later = None
         self._since += 1
         self.counters.count(self._kept + self._since, total)
+
+    def attend(
+        self, layer: ChunkLayer, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None
+    ) -> Tensor | None:
+        """Attention [B, T, H, D] of queries [B, H, T, D] to what a layer has returned; None for the model's own."""
+        layer.remember(query, self.plan.scorer.queries)
+        return layer.attend(query, keys, values, scaling) if layer.selected else None
 
     def settle(self) -> None:
         """Goes back to full attention: as after a forward pass of several tokens."""

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin
 
+from chunkllm.late import send
+
 _SMALLEST_STEP = 1024
 _BUFFER_STEP = 64
 
@@ -91,6 +93,35 @@ class ChunkLayer(CacheLayerMixin):
             return self._all(self.keys).to(self.device), self._all(self.values).to(self.device)
         return self._all(self.keys), self._all(self.values)
 
+    def write(self, key_states: Tensor, value_states: Tensor, places: Tensor, stop: int) -> tuple[Tensor, Tensor]:
+        """Adds keys and values [B, Hkv, T, D] at places of the rows, int64 [B, T]; returns all, up to ``stop``."""
+        self.keys, self.values = self._grown(self.keys, stop), self._grown(self.values, stop)
+        for storage, new in zip((self.keys, self.values), (key_states, value_states), strict=True):
+            storage[:, :, self.stored : stop] = 0  # what shorter rows do not reach is masked, and must be finite
+            storage.scatter_(2, places[:, None, :, None].expand_as(new), new)
+        self.stored = stop
+        return self._all(self.keys), self._all(self.values)
+
+    def keep(self, read: int, counts: np.ndarray, length: int) -> None:
+        """After a pass over ``read`` tokens, whose queries are remembered: rows keep so many of them, int64 [B].
+
+        ``length`` is then the longest row's.
+        """
+        self.stored = length
+        queries = torch.cat(self._queries, 2)
+        before = queries.shape[2] - read
+        if (counts == counts[0]).all():
+            self._queries = [queries[:, :, : before + int(counts[0])]]
+            return
+        # The last ones of each row, so many as there were before.
+        places = send(counts, queries.device)[:, None] + torch.arange(before, device=queries.device)
+        self._queries = [queries.gather(2, places[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3]))]
+
+    def abandon(self) -> None:
+        """Goes back to reading everything, and forgets what was written since the selection."""
+        self.selected, self.mask = False, None
+        self._used = self._flushed = 0
+
     def _all(self, storage: Tensor | None) -> Tensor:
         assert storage is not None
         return storage[:, :, : self.stored]
@@ -116,6 +147,10 @@ class ChunkLayer(CacheLayerMixin):
         """Keeps the queries [B, H, T, D] of the last ``count`` tokens."""
         newest = queries[:, :, -count:]
         self._queries = [*self._queries, newest if queries.shape[2] <= count else newest.clone()][-count:]
+
+    def remember_all(self, queries: Tensor, count: int) -> None:
+        """Keeps these queries [B, H, T, D], and the last ``count`` before them, until `keep` says which stay."""
+        self._queries = [self.last_queries(count), queries]
 
     @property
     def has_queries(self) -> bool:
@@ -295,19 +330,19 @@ class ChunkLayer(CacheLayerMixin):
 def grouped_attention(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
-    """Attention of one query to all keys, a key-value head at a time, so that no key is repeated or read twice.
+    """Attention of a few queries to all keys, a key-value head at a time, so that no key is repeated or read twice.
 
     Args:
-        query: [B, H, 1, D].
+        query: [B, H, T, D].
         keys: [B, Hkv, S, D].
         values: [B, Hkv, S, D].
-        mask: bool [B, 1, 1, S], or None.
+        mask: bool [B, 1, H / Hkv · T, S] or [B, 1, 1, S], what is read by the queries of a key-value head, or None.
         scaling: of attention logits.
 
     Returns:
-        [B, 1, H, D].
+        [B, T, H, D].
     """
-    batch, heads, _, width = query.shape
+    batch, heads, tokens, width = query.shape
     grouped = query.reshape(batch, keys.shape[1], -1, width)
     out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, 1, heads, -1)
+    return out.view(batch, heads, tokens, -1).transpose(1, 2)

@@ -14,7 +14,7 @@ class ChunkTable:
         sinks: first tokens that are a chunk of their own, since they draw attention for another reason than the rest.
 
     Attributes:
-        length: places that the table knows of, the same for all rows.
+        lengths: int64 [B], places of each row that the table knows of.
         counts: int64 [B], chunks of each row.
     """
 
@@ -22,18 +22,33 @@ class ChunkTable:
         self.first = first.astype(np.int64)
         self.max_chunk = max_chunk
         self.sinks = sinks
-        self.length = 0
+        self.lengths = np.zeros(len(first), np.int64)
         self.counts = np.zeros(len(first), np.int64)
         self._ends = np.zeros((len(first), 64), np.int64)
 
-    def extend(self, flags: np.ndarray) -> np.ndarray:
-        """Adds tokens, bool [B, T]: was a boundary detected? Returns bool [B]: does a chunk end at the last one?"""
+    @property
+    def length(self) -> int:
+        """Places of the longest row."""
+        return int(self.lengths.max(initial=0))
+
+    def extend(self, flags: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+        """Adds tokens.
+
+        Args:
+            flags: bool [B, T], was a boundary detected?
+            counts: int64 [B], how many of them a row gets, from the first on; all by default.
+
+        Returns:
+            bool [B], does a chunk end at the last one?
+        """
         for row, marks in enumerate(flags):
-            last_sink = self.first[row] + self.sinks - 1 - self.length
+            length = int(self.lengths[row])
+            marks = marks if counts is None else marks[: counts[row]]
+            last_sink = self.first[row] + self.sinks - 1 - length
             is_end = marks | (np.arange(len(marks)) == (last_sink if self.sinks else -1))
-            places = np.flatnonzero(is_end) + self.length
-            self._append(row, places[places >= self.first[row]], self.length + flags.shape[1])
-        self.length += flags.shape[1]
+            places = np.flatnonzero(is_end) + length
+            self._append(row, places[places >= self.first[row]], length + len(marks))
+            self.lengths[row] += len(marks)
         return self.running == 0
 
     def _append(self, row: int, detected: np.ndarray, stop: int) -> None:
@@ -61,7 +76,7 @@ class ChunkTable:
     def running(self) -> np.ndarray:
         """int64 [B], tokens of the chunk that has not ended yet."""
         starts = np.array([self._next_start(row) for row in range(len(self.first))])
-        return np.maximum(self.length - starts, 0)
+        return np.maximum(self.lengths - starts, 0)
 
     def spans(self, since: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Starts and lengths, int64 [B, C], of the chunks from number ``since`` [B] on; filled up with length 0."""
@@ -80,10 +95,11 @@ class ChunkTable:
 
     def take_rows(self, rows: np.ndarray) -> None:
         """Reorders, repeats or drops rows."""
-        self.first, self.counts, self._ends = self.first[rows], self.counts[rows], self._ends[rows]
+        self.first, self.lengths = self.first[rows], self.lengths[rows]
+        self.counts, self._ends = self.counts[rows], self._ends[rows]
 
     def truncate(self, length: int) -> None:
         """Forgets tokens from place ``length`` on."""
         for row in range(len(self.first)):
             self.counts[row] = np.searchsorted(self._ends[row, : self.counts[row]], length)
-        self.length = length
+        self.lengths = np.minimum(self.lengths, length)

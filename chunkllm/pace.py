@@ -1,0 +1,94 @@
+"""How many tokens to draft before they are verified: as many as make most tokens a second, by what was measured."""
+
+from __future__ import annotations
+
+import numpy as np
+
+MOST_DRAFTED = 16
+_FIRST_DRAFT = 4
+_EXPECTED, _WEIGHT, _MEMORY = 0.9, 8.0, 0.98
+_NEWEST = 0.3
+_FIRST_REST, _LONGEST_REST = 32, 1024
+
+
+class Pace:
+    """Adapts a draft's length to what was accepted and to what the parts of a cycle cost.
+
+    A cycle drafts k tokens, reads them all in one pass, and keeps 1 to k + 1. If a row's drafted tokens are right with
+    probability α each, it keeps (1 − α^(k+1)) / (1 − α) of them on average (arXiv 2211.17192, equation 1). A pass over
+    k + 1 tokens is taken to cost v + k·w, a drafted token d, and choosing what drafts read s.
+
+    Args:
+        rows: B, texts that are written.
+    """
+
+    def __init__(self, rows: int):
+        self._right = np.full(rows, _EXPECTED * _WEIGHT)
+        self._tried = np.full(rows, _WEIGHT)
+        self._plain: float | None = None  # v
+        self._more: float | None = None  # w
+        self._draft: float | None = None  # d
+        self._choice = 0.0  # s
+        self._rest, self._rested = _FIRST_REST, 0
+
+    @property
+    def acceptance(self) -> np.ndarray:
+        """float64 [B], the estimates of α."""
+        return self._right / self._tried
+
+    def length(self, active: np.ndarray, most: int) -> int:
+        """k for the next cycle; 0 if full attention, a token at a time, is faster.
+
+        Args:
+            active: bool [B], rows that still write.
+            most: of tokens that there are to write.
+        """
+        if self._plain is None or most < 1:
+            return 0
+        if self._draft is None:
+            return min(_FIRST_DRAFT, most)
+        best = min(int(np.argmax(self._speeds(active))), most)
+        if best:
+            self._rest = _FIRST_REST
+        elif self._rested >= self._rest:  # the text has grown, and what was measured may be old
+            self._rest = min(2 * self._rest, _LONGEST_REST)
+            best = min(_FIRST_DRAFT, most)
+        self._rested = 0 if best else self._rested + 1
+        return best
+
+    def _speeds(self, active: np.ndarray) -> np.ndarray:
+        """float64 [MOST_DRAFTED + 1], tokens a second for each k, of all rows that still write."""
+        assert self._plain is not None and self._draft is not None and self._more is not None
+        right = np.minimum(self.acceptance[active], 0.999)[:, None]
+        k = np.arange(MOST_DRAFTED + 1)
+        kept = ((1 - right ** (k + 1)) / (1 - right)).sum(0)
+        return kept / (self._plain + k * (self._more + self._draft) + (k > 0) * self._choice)
+
+    def saw(self, drafted: int, right: np.ndarray) -> None:
+        """Takes what a cycle found.
+
+        Args:
+            drafted: k.
+            right: int64 [B], the drafted tokens before the first wrong one; −1 for rows that no longer write.
+        """
+        if not drafted:
+            return
+        counts = right >= 0
+        tried = np.minimum(right + 1, drafted)
+        kept = _MEMORY**tried
+        self._right = np.where(counts, kept * self._right + right, self._right)
+        self._tried = np.where(counts, kept * self._tried + tried, self._tried)
+
+    def took(self, drafted: int, choosing: float, drafting: float, reading: float) -> None:
+        """Takes what a cycle cost, in seconds: of choosing what drafts read, of drafting, and of the rest."""
+        if not drafted:
+            self._plain = _blend(self._plain, reading)
+            return
+        assert self._plain is not None
+        self._more = _blend(self._more, max(reading - self._plain, 0.0) / drafted)
+        self._choice = _blend(None if self._draft is None else self._choice, choosing)
+        self._draft = _blend(self._draft, drafting / drafted)
+
+
+def _blend(held: float | None, seen: float) -> float:
+    return seen if held is None else (1 - _NEWEST) * held + _NEWEST * seen
