@@ -128,7 +128,11 @@ class VerifiedCache(ChunkCache):
         if self.verifying is not None:
             layer.remember_all(query, self.plan.scorer.queries)
             return grouped_attention(query, keys, values, self.verifying.mask, scaling)
-        return layer.attend(query, keys, values, scaling) if self.is_drafting else super().attend(layer, query, keys, values, scaling)
+        return (
+            layer.attend(query, keys, values, scaling)
+            if self.is_drafting
+            else super().attend(layer, query, keys, values, scaling)
+        )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any
@@ -167,9 +171,7 @@ class VerifiedCache(ChunkCache):
         assert self.table is not None
         each_other = self._drafted * (self._drafted + 1) // 2
         kept = np.stack([arriving.get() for arriving in self._kept_later[1]])
-        self.counters.count(
-            self._drafted * kept + each_other, self._drafted * self._held + each_other, self._drafted
-        )
+        self.counters.count(self._drafted * kept + each_other, self._drafted * self._held + each_other, self._drafted)
         self._drafted, self._kept_later = 0, None
 
     def truncate(self, length: int) -> None:

@@ -39,6 +39,15 @@ def test_all_three_methods_in_one_list(model, tokenizer, style_file):
     assert write(model, tokenizer, [prior, auto]) == without
 
 
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"num_return_sequences": 3}])
+def test_lossless_beside_the_others(model, tokenizer, style_file, options):
+    prior = StylePrior(λ=0.5, style=str(style_file))
+    auto = AutoTemperature(FixedSelector({"the": 0.7}), tokenizer)
+    wanted = write(model, tokenizer, [prior, auto], **options)
+    assert write(model, tokenizer, [prior, ChunkSelection(verify=True, **SMALL), auto], **options) == wanted
+    assert "generate" not in vars(model)
+
+
 def test_detached_when_generation_fails(model, tokenizer):
     class Failing(LogitsProcessor):
         def __call__(self, input_ids, scores):
