@@ -43,26 +43,21 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self._is_cuda = device.type == "cuda"
-        self._marks: list[float | torch.cuda.Event] = []
+        self._times: list[float] = []
+        self._events: list[torch.cuda.Event] = []
         self.lap()
 
     def lap(self) -> None:
         """A lap ends, and the next begins."""
-        if not self._is_cuda:
-            self._marks.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._marks.append(event)
+        if self._is_cuda:
+            self._events.append(torch.cuda.Event(enable_timing=True))
+            self._events[-1].record()
+        else:
+            self._times.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Of each lap. On CUDA it waits until the last has ended."""
-        if self._is_cuda:
-            self._marks[-1].synchronize()
-        return [_between(begin, end) for begin, end in pairwise(self._marks)]
-
-
-def _between(begin: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(begin, float) or isinstance(end, float):
-        return end - begin
-    return begin.elapsed_time(end) / 1000
+        """Of each lap, as the device has it. On CUDA it waits for the last to end."""
+        if not self._is_cuda:
+            return [end - begin for begin, end in pairwise(self._times)]
+        self._events[-1].synchronize()
+        return [begin.elapsed_time(end) / 1000 for begin, end in pairwise(self._events)]

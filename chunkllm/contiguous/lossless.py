@@ -101,7 +101,8 @@ class _Call:
         if not generation_config.return_dict_in_generate:
             return sequences
         name = next(name for name in CACHE_NAMES if name in GenerateDecoderOnlyOutput.__dataclass_fields__)
-        return GenerateDecoderOnlyOutput(sequences=sequences, scores=texts.scores, logits=texts.logits, **{name: cache})
+        told: dict[str, Any] = {"sequences": sequences, "scores": texts.scores, "logits": texts.logits, name: cache}
+        return GenerateDecoderOnlyOutput(**told)
 
 
 def _require(config: Any, assistant_model: Any | None, processors: LogitsProcessorList) -> None:

@@ -55,7 +55,7 @@ class Noise:
             self._module.set_rng_state(self._states[place], *self._which)
 
     def _state(self) -> Tensor:
-        return self._module.get_rng_state(*self._which)  # type: ignore[no-any-return]
+        return self._module.get_rng_state(*self._which)
 
     @property
     def _module(self) -> Any:

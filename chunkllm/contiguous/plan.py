@@ -38,7 +38,7 @@ class Plan:
 class Counters:
     """What happened since a selection was attached. Kept tokens are counted per layer, over rows and decode steps.
 
-    ``record`` has the selections themselves, if that was asked for. In the lossless mode ``tried`` are the drafted tokens
+    ``record`` has the selections themselves, if that was asked for. In the lossless mode ``tried`` are drafted tokens
     that were held to the model's own, and ``right`` those that were the same.
     """
 
@@ -61,7 +61,7 @@ class Counters:
             self.kept[layer] = self.kept.get(layer, 0) + tokens
 
     def verified(self, drafted: int, right: np.ndarray) -> None:
-        """Adds a pass over drafted tokens: int64 [B], those before the first wrong one, −1 for rows that do not write."""
+        """Adds a pass: its drafted tokens before the first wrong one, int64 [B], −1 for rows that do not write."""
         self.passes += 1
         self.right += int(right.clip(min=0).sum())
         self.tried += int(np.minimum(right + 1, drafted).sum())

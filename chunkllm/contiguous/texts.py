@@ -59,7 +59,7 @@ class Texts:
         self._unfinished = np.ones(batch, bool)
         self._ended_at = self.lengths.copy()
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._newest = np.zeros((batch, 0), np.int64)
+        self._newest = length, torch.zeros(batch, 0, dtype=torch.int64)
 
     @property
     def active(self) -> np.ndarray:
@@ -120,8 +120,8 @@ class Texts:
             kept = np.minimum(kept, np.maximum(self._limit - self.lengths, 0))
         if together:
             kept = np.where(active, kept[active].min(), 0)
+        self._newest = int(self.lengths[0]), torch.from_numpy(arrived[:, 1 : drafted + 2])
         self.lengths = self.lengths + kept
-        self._newest = arrived[:, 1 : drafted + 2]
         self._finish({length: arrived[:, drafted + 2 + i] > 0 for i, length in enumerate(upto)} if ended else {})
         if self.is_done:  # in the midst of what was kept, if a text has ended there
             kept = kept - np.clip(self.lengths - self.length, 0, kept)
@@ -135,7 +135,6 @@ class Texts:
 
     def _finish(self, known: dict[int, np.ndarray]) -> None:
         """Goes on to where all rows are known, place by place, as ``generate`` does."""
-        began = self.length
         while not self.is_done and self.length < self.lengths[self._writing].min():
             self.length += 1
             self._record()
@@ -143,7 +142,7 @@ class Texts:
             if ended is None:
                 ended = self._asked(self.length).cpu().numpy()
             if self._streamer is not None:
-                self._streamer.put(torch.from_numpy(self._newest[:, self.length - began - 1]))
+                self._streamer.put(self._newest_at(self.length - 1))
             newly = self._unfinished & ended
             self._unfinished = self._unfinished & ~ended
             self.is_done = not self._unfinished.any()
@@ -151,6 +150,13 @@ class Texts:
                 self._ended_at = np.where(newly, self.length, self._ended_at)
         if not self._unfinished.all() and self._ends_early:
             self._fill()
+
+    def _newest_at(self, place: int) -> Tensor:
+        """int64 [B], on the host."""
+        if len(self.lengths) > 1:
+            return self.ids[:, place].cpu()
+        began, tokens = self._newest
+        return tokens[:, place - began]
 
     def _record(self) -> None:
         scores, logits = self._kept.pop(self.length - 1, (None, None))
@@ -199,8 +205,10 @@ class Texts:
     def _choose_at(self, logits: Tensor, place: int, rows: Tensor, records: bool) -> Tensor:
         """Tokens int64 [B] by logits [B, V] of one place, as ``generate`` does; of the rows that the place is for."""
         raw = logits.to(self.ids.device, torch.float32, copy=True)
-        scores = self._processors(self.ids[:, :place].contiguous(), raw)
+        ids: Any = self.ids[:, :place].contiguous()
+        scores = self._processors(ids, raw)
         if records:
-            new, held = (scores, raw), self._kept.get(place, (scores, raw))
-            self._kept[place] = tuple(torch.where(rows[:, None], *pair) for pair in zip(new, held, strict=True))
+            held = self._kept.get(place, (scores, raw))
+            mine = rows[:, None]
+            self._kept[place] = torch.where(mine, scores, held[0]), torch.where(mine, raw, held[1])
         return scores.argmax(-1) if self._noise is None else self._noise.pick(scores, place)

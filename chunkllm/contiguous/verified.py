@@ -177,9 +177,7 @@ class VerifiedCache(ChunkCache):
     def truncate(self, length: int) -> None:
         """Forgets what rows hold beyond so many tokens."""
         assert self.table is not None
-        if removed := int(self.table.lengths.max()) - length:
-            if removed > 0:
-                self.crop(-removed)
+        self.crop(-max(int(self.table.lengths.max()) - length, 0))
 
     def _rows_to_refresh(self, length: int) -> None:
         """None: but for what is drafted, everything is read."""

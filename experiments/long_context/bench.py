@@ -16,7 +16,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, Cache, LlamaConfig
 
 from chunkllm import ChunkAdapters, ChunkSelection
-from chunkllm.contiguous.attention import intercept
-from chunkllm.contiguous.layer import ChunkLayer, grouped_attention
 from chunkllm.models import cache_argument
 from decoding.environment import environment
 from experiments.lab.figures import Figure, interleaved, not_measured, ratio_of, report
 from experiments.lab.pictures import plt, save
+from experiments.long_context.paths import DEFAULT, DENSE, SELECTED, filled
 
 BUDGET = 2048
 CHUNK = 20
 _BOUND = "a step against (weights + selected keys and values) / bandwidth"
-PATHS = ("default", "best dense", "selected")
+PATHS = (DEFAULT, DENSE, SELECTED)
 _CONTEXT_TARGETS = {8192: (1.5, 1.2), 32768: (4.0, 2.0), 120_000: (25.0, 5.0)}
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -90,7 +88,7 @@ def random_model(options: BenchOptions, device: torch.device) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=options.dtype).eval()
 
 
-def _contents(model: Any, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+def contents(model: Any, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Random keys and values of every layer, one at a time."""
     config = model.config
     shape = (batch, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
@@ -107,38 +105,7 @@ def selection(model: Any, **options: Any) -> ChunkSelection:
     known = ChunkAdapters.from_pretrained().config.sensitivity
     fits = known is not None and len(known) == len(adapters.config.shape.full_layers)
     adapters.config = replace(adapters.config, threshold=2.0, sensitivity=known if fits else None)
-    return ChunkSelection(adapters, budget=BUDGET, max_chunk=CHUNK, **options)
-
-
-@contextmanager
-def path(model: Any, name: str, batch: int, length: int) -> Iterator[Cache]:
-    """One of the three ways, with a filled cache."""
-    if name == "selected":
-        with selection(model).attach(model) as chunks:
-            made = chunks.new_cache()
-            made.load(_contents(model, batch, length), torch.zeros(batch, length, dtype=torch.bool))
-            yield made
-    elif name == "default":
-        yield _filled(DynamicCache(config=model.config), model, batch, length)
-    else:
-        layers: list[Any] = [ChunkLayer(i, offload=False) for i in range(model.config.num_hidden_layers)]
-        undo = intercept(model, _dense)
-        try:
-            yield _filled(Cache(layers=layers), model, batch, length)
-        finally:
-            undo()
-
-
-def _filled(cache: Cache, model: Any, batch: int, length: int) -> Cache:
-    for i, (keys, values) in enumerate(_contents(model, batch, length)):
-        cache.update(keys, values, i)
-    return cache
-
-
-def _dense(attention: Any, module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
-    if query.shape[2] > 1:
-        return attention(module, query, keys, values, mask, **options)
-    return grouped_attention(query, keys, values, mask, options["scaling"]), None
+    return ChunkSelection(adapters, max_chunk=CHUNK, **{"budget": BUDGET} | options)
 
 
 class Writer:
@@ -161,7 +128,9 @@ class Writer:
 
 def step_seconds(model: Any, options: BenchOptions, name: str, batch: int, length: int) -> np.ndarray:
     """Seconds per step, one figure for each block: a block has as many boundaries as tokens / 20."""
-    with path(model, name, batch, length) as cache:
+    chunks = selection(model)
+    ended = torch.zeros(batch, length, dtype=torch.bool)
+    with filled(name, model, contents(model, batch, length), chunks, lambda _: ended) as (cache, _):
         writer = Writer(model, cache, batch)
         seconds = []
         for _ in range(options.rounds):
@@ -269,7 +238,7 @@ def _offload_figure(options: BenchOptions, length: int, show: Callable[[str], No
     model = random_model(options, torch.device("cpu"))
     with torch.inference_mode(), selection(model, offload=True).attach(model) as chunks:
         cache = chunks.new_cache()
-        cache.load(_contents(model, 1, length), torch.zeros(1, length, dtype=torch.bool))
+        cache.load(contents(model, 1, length), torch.zeros(1, length, dtype=torch.bool))
         Writer(model, cache, 1)
         parts = [layer.memory for layer in cache.full_layers]
     on_device = sum(part["selected"] + part["features"] for part in parts)

@@ -223,6 +223,52 @@ def bench_long_context(
     bench.main(lengths, dtype, rounds, out, picture)
 
 
+@click.command(name="lossless")
+@click.argument("texts", nargs=-1)
+@click.option("--adapters", help="A folder or a hub id; the embedded ones by default.")
+@click.option("--no-adapters", is_flag=True, help="Select without: for models that have none.")
+@click.option("--contexts", type=shared.Numbers("contexts"), default="8192", show_default=True, help="In tokens.")
+@click.option("--batches", type=shared.Numbers("batches"), default="1", show_default=True, help="Without TEXTS: rows.")
+@click.option(
+    "--acceptance",
+    type=click.FloatRange(0, 1),
+    help="Without TEXTS, where it must be given: how often a drafted token is right.",
+)
+@_number("--tokens", default=128, type=click.IntRange(min=8), help="To write.")
+@_number("--budget", default=1024, help="Tokens that a selection keeps.")
+@_number("--rounds", default=3, help="Times that each way writes.")
+@shared.model
+@shared.dtype
+@shared.field
+@shared.unwrap
+@shared.figures
+def bench_lossless(
+    texts: tuple[str, ...],
+    adapters: str | None,
+    no_adapters: bool,
+    contexts: tuple[float, ...],
+    acceptance: float | None,
+    out: Path | None,
+    **chosen: Any,
+) -> None:
+    """Measures the lossless mode behind TEXTS, or without any, by random weights. Let the machine be idle."""
+    from chunkllm import ChunkAdapters
+    from experiments.long_context import lossless
+
+    if bool(texts) == (acceptance is not None):
+        raise DecodingError("with texts acceptance is measured: give TEXTS, or --acceptance, and not both")
+    setting = lossless.Setting(chosen["tokens"], chosen["budget"], chosen["rounds"])
+    lengths = tuple(map(int, contexts))
+    if min(lengths) <= setting.budget:
+        raise DecodingError(f"contexts must be longer than the {setting.budget} tokens that a selection keeps")
+    if acceptance is not None:
+        lossless.measure_random(lengths, tuple(map(int, chosen["batches"])), acceptance, setting, chosen["dtype"], out)
+        return
+    opened = None if no_adapters else ChunkAdapters.from_pretrained(adapters)
+    sources = shared.sources(texts, chosen)
+    lossless.measure_texts(sources, lengths, chosen["model"], chosen["dtype"], opened, setting, out)
+
+
 @click.command(name="vllm-long-context")
 @shared.model
 @click.option("--chunk-adapters", default="default", show_default=True, help="A folder or a hub id.")

@@ -1,0 +1,278 @@
+"""``decoding bench lossless``: how fast the lossless mode writes, beside what it is to be compared with.
+
+On texts, a model reads the beginning of each once, and every way writes behind it by ``model.generate``: so acceptance
+is what it is, and it is looked whether the tokens are full attention's. Without texts, weights and contexts are random,
+and a drafted token is right with a probability that is given: so contexts can be longer than one would wait for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import LogitsProcessor
+from transformers.generation.streamers import BaseStreamer
+
+from chunkllm import Attachment, ChunkAdapters, ChunkSelection
+from chunkllm.contiguous.verified import VerifiedCache
+from chunkllm.models import cache_argument
+from decoding.errors import DecodingError
+from decoding.models import input_device, load_model, load_tokenizer
+from decoding.style.source import StyleSource
+from decoding.tokens import tokenize
+from experiments.lab.figures import Figure, ratio_of, report
+from experiments.long_context.bench import BenchOptions, contents, random_model, selection
+from experiments.long_context.evaluate import read
+from experiments.long_context.paths import DEFAULT, DENSE, SELECTED, filled
+
+LOSSLESS, SAMPLED, LOOKUP = "lossless", "lossless, sampled", "prompt lookup"
+_LAST = 4  # tokens of a prompt that each way reads itself
+_LOOKED_UP = 10
+_GOALS = {DEFAULT: {32768: 2.5, 120_000: 14.0}, DENSE: {8192: 0.97, 32768: 1.5, 120_000: 3.0}}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is written, and how.
+
+    Attributes:
+        tokens: to write.
+        budget: tokens that a selection keeps.
+        rounds: times that each way writes.
+    """
+
+    tokens: int
+    budget: int
+    rounds: int
+
+
+@dataclass
+class Record:
+    """What one way did behind one context.
+
+    Attributes:
+        text, context, way: which.
+        seconds: for a token, of each round, the first token left out.
+        same: tokens written before the first that full attention would not have written.
+        tokens: tokens written.
+        acceptance: of drafted tokens, the share that was right.
+        passes: with full attention, for all tokens.
+    """
+
+    text: str
+    context: int
+    way: str
+    seconds: list[float] = field(default_factory=list)
+    same: int | None = None
+    tokens: int = 0
+    acceptance: float | None = None
+    passes: int | None = None
+
+
+class _Clock(BaseStreamer):
+    """Keeps when tokens came, and which."""
+
+    def __init__(self, batch: int) -> None:
+        self.times: list[float] = []
+        self.tokens: list[int] = []  # of the first row
+        self._batch = batch
+
+    def put(self, value: Tensor) -> None:
+        """The prompt first, which has two dimensions; then tokens, assisted generation's some at a time."""
+        if value.dim() == 1:
+            self.tokens += value[:: self._batch].tolist()
+            self.times += [time.perf_counter()] * (len(value) // self._batch)
+
+    def end(self) -> None:
+        """Nothing."""
+
+    @property
+    def seconds(self) -> float:
+        """For a token: the first comes with the prompt's last tokens."""
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+
+
+def _write(model: Any, ids: Tensor, cache: Any, count: int, **options: Any) -> _Clock:
+    clock = _Clock(len(ids))
+    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": count}
+    held = {cache_argument(model): cache, "attention_mask": torch.ones_like(ids)}
+    model.generate(ids, streamer=clock, **held, **settings | options)
+    return clock
+
+
+def on_text(
+    name: str, ids: Tensor, model: Any, tokenizer: Any, adapters: ChunkAdapters | None, setting: Setting
+) -> Iterator[Record]:
+    """What each way does behind a text, int64 [1, T]."""
+    prompt, _ = read(model, ids)
+
+    def ended(chunks: Attachment) -> Tensor:
+        return chunks.boundaries(ids[:, : prompt.bottom.shape[1]], prompt.bottom)
+
+    def written(way: str) -> tuple[_Clock, Attachment | None]:
+        chosen = ChunkSelection(adapters, budget=setting.budget, verify=way in (LOSSLESS, SAMPLED))
+        path = DEFAULT if way == LOOKUP else way
+        options: dict[str, Any] = {"prompt_lookup_num_tokens": _LOOKED_UP} if way == LOOKUP else {}
+        if way == SAMPLED:
+            torch.manual_seed(0)
+            options = {"do_sample": True, "top_k": 0}
+        with filled(path, model, prompt.states, chosen, ended, tokenizer) as (cache, chunks):
+            return _write(model, ids, cache, setting.tokens, **options), chunks
+
+    ways = (DEFAULT, DENSE, SELECTED, LOSSLESS, LOOKUP, SAMPLED)
+    records = {way: Record(name, ids.shape[1], way) for way in ways}
+    own: list[int] = []
+    for _ in range(setting.rounds):
+        for way, record in records.items():
+            clock, chunks = written(way)
+            own = own or clock.tokens
+            record.seconds.append(clock.seconds)
+            record.tokens = len(clock.tokens)
+            record.same = None if way == SAMPLED else _same(clock.tokens, own)
+            _tell(record, chunks)
+    yield from records.values()
+
+
+def _same(tokens: Sequence[int], own: Sequence[int]) -> int:
+    return next((i for i, (one, other) in enumerate(zip(tokens, own, strict=False)) if one != other), len(own))
+
+
+def _tell(record: Record, chunks: Attachment | None) -> None:
+    if chunks is not None and chunks.plan.verify:
+        record.acceptance, record.passes = chunks.stats["acceptance"], chunks.stats["passes"]
+
+
+class _Script(LogitsProcessor):
+    """Lets a model write given tokens; what is drafted is wrong with a probability."""
+
+    def __init__(self, length: int, acceptance: float, vocabulary: int):
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(vocabulary - 1, (length,), generator=generator)
+        self._right = torch.rand(length, generator=generator) < acceptance
+        self.cache: Any = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The place's token, for certain."""
+        place = input_ids.shape[1]
+        is_draft = isinstance(self.cache, VerifiedCache) and self.cache.is_drafting
+        token = self.tokens[place] + int(is_draft and not self._right[place])
+        return torch.full_like(scores, -torch.inf).index_fill_(1, token[None].to(scores.device), 0)
+
+
+def on_random(
+    options: BenchOptions, acceptance: float, setting: Setting, show: Callable[[str], None]
+) -> Iterator[Record]:
+    """What each way does behind random contexts."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = random_model(options, device)
+    for batch in options.batches:
+        for context in options.contexts:
+            text = f"random, batch {batch}"
+            records = {way: Record(text, context, way) for way in (DEFAULT, DENSE, SELECTED, LOSSLESS)}
+            script = _Script(context + _LAST + setting.tokens + 1, acceptance, model.config.vocab_size)
+            ids = script.tokens[: context + _LAST].expand(batch, -1).to(device)
+            never = partial(_never, batch, context)
+            for _ in range(setting.rounds):
+                for way, record in records.items():
+                    show(f"{options.shape}, {context:,} tokens × {batch}, {way}")
+                    chosen = selection(model, budget=setting.budget, verify=way == LOSSLESS)
+                    states = contents(model, batch, context)
+                    with torch.inference_mode(), filled(way, model, states, chosen, never) as (cache, chunks):
+                        script.cache = cache
+                        clock = _write(model, ids, cache, setting.tokens, logits_processor=[script])
+                        record.seconds.append(clock.seconds)
+                        record.tokens = len(clock.tokens)
+                        _tell(record, chunks)
+            yield from records.values()
+
+
+def _never(batch: int, length: int, _: Attachment) -> Tensor:
+    return torch.zeros(batch, length, dtype=torch.bool)
+
+
+def figures_of(records: Sequence[Record]) -> Iterator[Figure]:
+    """Speeds against both dense ways; acceptance; whether texts are the same."""
+    for (text, context), group in _groups(records).items():
+        where = f"{text}, {context:,} tokens"
+        times = {way: np.array(record.seconds) for way, record in group.items()}
+        for against in (DEFAULT, DENSE):
+            for way in (LOSSLESS, SELECTED, LOOKUP, DENSE):
+                if way in times and way != against:
+                    ratio, shown = ratio_of(times[against], times[way])
+                    goal = _GOALS[against].get(context) if way == LOSSLESS else None
+                    met = None if goal is None else ratio >= goal
+                    target = "" if goal is None else f"≥ {goal:g}×"
+                    yield Figure(f"{where}: {way}, against {against}", ratio, shown, target, met)
+        for way in (LOSSLESS, SAMPLED):
+            if way in group and (share := group[way].acceptance) is not None:
+                passes = group[way].passes or 1
+                shown = f"{100 * share:.1f} %, {group[way].tokens / passes:.1f} tokens a pass"
+                yield Figure(f"{where}: {way}, drafted tokens that are right", share, shown)
+        for way in (DENSE, LOSSLESS, SELECTED, LOOKUP):
+            if way in group and (same := group[way].same) is not None:
+                shown = f"{same} of {group[DEFAULT].tokens}"
+                yield Figure(f"{where}: {way}, tokens as full attention's", same, shown)
+
+
+def _groups(records: Iterable[Record]) -> dict[tuple[str, int], dict[str, Record]]:
+    groups: dict[tuple[str, int], dict[str, Record]] = {}
+    for record in records:
+        groups.setdefault((record.text, record.context), {})[record.way] = record
+    return groups
+
+
+def measure_texts(
+    sources: Sequence[StyleSource],
+    contexts: Sequence[int],
+    model: str,
+    dtype: str,
+    adapters: ChunkAdapters | None,
+    setting: Setting,
+    out: Path | None,
+) -> None:
+    """Behind the beginning of each text, at each length."""
+    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype)
+    records: list[Record] = []
+    with Console(stderr=True).status("measuring") as status, torch.inference_mode():
+        for source in sources:
+            ids = torch.from_numpy(np.concatenate(tokenize(source.corpus().documents, tokenizer))[None])
+            for context in contexts:
+                if ids.shape[1] < context:
+                    raise DecodingError(f"{source.name} has {ids.shape[1]:,} tokens: give a text of {context:,}")
+                status.update(f"{source.name}, {context:,} tokens")
+                text = ids[:, :context].to(input_device(loaded))
+                records += on_text(source.name, text, loaded, tokenizer, adapters, setting)
+    _report(records, {"model": Path(model).name, "dtype": str(loaded.dtype)}, setting, out)
+
+
+def measure_random(
+    contexts: tuple[int, ...],
+    batches: tuple[int, ...],
+    acceptance: float,
+    setting: Setting,
+    dtype: str,
+    out: Path | None,
+) -> None:
+    """On a GPU Llama-3.1-8B's shape in bfloat16, else SmolLM2-135M's."""
+    on_gpu = torch.cuda.is_available()
+    precision = (torch.bfloat16 if on_gpu else torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    shape = "llama-3.1-8b" if on_gpu else "smollm2-135m"
+    options = BenchOptions(shape, precision, contexts, batches, setting.rounds)
+    with Console(stderr=True).status("measuring") as status:
+        records = list(on_random(options, acceptance, setting, status.update))
+    _report(records, {"shape": shape, "dtype": str(precision), "acceptance": acceptance}, setting, out)
+
+
+def _report(records: Sequence[Record], about: dict[str, Any], setting: Setting, out: Path | None) -> None:
+    title = "lossless chunk selection: speeds are ratios of tokens a second, medians of rounds with quartiles"
+    report(
+        list(figures_of(records)), title, about | asdict(setting) | {"records": [asdict(each) for each in records]}, out
+    )
