@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 MOST_DRAFTED = 16
-_FIRST_DRAFT = 4
+_FIRST_PLAIN, _FIRST_DRAFT = 2, 4
 _EXPECTED, _WEIGHT, _MEMORY = 0.9, 8.0, 0.98
 _NEWEST = 0.3
 _FIRST_REST, _LONGEST_REST = 32, 1024
@@ -26,6 +26,7 @@ class Pace:
         self._right = np.full(rows, _EXPECTED * _WEIGHT)
         self._tried = np.full(rows, _WEIGHT)
         self._plain: float | None = None  # v
+        self._plain_cycles = 0
         self._more: float | None = None  # w
         self._draft: float | None = None  # d
         self._choice = 0.0  # s
@@ -43,7 +44,7 @@ class Pace:
             active: bool [B], rows that still write.
             most: of tokens that there are to write.
         """
-        if self._plain is None or most < 1:
+        if self._plain_cycles < _FIRST_PLAIN or most < 1:
             return 0
         if self._draft is None:
             return min(_FIRST_DRAFT, most)
@@ -82,12 +83,21 @@ class Pace:
     def took(self, drafted: int, choosing: float, drafting: float, reading: float) -> None:
         """Takes what a cycle cost, in seconds: of choosing what drafts read, of drafting, and of the rest."""
         if not drafted:
-            self._plain = _blend(self._plain, reading)
+            self._saw_plain(reading)
             return
         assert self._plain is not None
         self._more = _blend(self._more, max(reading - self._plain, 0.0) / drafted)
         self._choice = _blend(None if self._draft is None else self._choice, choosing)
         self._draft = _blend(self._draft, drafting / drafted)
+
+    def _saw_plain(self, reading: float) -> None:
+        """The first passes behind a prompt are slow for reasons of their own: of them the fastest counts."""
+        is_first = self._plain_cycles < _FIRST_PLAIN
+        self._plain_cycles += 1
+        if self._plain is not None and is_first:
+            self._plain = min(self._plain, reading)
+        else:
+            self._plain = _blend(self._plain, reading)
 
 
 def _blend(held: float | None, seen: float) -> float:

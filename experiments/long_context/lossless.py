@@ -84,12 +84,15 @@ class _Clock(BaseStreamer):
         self.times: list[float] = []
         self.tokens: list[int] = []  # of the first row
         self._batch = batch
+        self._is_prompt = True
 
     def put(self, value: Tensor) -> None:
-        """The prompt first, which has two dimensions; then tokens, assisted generation's some at a time."""
-        if value.dim() == 1:
-            self.tokens += value[:: self._batch].tolist()
-            self.times += [time.perf_counter()] * (len(value) // self._batch)
+        """The prompt first; then the next token of all rows, or with assisted generation some of one."""
+        if not self._is_prompt:
+            new = value.flatten()[:: self._batch].tolist()
+            self.tokens += new
+            self.times += [time.perf_counter()] * len(new)
+        self._is_prompt = False
 
     def end(self) -> None:
         """Nothing."""
@@ -125,6 +128,8 @@ def on_text(
             torch.manual_seed(0)
             options = {"do_sample": True, "top_k": 0}
         with filled(path, model, prompt.states, chosen, ended, tokenizer) as (cache, chunks):
+            if way == LOOKUP:  # assisted generation writes something else where more than one token is missing
+                model(input_ids=ids[:, -_LAST:-1], use_cache=True, **{cache_argument(model): cache})
             return _write(model, ids, cache, setting.tokens, **options), chunks
 
     ways = (DEFAULT, DENSE, SELECTED, LOSSLESS, LOOKUP, SAMPLED)

@@ -282,7 +282,8 @@ class TestPace:
 
     def paced(self, plain, more, draft, acceptance, choice=0.0):
         pace = Pace(1)
-        pace.took(0, 0, 0, plain)
+        for slow in (3, 1):
+            pace.took(0, 0, 0, slow * plain)
         for _ in range(200):
             pace.saw(10, np.array([9]))
             pace._right[:] = acceptance * pace._tried
@@ -290,10 +291,11 @@ class TestPace:
             pace.took(4, choice, 4 * draft, plain + 4 * more)
         return pace
 
-    def test_first_a_plain_step_then_a_trial(self):
+    def test_first_plain_steps_then_a_trial(self):
         pace = Pace(1)
-        assert pace.length(self.ALL, 16) == 0
-        pace.took(0, 0, 0, 1.0)
+        for _ in range(2):
+            assert pace.length(self.ALL, 16) == 0
+            pace.took(0, 0, 0, 1.0)
         assert pace.length(self.ALL, 16) > 0
         assert pace.length(self.ALL, 2) == 2
 
