@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -59,12 +60,15 @@ def lossless(generate: Callable[..., Any], counters: Counters) -> Callable[..., 
 
 def _with_stop_strings(options: dict[str, Any]) -> dict[str, Any]:
     """``stop_strings`` as a criterion: with a ``custom_generate``, transformers loses the tokenizer that it needs."""
-    strings, tokenizer = options.get("stop_strings"), options.get("tokenizer")
+    config, tokenizer = deepcopy(options.get("generation_config")), options.get("tokenizer")
+    strings = options.get("stop_strings") or getattr(config, "stop_strings", None)
     if strings is None or tokenizer is None:
         return options
-    criterion = StopStringCriteria(tokenizer, strings)
-    given = options.get("stopping_criteria") or ()
-    return options | {"stop_strings": None, "stopping_criteria": StoppingCriteriaList([*given, criterion])}
+    criteria = [*(options.get("stopping_criteria") or ()), StopStringCriteria(tokenizer, strings)]
+    if config is not None:
+        config.stop_strings = None
+    said = {"stop_strings": None, "generation_config": config, "stopping_criteria": StoppingCriteriaList(criteria)}
+    return options | said
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What is written with ``verify=True`` is what the model writes without, whatever was drafted."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -178,7 +180,11 @@ class TestEnds:
         options = {"ids": ids, "tokenizer": tokenizer, "stop_strings": shown, "max_new_tokens": 30}
         wanted = generate(model, **options)
         assert wanted.sequences.shape[1] < 90
+        config = deepcopy(model.generation_config)
+        config.stop_strings = options["stop_strings"]
         with attach(model):
+            assert torch.equal(generate(model, **options).sequences, wanted.sequences)
+            options = options | {"stop_strings": None, "generation_config": config}
             assert torch.equal(generate(model, **options).sequences, wanted.sequences)
 
 
