@@ -3,21 +3,55 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from chunkllm.errors import ChunkError
 
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # what files of models call transformers' attention interface
+_ATTENTION = ("self_attn", "attention", "attn", "self_attention", "mixer")  # what models call it in a layer
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 
 
 def cache_argument(model: Any) -> str:
-    """What a model or decoder calls the cache in its forward pass."""
+    """What a model or decoder calls the cache in its forward pass.
+
+    Raises:
+        ChunkError: it takes none.
+    """
     parameters = inspect.signature(model.forward).parameters
-    return next(name for name in CACHE_NAMES if name in parameters)
+    found = next((name for name in CACHE_NAMES if name in parameters), None)
+    if found is None:
+        raise ChunkError(f"{type(model).__name__} takes no key-value cache: chunk selection needs one")
+    return found
+
+
+def decoder_of(model: Any) -> Any:
+    """The module that holds a model's decoder layers; for some models `get_decoder` gives one around or beside it.
+
+    Raises:
+        ChunkError: there is none.
+    """
+    decoder = model.get_decoder()
+    for found in (decoder, getattr(decoder, "model", None), getattr(model, "model", None)):
+        if hasattr(found, "layers"):
+            return found
+    raise ChunkError(f"{model.config.model_type} has no decoder with layers: chunk selection needs them")
+
+
+def bottom_states(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """[B, T, hidden_size], of what a decoder layer returned; some return a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def attention_implementation(model: Any) -> str:
+    """The name of the attention function of a model's decoder ("sdpa", "eager", …)."""
+    return decoder_of(model).config._attn_implementation
 
 
 @dataclass(frozen=True)
@@ -72,25 +106,48 @@ def _read_shape(model: Any) -> ModelShape:
         raise ChunkError(f"{kind} has no rotary position embeddings (rope_parameters): chunk selection needs them")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise ChunkError(f"{kind} caps its attention logits (attn_logit_softcapping), which chunk selection does not")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ChunkError(f"{kind} does not use transformers' attention interface (_supports_attention_backend)")
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        raise ChunkError(f"{kind} has a cache of its own: chunk selection needs transformers' (DynamicCache)")
+    if getattr(config, "num_kv_shared_layers", None):
+        raise ChunkError(f"{kind} has layers that read another's keys and values (num_kv_shared_layers)")
     layers = layer_kinds(config)
-    if layers.others or not layers.full:
+    if not layers.full:
         found = ", ".join(sorted(set(layers.others))) or "sliding windows alone"
-        raise ChunkError(f"{kind} has no layers with full attention, or others that keep no keys and values: {found}")
-    attention = attention_modules(model)[layers.full[0]]
+        raise ChunkError(f"{kind} has no layers with full attention alone, in which to select: {found}")
+    modules = attention_modules(model)
+    full = tuple(i for i in layers.full if i in modules)  # others attend to images, as in Mllama
+    if not full:
+        raise ChunkError(f"{kind} has no attention (self_attn) in its decoder's layers")
+    attention = modules[full[0]]
+    if not hasattr(sys.modules[type(attention).__module__], INTERFACE):
+        raise ChunkError(f"{kind} does not use transformers' attention interface ({INTERFACE})")
     if hasattr(attention, "sinks"):
         raise ChunkError(f"{kind} has learned attention sinks (sinks), which chunk selection does not know")
-    heads = config.num_attention_heads
+    heads, kv_heads, head_dim = _of_attention(config, full)
     return ModelShape(
         model_type=kind,
         hidden_size=config.hidden_size,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        scaling=float(attention.scaling),
-        full_layers=layers.full,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        scaling=float(getattr(attention, "scaling", head_dim**-0.5)),
+        full_layers=full,
     )
+
+
+def _of_attention(config: Any, layers: tuple[int, ...]) -> tuple[int, int, int]:
+    """H, Hkv and D, which those layers must have in common; others may have theirs."""
+    by_layer = getattr(config, "per_layer_config", None)
+    found = {_heads(each) for each in ([config] if by_layer is None else [by_layer[i] for i in layers])}
+    if len(found) > 1:
+        raise AttributeError(f"query heads, key-value heads and their width are {sorted(found)}")
+    return found.pop()
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 class LayerKinds(NamedTuple):
@@ -111,13 +168,14 @@ def layer_kinds(config: Any) -> LayerKinds:
 
 
 def attention_modules(model: Any) -> dict[int, Any]:
-    """The attention of every layer, by its place.
+    """The attention of the decoder's layers that have one, by its place.
 
     Raises:
         ChunkError: the model's layers are not where models of transformers have them.
     """
-    layers = getattr(model.get_decoder(), "layers", None)
-    modules = {} if layers is None else {i: getattr(layer, "self_attn", None) for i, layer in enumerate(layers)}
-    if not modules or not all(hasattr(module, "scaling") for module in modules.values()):
-        raise ChunkError(f"{model.config.model_type} has no decoder layers with self_attn: chunk selection needs them")
-    return modules
+    found = {}
+    for i, layer in enumerate(decoder_of(model).layers):
+        module = next((getattr(layer, name) for name in _ATTENTION if hasattr(layer, name)), None)
+        if hasattr(module, "layer_idx") and hasattr(module, "config"):
+            found[i] = module
+    return found

@@ -15,13 +15,15 @@ from chunkllm.adapters import ChunkAdapters
 from chunkllm.boundaries import punctuation_boundaries
 from chunkllm.contiguous.attention import intercept
 from chunkllm.contiguous.cache import ChunkCache
+from chunkllm.contiguous.ids import tell_ids, told_ids
 from chunkllm.contiguous.layer import ChunkLayer
-from chunkllm.contiguous.lossless import lossless
+from chunkllm.contiguous.lossless import lossless, require_verifiable
 from chunkllm.contiguous.plan import Counters, Plan
+from chunkllm.contiguous.probe import require_exact
 from chunkllm.contiguous.reading import Reading, Record
 from chunkllm.contiguous.verified import VerifiedCache
 from chunkllm.errors import ChunkError
-from chunkllm.models import CACHE_NAMES, ModelShape, cache_argument, model_shape
+from chunkllm.models import CACHE_NAMES, ModelShape, bottom_states, cache_argument, decoder_of, model_shape
 from chunkllm.scorers import PooledScorer, Scorer
 from chunkllm.selection import DEFAULT_BUDGET, DEFAULT_LOCAL, DEFAULT_SINKS, layer_weights
 
@@ -124,18 +126,24 @@ class ChunkSelection:
             tokenizer: of the model, for boundaries by punctuation where there are no adapters.
             record: keep each selection for `Attachment.readings`: 9 bytes of the host's memory a token read and layer.
 
-        The adapters move to the model's device.
+        The adapters move to the model's device. A model's first selection is compared with the model's own attention,
+        which takes four short passes (`chunkllm.contiguous.probe`). A refused model is as it was.
 
         Raises:
-            ChunkError: the model lacks something, lies on several devices, or has a selection attached, or the adapters
-                are another model's.
+            ChunkError: the model lacks something, computes something else with a selection, lies on several devices, or
+                has a selection attached, or the adapters are another model's.
         """
         if model in _attached:
             raise ChunkError("the model has a selection attached: detach it first")
         finds_boundaries = self.adapters is not None or tokenizer is not None
         max_chunk = self.max_chunk or (DEFAULT_MAX_CHUNK if finds_boundaries else FIXED_CHUNK)
         self._require_room(max(self.local, max_chunk))
-        return Attachment(model, self._plan(model, max_chunk), self.adapters, tokenizer, Record() if record else None)
+        plan = self._plan(model, max_chunk)
+        if self.verify:
+            require_verifiable(model, plan)
+        require_exact(model, plan, lambda probed, new_cache: Attachment(model, probed, None, None, new_cache=new_cache))
+        new_cache = VerifiedCache if self.verify else ChunkCache
+        return Attachment(model, plan, self.adapters, tokenizer, Record() if record else None, new_cache)
 
     def _plan(self, model: Any, max_chunk: int) -> Plan:
         shape = model_shape(model)
@@ -188,6 +196,7 @@ class Attachment:
         adapters: ChunkAdapters | None,
         tokenizer: Any | None,
         record: Record | None = None,
+        new_cache: Callable[[Plan, Counters], ChunkCache] = ChunkCache,
     ):
         self.plan = plan
         self._model = model
@@ -195,11 +204,13 @@ class Attachment:
         self._punctuation = None if adapters is not None or tokenizer is None else _punctuation(tokenizer, model)
         self._counters = Counters(layers=plan.shape.full_layers, record=record)
         self._caches: WeakSet[ChunkCache] = WeakSet()
+        self._new_cache = new_cache
         self._current: ChunkCache | None = None
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         self.cache_name = cache_argument(decoder)
         self._undo = [
             intercept(model, self._attend),
+            tell_ids(model),
             decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove,
             decoder.register_forward_hook(self._after, always_call=True).remove,
         ]
@@ -273,13 +284,14 @@ class Attachment:
         ids = args[0] if args else options.get("input_ids")
         inputs = options["inputs_embeds"] if ids is None else ids
         cache.begin(inputs.shape[0], inputs.shape[1], options.get("attention_mask"), inputs.device)
+        ids = told_ids(inputs) if ids is None else ids
         if self._punctuation is not None and ids is not None:
             cache.observe(self._punctuation[ids])
         return args, options
 
     def new_cache(self) -> ChunkCache:
         """An empty cache. A forward pass without a cache makes one by itself."""
-        made = (VerifiedCache if self.plan.verify else ChunkCache)(self.plan, self._counters)
+        made = self._new_cache(self.plan, self._counters)
         self._caches.add(made)
         return made
 
@@ -322,9 +334,9 @@ class Attachment:
         if cache is not None and output is not None and next(decoder.parameters()).device.type != "cuda":
             cache.count_last_step()
 
-    def _detect(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
+    def _detect(self, layer: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         if self._current is not None and self._adapters is not None:
-            self._current.observe(self._adapters.is_boundary(output))
+            self._current.observe(self._adapters.is_boundary(bottom_states(output)))
 
     def _attend(
         self, attention: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from chunkllm.models import attention_modules
+from chunkllm.models import INTERFACE, attention_modules, decoder_of
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 Handler = Callable[..., tuple[Tensor, Tensor | None]]
@@ -34,18 +35,32 @@ def intercept(model: Any, handler: Handler) -> Callable[[], None]:
     Returns:
         What undoes it.
     """
-    own = model.get_decoder().config._attn_implementation
-    modules = attention_modules(model).values()
-    name = _registered(own)
+    modules = list(attention_modules(model).values())
+    # Those that the decoder and its attention read, and no other part's: a vision tower attends as it did.
+    configs = {id(part.config): part.config for part in (decoder_of(model), *modules)}.values()
+    held = [(config, config._attn_implementation) for config in configs]
     _handlers.update(dict.fromkeys(modules, handler))
-    model.set_attn_implementation(name)
+    for config, own in held:
+        config._attn_implementation_internal = _registered(own)  # the property's setter sets those of parts, too
 
     def undo() -> None:
-        model.set_attn_implementation(own)
+        for config, own in held:
+            config._attn_implementation_internal = own
         for module in modules:
             _handlers.pop(module, None)
 
     return undo
+
+
+@contextmanager
+def watch(model: Any, wrap: Callable[[Handler], Handler]) -> Iterator[None]:
+    """Puts another handler around that of `intercept`, for the time of a ``with`` block."""
+    held = {module: _handlers[module] for module in attention_modules(model).values()}
+    _handlers.update({module: wrap(handler) for module, handler in held.items()})
+    try:
+        yield
+    finally:
+        _handlers.update(held)
 
 
 def _registered(own: str) -> str:
@@ -59,14 +74,18 @@ def _registered(own: str) -> str:
 
 
 def _calling(own: str) -> Attention:
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        # "eager" is no registered function, but one of the model's own file.
+    # Models give the first four by place, and some the mask by name.
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> Any:
+        # "eager" is no registered function, but one of the model's own file, which may have others of its own, too.
         functions = sys.modules[type(module).__module__]
         eager: Any = getattr(functions, "eager_attention_forward", None)
-        function = AttentionInterface().get_interface(own, eager)
+        interface = getattr(functions, INTERFACE, None) or AttentionInterface()
+        function = interface.get_interface(own, eager)
         handler = _handlers.get(module)
         if handler is None:
-            return function(module, query, key, value, mask, **options)
-        return handler(function, module, query, key, value, mask, **options)
+            return function(module, query, key, value, attention_mask, **options)
+        return handler(function, module, query, key, value, attention_mask, **options)
 
     return attention

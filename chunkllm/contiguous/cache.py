@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,9 +64,10 @@ class ChunkCache(Cache):
     def _front(self) -> ChunkLayer:
         return self.layers[self.plan.shape.full_layers[0]]  # type: ignore[return-value]
 
-    def begin(self, batch: int, new_tokens: int, attention_mask: Tensor | None, device: torch.device) -> None:
+    def begin(self, batch: int, new_tokens: int, attention_mask: Any, device: torch.device) -> None:
         """Before a forward pass of [batch, new_tokens]: refreshes the selection where a chunk has ended."""
         length = self._front.get_seq_length()
+        attention_mask = _of_tokens(attention_mask)
         if self.table is None or length == 0:
             self._start(batch, attention_mask)
         elif batch != len(self.table.first):
@@ -328,6 +329,20 @@ class ChunkCache(Cache):
         """Forgets everything."""
         super().reset()
         self.table = None
+
+
+def _of_tokens(attention_mask: Any) -> Tensor | None:
+    """A mask of tokens [B, places], also where a model has made masks of it before it calls its decoder.
+
+    Those come by kind of layer. Full attention's is [B, 1, T, places], whose last token reads all but padding; or None,
+    where there is no padding.
+    """
+    if not isinstance(attention_mask, Mapping):
+        return attention_mask
+    made = attention_mask.get("full_attention")
+    if made is None or made.dim() != 4:
+        return made
+    return made[:, 0, -1] if made.dtype == torch.bool else made[:, 0, -1] == 0
 
 
 def _padding(attention_mask: Tensor) -> np.ndarray:

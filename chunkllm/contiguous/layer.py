@@ -266,12 +266,21 @@ class ChunkLayer(CacheLayerMixin):
         assert self._buffer is not None
         keys = self._buffer[0][:, :, : self._used]
         mask = None if self.mask is None else self.mask[:, None, None, : self._used]
-        everything = torch.cat((self._all(self.keys).to(self.device), keys[:, :, self._flushed :]), 2)
+        everything, _ = self.everything()
         query = self.last_queries(1).float()
         held, full = (
             self._log_mass(query * scaling, part, which) for part, which in ((keys, mask), (everything, None))
         )
         return (held - full).exp()
+
+    def everything(self) -> tuple[Tensor, Tensor]:
+        """All keys and values, each [B, Hkv, S, D], in the order of their places, selected or not. For measurements."""
+        assert self._buffer is not None
+        keys, values = (
+            torch.cat((self._all(storage).to(self.device), held[:, :, self._flushed : self._used]), 2)
+            for storage, held in zip((self.keys, self.values), self._buffer, strict=True)
+        )
+        return keys, values
 
     @staticmethod
     def _log_mass(query: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:

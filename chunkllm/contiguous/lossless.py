@@ -26,12 +26,12 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
-from chunkllm.contiguous.plan import Counters
+from chunkllm.contiguous.plan import Counters, Plan
 from chunkllm.contiguous.texts import Texts
 from chunkllm.contiguous.verified import VerifiedCache
 from chunkllm.errors import ChunkError
 from chunkllm.late import Stopwatch
-from chunkllm.models import CACHE_NAMES
+from chunkllm.models import CACHE_NAMES, layer_kinds
 from chunkllm.pace import MOST_DRAFTED, Pace
 
 _HELD = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "input_ids", *CACHE_NAMES}
@@ -56,6 +56,21 @@ def lossless(generate: Callable[..., Any], counters: Counters) -> Callable[..., 
         return generate(*given.pop("args", ()), **_with_stop_strings(options) | {"custom_generate": call.write})
 
     return written
+
+
+def require_verifiable(model: Any, plan: Plan) -> None:
+    """Refuses a model that cannot go back to where a draft began.
+
+    Raises:
+        ChunkError: it does not generate, or has layers whose states take everything in.
+    """
+    kind = plan.shape.model_type
+    if not hasattr(model, "generate"):
+        raise ChunkError(f"verify=True works in generate, which {type(model).__name__} does not have")
+    if others := sorted(set(layer_kinds(plan.config).others)):
+        raise ChunkError(
+            f"{kind} has layers that cannot forget what was drafted ({', '.join(others)}): leave verify=True out"
+        )
 
 
 def _with_stop_strings(options: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from chunkllm.adapters import ChunkAdapters
 from chunkllm.contiguous.attention import intercept
-from chunkllm.models import cache_argument, model_shape
+from chunkllm.models import bottom_states, cache_argument, decoder_of, model_shape
 from chunkllm.scorers import Scorer, chunk_scores
 from chunkllm.selection import Rows, choose_tokens, score_per_token, selectable
 from chunkllm.training.distillation import Boundaries
@@ -98,7 +98,8 @@ def layer_sensitivity(
     begin = len(ids) - last
     tokens = torch.from_numpy(ids)[None].to(model.device)
     bottom: list[Tensor] = []
-    hook = model.get_decoder().layers[0].register_forward_hook(lambda module, args, output: bottom.append(output))
+    decoder_layer = decoder_of(model).layers[0]
+    hook = decoder_layer.register_forward_hook(lambda module, args, output: bottom.append(bottom_states(output)))
     try:
         before: Any = DynamicCache(config=model.config)
         model(input_ids=tokens[:, :begin], logits_to_keep=1, use_cache=True, **{cache_argument(model): before})

@@ -22,7 +22,7 @@ from chunkllm.boundaries import boundary_labels
 from chunkllm.contiguous.attention import intercept
 from chunkllm.contiguous.table import ChunkTable
 from chunkllm.errors import ChunkError
-from chunkllm.models import model_shape
+from chunkllm.models import bottom_states, decoder_of, model_shape
 from chunkllm.scorers import ChunkStatistics
 from chunkllm.training.distillation import Boundaries, Lesson, make_lesson
 
@@ -137,17 +137,18 @@ def read_piece(model: Any, piece: Piece, options: ReadingOptions, seed: int) -> 
     device = model.device
     boundaries = _boundaries(piece, options, seed)
     boundaries = Boundaries(*(part.to(device) for part in boundaries))
-    full = set(model_shape(model).full_layers)
+    shape = model_shape(model)
     lessons: dict[int, Lesson] = {}
     bottom: list[Tensor] = []
 
     def attend(attention: Any, module: Any, query: Tensor, key: Tensor, *rest: Any, **others: Any) -> Any:
-        if module.layer_idx in full:
-            lessons[module.layer_idx] = make_lesson(query[0], key[0], boundaries, options.queries, module.scaling)
+        if module.layer_idx in shape.full_layers:
+            lessons[module.layer_idx] = make_lesson(query[0], key[0], boundaries, options.queries, shape.scaling)
         return attention(module, query, key, *rest, **others)
 
     undo = intercept(model, attend)
-    hook = model.get_decoder().layers[0].register_forward_hook(lambda module, args, output: bottom.append(output[0]))
+    decoder_layer = decoder_of(model).layers[0]
+    hook = decoder_layer.register_forward_hook(lambda module, args, output: bottom.append(bottom_states(output)[0]))
     try:
         with torch.no_grad():
             model(torch.from_numpy(piece.ids)[None].to(device), use_cache=False, logits_to_keep=1)

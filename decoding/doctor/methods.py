@@ -107,12 +107,14 @@ def _phases(tokenizer: Any) -> None:
 def _chunks(model: Any, tokenizer: Any) -> str:
     with ChunkSelection().attach(model, tokenizer) as attached:
         full = len(attached.plan.shape.full_layers)
-    selecting = f"{full} of {model.config.get_text_config(decoder=True).num_hidden_layers} layers select"
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    selecting = f"{full} of {layers} layers select"
+    unseen = "" if model.device.type != "meta" else "; with its weights it is compared with the model's own attention"
     try:
         with ChunkSelection(ChunkAdapters.from_pretrained()).attach(model):
-            return f"{selecting}; the embedded adapters have its shape"
+            return f"{selecting}; the embedded adapters have its shape{unseen}"
     except ChunkError as error:
-        return f"{selecting}, by punctuation and pooled keys; of the embedded adapters: {error}"
+        return f"{selecting}, by punctuation and pooled keys; of the embedded adapters: {error}{unseen}"
 
 
 def in_vllm(name: str, here: Machine) -> Iterator[Verdict]:

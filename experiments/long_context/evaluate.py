@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from chunkllm import ChunkAdapters, ChunkSelection
 from chunkllm.contiguous.attach import Attachment
-from chunkllm.models import cache_argument
+from chunkllm.models import bottom_states, cache_argument, decoder_of
 from chunkllm.training.calibration import divergence
 from decoding.errors import DecodingError
 from decoding.metrics import token_log_probs
@@ -149,10 +149,10 @@ def read(model: Any, ids: Tensor, following: Tensor | None = None) -> tuple[Read
     """
     rows, bottoms, predicted = [], [], []
     name = cache_argument(model)
-    decoder_layer = model.get_decoder().layers[0]
+    decoder_layer = decoder_of(model).layers[0]
     for i, row in enumerate(ids.split(1)):
         cache: Any = DynamicCache(config=model.config)
-        hook = decoder_layer.register_forward_hook(lambda module, args, output: bottoms.append(output))
+        hook = decoder_layer.register_forward_hook(lambda module, args, output: bottoms.append(bottom_states(output)))
         try:
             model(input_ids=row[:, :-_LAST], logits_to_keep=1, use_cache=True, **{name: cache})
         finally:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from chunkllm import ChunkAdapters
+from chunkllm import ChunkAdapters, ChunkSelection
 
 VOCAB, PAD = 64, 0
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
@@ -88,13 +88,17 @@ def calibrated(model):
 
 @pytest.fixture(scope="session")
 def models():
-    """Tiny models by kind and implementation; tests leave them as they are."""
+    """Tiny models by kind and implementation; tests leave them as they are.
+
+    A selection was attached to each before, so that what is compared then is not among what a test looks at.
+    """
     made = {}
 
     def get(kind="llama", implementation="sdpa"):
         key = kind, implementation
         if key not in made:
             made[key] = tiny_model(kind, implementation=implementation)
+            ChunkSelection().attach(made[key]).detach()
         return made[key]
 
     return get

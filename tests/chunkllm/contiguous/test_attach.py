@@ -7,10 +7,13 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     Gemma2Config,
+    Gemma3nTextConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MiniMaxConfig,
     MistralConfig,
+    RecurrentGemmaConfig,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -97,6 +100,7 @@ def test_an_exception_in_a_forward_pass_leaves_nothing(model):
 
 def test_an_exception_while_selecting_leaves_nothing(model, monkeypatch):
     before = logits(model)
+    ChunkSelection().attach(model).detach()  # what it compares first, it compares once
     monkeypatch.setattr(PooledScorer, "query_features", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), ChunkSelection(**SMALL, budget=16).attach(model):
         logits(model)
@@ -154,11 +158,26 @@ def of(config, **changes):
     return AutoModelForCausalLM.from_config(config(**shape | changes))
 
 
+GEMMA_3N = {
+    "head_dim": 8,
+    "layer_types": ["full_attention"] * 3,
+    "activation_sparsity_pattern": [0.0] * 3,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 8,
+}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: of(GPT2Config), "gpt2 .*rotary position embeddings"),
-        (lambda: of(MiniMaxConfig, head_dim=8, num_local_experts=2), "minimax .*keep no keys and values: LinearAtt"),
+        (lambda: of(MiniMaxConfig, head_dim=8, num_local_experts=2), "minimax has a cache of its own"),
+        (lambda: of(RecurrentGemmaConfig, attention_window_size=8), "recurrent_gemma .*full attention.*: LinearAttent"),
+        (lambda: of(GptOssConfig, head_dim=8, num_local_experts=2), "gpt_oss .*attention sinks"),
+        (
+            lambda: of(Gemma3nTextConfig, num_hidden_layers=3, num_kv_shared_layers=1, **GEMMA_3N),
+            "gemma3n_text .*another's keys and values .num_kv_shared_layers",
+        ),
         (lambda: of(MistralConfig, sliding_window=8), "mistral .*sliding windows alone"),
         (lambda: of(Gemma2Config, head_dim=8, attn_logit_softcapping=50.0), "gemma2 .*attn_logit_softcapping"),
         (
