@@ -49,7 +49,9 @@ def chunk_statistics(keys: Tensor, chunk_of: Tensor, ends: Tensor) -> ChunkStati
     lengths = ones.new_zeros(batch * (count + 1)).index_add_(0, place, ones).view(batch, 1, count + 1, 1)
     lengths = lengths[:, :, :count].clamp(min=1)
     mean = mean_of(tokens)
-    variance = (mean_of(tokens * tokens) - mean * mean).clamp(min=0)
+    # About the mean: E[x²] − E[x]² is a small difference of large numbers where keys have a bias.
+    means = torch.nn.functional.pad(mean, (0, 0, 0, 1)).transpose(0, 1).reshape(heads, -1, width)
+    variance = mean_of((tokens - means.index_select(1, place)).square_())
     last = keys.gather(2, ends[:, None, :, None].expand(batch, heads, count, width)).float()
     return ChunkStatistics(mean, variance, last)
 
@@ -110,9 +112,10 @@ def chunk_scores(
     """
     batch, heads, count, _ = queries.shape
     groups = features.shape[1]
-    wanted = scorer.query_features(layer, queries.float()).to(features.dtype)
-    logits = wanted.reshape(batch, groups, heads // groups * count, -1) @ features.transpose(-1, -2)
-    return scorer.reduce(layer, logits.view(batch, heads, count, -1).float(), lengths, distances)
+    wanted = scorer.query_features(layer, queries.float())
+    # In float32 whatever the model computes in: squares of queries times variances leave float16's range.
+    logits = wanted.reshape(batch, groups, heads // groups * count, -1) @ features.float().transpose(-1, -2)
+    return scorer.reduce(layer, logits.view(batch, heads, count, -1), lengths, distances)
 
 
 class PooledScorer(Scorer):

@@ -73,11 +73,11 @@ def choose_tokens(
         sinks: first tokens that always stay.
         slots: S, tokens that stay. The last chunk to fit is cut to fill them exactly.
         top_k: chunks that stay; all that fit by default.
-        limits: int64 [B], slots that a row uses, if not all.
+        limits: int64 [B], tokens that stay of a row, no more than S; S by default.
 
     Returns:
-        int64 [B, S], places of tokens, and bool [B, S], whether there is one: rows with no more than S tokens keep
-        all, and ``top_k`` chunks may be fewer tokens than S.
+        int64 [B, S], places of tokens, and bool [B, S], whether there is one: rows with no more tokens than may stay
+        keep all, and ``top_k`` chunks may be fewer.
     """
     lengths = chunks.lengths
     order = ranks.masked_fill(lengths == 0, -torch.inf).argsort(stable=True, dim=-1, descending=True)
@@ -95,7 +95,7 @@ def choose_tokens(
     tokens = torch.where(slot < sinks, rows.first[:, None] + slot, torch.where(slot < always, from_end, chosen))
     valid = (slot < always) | (of_chunks < ends[:, -1:])
     held = (rows.length - rows.first)[:, None]
-    keeps_all = held <= slots
+    keeps_all = held <= (slots if limits is None else limits[:, None])
     tokens = torch.where(keeps_all, rows.first[:, None] + slot, tokens)
     valid = torch.where(keeps_all, slot < held, valid)
     if limits is not None:

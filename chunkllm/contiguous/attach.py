@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from types import TracebackType
-from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any, Never
+from weakref import WeakMethod, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from chunkllm.adapters import ChunkAdapters
 from chunkllm.boundaries import punctuation_boundaries
 from chunkllm.contiguous.attention import intercept
 from chunkllm.contiguous.cache import ChunkCache
+from chunkllm.contiguous.calls import Running, call_of, wrap_generate
 from chunkllm.contiguous.ids import tell_ids, told_ids
 from chunkllm.contiguous.layer import ChunkLayer
 from chunkllm.contiguous.lossless import lossless, require_verifiable
@@ -28,16 +30,16 @@ from chunkllm.scorers import PooledScorer, Scorer
 from chunkllm.selection import DEFAULT_BUDGET, DEFAULT_LOCAL, DEFAULT_SINKS, layer_weights
 
 DEFAULT_MAX_CHUNK, FIXED_CHUNK = 32, 20
-_attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
+_attached: WeakSet[nn.Module] = WeakSet()  # which have their attachments themselves, so that both can be freed
 
 
 class ChunkSelection:
     """Selects the chunks that the next tokens attend to, whenever one ends (ChunkLLM, arXiv 2510.02361).
 
-    Prompts are read with full attention. While tokens are written one by one, attention reads the first tokens, the
-    last ones, and the chunks that score best for the last queries; it chooses them anew when a chunk ends
-    (Intra-Chunk Attention Consistency), which takes effect with the next token. As long as nothing need be dropped,
-    the model computes what it computes without.
+    Prompts are read with full attention, to their last token in ``generate``. While tokens are written one by one,
+    attention reads the first tokens, the last ones, and the chunks that score best for the last queries; it chooses
+    them anew when a chunk ends (Intra-Chunk Attention Consistency), which takes effect with the next token. As long as
+    nothing need be dropped, the model computes what it computes without.
 
     Args:
         adapters: trained for the model: they detect boundaries and score chunks. Without, chunks end where punctuation
@@ -126,8 +128,11 @@ class ChunkSelection:
             tokenizer: of the model, for boundaries by punctuation where there are no adapters.
             record: keep each selection for `Attachment.readings`: 9 bytes of the host's memory a token read and layer.
 
-        The adapters move to the model's device. A model's first selection is compared with the model's own attention,
-        which takes four short passes (`chunkllm.contiguous.probe`). A refused model is as it was.
+        Adapters that lie on another device are copied to the model's. A model's first selection is compared with the
+        model's own attention, which takes four short passes (`chunkllm.contiguous.probe`). A refused model is as it
+        was. Several threads can use the model at once. What
+        is said of prompts holds for ``model.generate``; in forward passes of your own, a token that comes alone to a
+        cache goes on with the text.
 
         Raises:
             ChunkError: the model lacks something, computes something else with a selection, lies on several devices, or
@@ -138,28 +143,34 @@ class ChunkSelection:
         finds_boundaries = self.adapters is not None or tokenizer is not None
         max_chunk = self.max_chunk or (DEFAULT_MAX_CHUNK if finds_boundaries else FIXED_CHUNK)
         self._require_room(max(self.local, max_chunk))
-        plan = self._plan(model, max_chunk)
+        shape = model_shape(model)
+        adapters = self._adapters_for(model, shape)
+        plan = self._plan(model, shape, adapters, max_chunk)
         if self.verify:
             require_verifiable(model, plan)
         require_exact(model, plan, lambda probed, new_cache: Attachment(model, probed, None, None, new_cache=new_cache))
         new_cache = VerifiedCache if self.verify else ChunkCache
-        return Attachment(model, plan, self.adapters, tokenizer, Record() if record else None, new_cache)
+        return Attachment(model, plan, adapters, tokenizer, Record() if record else None, new_cache)
 
-    def _plan(self, model: Any, max_chunk: int) -> Plan:
-        shape = model_shape(model)
+    def _adapters_for(self, model: Any, shape: ModelShape) -> ChunkAdapters | None:
+        """The adapters, on the model's device: others may use them on theirs."""
         if len({parameter.device for parameter in model.parameters()}) > 1:
             raise ChunkError("the model lies on several devices: chunk selection needs it on one")
-        if self.adapters is not None:
-            if self.adapters.config.shape != shape:
-                differing = _difference(self.adapters.config.shape, shape)
-                raise ChunkError(
-                    f"the adapters are for another model ({differing}): train some with `decoding chunk train`"
-                )
-            self.adapters.to(model.device)
+        if self.adapters is None:
+            return None
+        if self.adapters.config.shape != shape:
+            differing = _difference(self.adapters.config.shape, shape)
+            raise ChunkError(
+                f"the adapters are for another model ({differing}): train some with `decoding chunk train`"
+            )
+        is_there = all(weights.device == model.device for weights in self.adapters.parameters())
+        return self.adapters if is_there else deepcopy(self.adapters).to(model.device)
+
+    def _plan(self, model: Any, shape: ModelShape, adapters: ChunkAdapters | None, max_chunk: int) -> Plan:
         scorer = self.scorer
         if scorer is None:
             pooled = PooledScorer(shape.head_dim, scaling=shape.scaling)
-            scorer = pooled if self.adapters is None else self.adapters.scorer()
+            scorer = pooled if adapters is None else adapters.scorer()
         return Plan(
             owner=self,
             config=model.config.get_text_config(decoder=True),
@@ -203,22 +214,24 @@ class Attachment:
         self._adapters = adapters
         self._punctuation = None if adapters is not None or tokenizer is None else _punctuation(tokenizer, model)
         self._counters = Counters(layers=plan.shape.full_layers, record=record)
-        self._caches: WeakSet[ChunkCache] = WeakSet()
         self._new_cache = new_cache
-        self._current: ChunkCache | None = None
+        self._running = Running()
+        self._layers = plan.config.num_hidden_layers
         decoder = decoder_of(model)
         self.cache_name = cache_argument(decoder)
         self._undo = [
-            intercept(model, self._attend),
+            intercept(model, _weakly(self._attend)),
             tell_ids(model),
             decoder.register_forward_pre_hook(self._before, with_kwargs=True).remove,
-            decoder.register_forward_hook(self._after, always_call=True).remove,
+            decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True).remove,
+            wrap_generate(model, self._generate),
         ]
-        if plan.verify:
-            self._undo.append(_replaced(model, "generate", lossless(model.generate, self._counters)))
         if adapters is not None:
             self._undo.append(decoder.layers[0].register_forward_hook(self._detect).remove)
-        _attached[model] = self
+        _attached.add(model)
+
+    def __reduce_ex__(self, protocol: Any) -> Never:
+        raise ChunkError("a model with a selection attached cannot be copied or pickled: detach it first")
 
     def __enter__(self) -> Attachment:
         return self
@@ -230,8 +243,8 @@ class Attachment:
         """Takes the selection off the model. Caches that it made go on with full attention."""
         while self._undo:
             self._undo.pop()()
-        _attached.pop(self._model, None)
-        for cache in self._caches:
+        _attached.discard(self._model)
+        for cache in self._counters.joined():
             cache.count_last_step()
             cache.settle()
 
@@ -243,22 +256,9 @@ class Attachment:
         (``layers`` has each): of ``held`` tokens, those of all ``steps`` together, ``read`` were read. ``boundaries``
         are the chunks that ended, in prompts too, and ``selections`` how often a row's chunks were chosen.
         """
-        for cache in self._caches:
-            cache.count_last_step()
-        counters = self._counters
-        shares = {layer: kept / max(counters.total, 1) for layer, kept in counters.kept.items()}
-        retention = sum(shares.values()) / len(shares) if shares else 1.0
-        return {
-            "kv_retention": retention,
-            "read": retention * counters.total,
-            "held": counters.total,
-            "steps": counters.steps,
-            "boundaries": counters.boundaries,
-            "selections": counters.selections,
-            "passes": counters.passes,
-            "acceptance": counters.right / counters.tried if counters.tried else None,
-            "layers": shares,
-        }
+        for cache in self._counters.joined():
+            cache.count_if_resting()
+        return self._counters.totals()
 
     @property
     def readings(self) -> list[Reading]:
@@ -275,25 +275,30 @@ class Attachment:
 
     def _before(self, decoder: nn.Module, args: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Gives the forward pass a cache of ours, and lets it refresh its selection."""
-        name = next((name for name in CACHE_NAMES if options.get(name) is not None), self.cache_name)
+        name = self._name_in(options)
         cache = self._adopted(options.get(name), options.get("use_cache"))
-        self._current = cache
         if cache is None:
+            self._running.passes.append(None)
             return args, options
         options[name] = cache
         ids = args[0] if args else options.get("input_ids")
         inputs = options["inputs_embeds"] if ids is None else ids
-        cache.begin(inputs.shape[0], inputs.shape[1], options.get("attention_mask"), inputs.device)
         ids = told_ids(inputs) if ids is None else ids
+        mask, prompt = options.get("attention_mask"), self._running.prompt_in(cache)
+        cache.enter()
+        self._running.passes.append(cache)
+        cache.begin(inputs.shape[0], inputs.shape[1], mask, inputs.device, prompt)
         if self._punctuation is not None and ids is not None:
             cache.observe(self._punctuation[ids])
         return args, options
 
+    def _name_in(self, options: dict[str, Any]) -> str:
+        """What the cache is called in a forward pass."""
+        return next((name for name in CACHE_NAMES if options.get(name) is not None), self.cache_name)
+
     def new_cache(self) -> ChunkCache:
         """An empty cache. A forward pass without a cache makes one by itself."""
-        made = self._new_cache(self.plan, self._counters)
-        self._caches.add(made)
-        return made
+        return self._new_cache(self.plan, self._counters)
 
     def boundaries(self, input_ids: Tensor, bottom_states: Tensor) -> Tensor:
         """Where chunks end, bool [B, T].
@@ -312,56 +317,91 @@ class Attachment:
         if isinstance(cache, ChunkCache):
             if cache.plan.owner is not self.plan.owner:
                 raise ChunkError("the cache was built with another selection: attach that one, or begin a new cache")
-            cache.plan, cache.counters = self.plan, self._counters
-            self._caches.add(cache)
+            cache.follow(self.plan, self._counters)
             return cache
+        if self.plan.config.num_hidden_layers < self._layers:
+            return None  # a draft by the first layers alone (assistant_early_exit), which all of them check
         if cache is None:
             wanted = self.plan.config.use_cache if use_cache is None else use_cache
             if not wanted:
                 return None
-        elif type(cache).__name__ != "DynamicCache" or cache.get_seq_length():
-            raise ChunkError(
-                f"a {type(cache).__name__} that was built without selection: leave the cache out, and give the tokens"
-            )
+        else:
+            self._require_replaceable(cache)
         made = self.new_cache()
         if any(getattr(layer, "record_past", False) for layer in getattr(cache, "layers", ())):
             made.activate_past_recording()  # assisted generation is going to crop it
         return made
 
-    def _after(self, decoder: nn.Module, args: tuple, output: Any) -> None:
-        cache, self._current = self._current, None
+    def _require_replaceable(self, cache: Any) -> None:
+        kind = type(cache).__name__
+        if kind != "DynamicCache":
+            raise ChunkError(
+                f"chunk selection keeps keys and values in a cache of its own, not in a {kind}: leave the cache and "
+                "cache_implementation out"
+            )
+        if cache.get_seq_length():
+            raise ChunkError(
+                "a DynamicCache that was built without selection: leave the cache out, and give the tokens"
+            )
+        if cache.offloading and not self.plan.offload:
+            raise ChunkError(
+                "a cache with offloading: write ChunkSelection(offload=True), which keeps in the host's memory what is "
+                "not selected, and leave the cache and cache_implementation out"
+            )
+
+    def _after(self, decoder: nn.Module, args: tuple, options: dict[str, Any], output: Any) -> None:
+        """Also after an error, be it of a hook before ours, which then has nothing to take back."""
+        given = options.get(self._name_in(options))
+        cache = given if isinstance(given, ChunkCache) else None
+        passes = self._running.passes
+        if not passes or passes[-1] is not cache:
+            return
+        passes.pop()
+        if cache is None:
+            return
         # On CUDA what a step kept is counted a step later, when it has arrived.
-        if cache is not None and output is not None and next(decoder.parameters()).device.type != "cuda":
+        if output is not None and next(decoder.parameters()).device.type != "cuda":
             cache.count_last_step()
+        cache.leave()
+
+    def _generate(self, generate: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        generate = lossless(generate, self._counters) if self.plan.verify else generate
+        call = call_of(args, options)
+        self._running.calls.append(call)
+        try:
+            output = generate(*args, **options)
+        finally:
+            self._running.calls.pop()
+        call.finish(output)
+        return output
 
     def _detect(self, layer: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-        if self._current is not None and self._adapters is not None:
-            self._current.observe(self._adapters.is_boundary(bottom_states(output)))
+        cache = self._running.cache
+        if cache is not None and self._adapters is not None:
+            cache.observe(self._adapters.is_boundary(bottom_states(output)))
 
     def _attend(
         self, attention: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        layer = None if self._current is None else self._current.layers[module.layer_idx]
-        if isinstance(layer, ChunkLayer):
-            assert self._current is not None
-            attended = self._current.attend(layer, query, key, value, options.get("scaling"))
+        cache = self._running.cache
+        layer = None if cache is None else cache.layers[module.layer_idx]
+        if cache is not None and isinstance(layer, ChunkLayer):
+            attended = cache.attend(layer, query, key, value, options.get("scaling"))
             if attended is not None:
                 return attended, None
         return attention(module, query, key, value, mask, **options)
 
 
-def _replaced(model: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
-    """Gives a model a method of its own, and returns what takes it away."""
-    held = vars(model).get(name)
-    setattr(model, name, function)
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method for a table that lasts: it keeps nothing alive, and is called while its object is."""
+    held = WeakMethod(method)
 
-    def undo() -> None:
-        if held is None:
-            delattr(model, name)
-        else:
-            setattr(model, name, held)
+    def call(*args: Any, **options: Any) -> Any:
+        found = held()
+        assert found is not None  # the model that calls has hooks of the same object
+        return found(*args, **options)
 
-    return undo
+    return call
 
 
 def _punctuation(tokenizer: Any, model: Any) -> Tensor:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
-from typing import Any
+from copy import deepcopy
+from typing import Any, Never
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from chunkllm.contiguous.budgets import layer_limits, tokens_kept
 from chunkllm.contiguous.layer import ChunkLayer
 from chunkllm.contiguous.plan import Counters, Plan
 from chunkllm.contiguous.table import ChunkTable
 from chunkllm.errors import ChunkError
 from chunkllm.late import Arriving, send
 from chunkllm.scorers import Scorer, chunk_scores
-from chunkllm.selection import Chunks, Rows, choose_tokens, divide, score_per_token, selectable
-
-_GROWTH = 1.01
+from chunkllm.selection import Chunks, Rows, choose_tokens, score_per_token, selectable
 
 
 class ChunkCache(Cache):
@@ -41,15 +42,43 @@ class ChunkCache(Cache):
         self.counters = counters
         self.table: ChunkTable | None = None
         self._flags: Arriving | None = None
-        self._ended = np.zeros(0, bool)
-        self._summarised = np.zeros(0, np.int64)
-        self._shares: list[int] = []
-        self._placed_for = 0
-        self._has_short_rows = False
-        self._kept = np.zeros((0, 0), np.int64)
         self._kept_later: tuple[np.ndarray, list[Arriving]] | None = None
-        self._since = np.zeros(0, np.int64)
-        self._is_uncounted = False
+        self._written: Tensor | None = None
+        self._is_uncounted = self._is_in_pass = False
+        self._lock = threading.Lock()
+        self._begin_rows(0)
+        counters.join(self)
+
+    def _begin_rows(self, batch: int) -> None:
+        """What is known of rows: nothing yet."""
+        self._ended = np.zeros(batch, bool)
+        self._summarised = np.zeros(batch, np.int64)
+        self._has_chosen = np.zeros(batch, bool)
+        self._since = np.zeros(batch, np.int64)
+        layers = len(self.plan.shape.full_layers)
+        self._limits = np.zeros((layers, batch), np.int64)
+        self._kept = np.zeros((layers, batch), np.int64)
+
+    def follow(self, plan: Plan, counters: Counters) -> None:
+        """Goes on under another attachment of the same selection."""
+        self.plan, self.counters = plan, counters
+        counters.join(self)
+
+    def __deepcopy__(self, memo: dict) -> ChunkCache:
+        """A cache that goes on by itself, of the same selection: prompts may begin with the same text."""
+        self.count_last_step()
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        lock = {"_lock": threading.Lock()}
+        made.__dict__ |= deepcopy({k: v for k, v in vars(self).items() if k not in lock}, memo) | lock
+        made.counters.join(made)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Never:
+        raise ChunkError(
+            "a cache with chunk selection is no file, and shares nothing: copy.deepcopy makes another of it, and "
+            "reading the tokens again makes one elsewhere"
+        )
 
     @property
     def full_layers(self) -> list[ChunkLayer]:
@@ -64,8 +93,16 @@ class ChunkCache(Cache):
     def _front(self) -> ChunkLayer:
         return self.layers[self.plan.shape.full_layers[0]]  # type: ignore[return-value]
 
-    def begin(self, batch: int, new_tokens: int, attention_mask: Any, device: torch.device) -> None:
-        """Before a forward pass of [batch, new_tokens]: refreshes the selection where a chunk has ended."""
+    def begin(self, batch: int, new_tokens: int, attention_mask: Any, device: torch.device, prompt: int = 0) -> None:
+        """Before a forward pass of [batch, new_tokens]: refreshes the selection where a chunk has ended.
+
+        Args:
+            batch: rows.
+            new_tokens: of each row. Several are read in full.
+            attention_mask: int [batch, tokens], or None for no padding; or masks that a model has made of it.
+            device: of keys.
+            prompt: places that hold the prompt, which is read in full, even if a single token of it is left.
+        """
         length = self._front.get_seq_length()
         attention_mask = _of_tokens(attention_mask)
         if self.table is None or length == 0:
@@ -75,24 +112,40 @@ class ChunkCache(Cache):
         elif new_tokens > 1:
             self._check_padding(attention_mask, length)
         self.count_last_step()
-        if new_tokens > 1 or length == 0:
+        if new_tokens > 1 or length < max(prompt, 1):
             self.settle()
             return
-        rows = self._rows_to_refresh(length)
-        if rows is None:
+        due = self._due(length)
+        if due is None:
             self.settle()
-        elif len(rows):
-            self._refresh(rows, device)
+        elif due.any():
+            self._refresh(due, device)
+        self._make_room()
         self._is_uncounted = True
+
+    def enter(self) -> None:
+        """A forward pass begins: until `leave` nobody else counts what it does."""
+        with self._lock:
+            self._is_in_pass = True
+
+    def leave(self) -> None:
+        """The forward pass is over."""
+        with self._lock:
+            self._is_in_pass = False
+
+    def count_if_resting(self) -> None:
+        """As `count_last_step`, from any thread: a cache that is in a forward pass counts by itself."""
+        with self._lock:
+            if not self._is_in_pass:
+                self.count_last_step()
 
     def _start(self, batch: int, attention_mask: Tensor | None) -> None:
         first = np.zeros(batch, np.int64)
         if attention_mask is not None:
             first = _padding(attention_mask)
         self.table = ChunkTable(first, self.plan.max_chunk, self.plan.sinks)
-        self._ended = np.zeros(batch, bool)
-        self._summarised = np.zeros(batch, np.int64)
-        self._flags = None
+        self._begin_rows(batch)
+        self._flags, self._kept_later, self._written, self._is_uncounted = None, None, None, False
 
     def load(self, states: Iterable[tuple[Tensor, Tensor]], boundaries: Tensor) -> None:
         """Takes the keys and values of a prompt that was read elsewhere; at least one more of its tokens must follow.
@@ -135,73 +188,86 @@ class ChunkCache(Cache):
             self._flags = None
         before = int(self.table.counts.sum())
         self._ended |= self.table.extend(flags)
-        self.counters.boundaries += int(self.table.counts.sum()) - before
+        self.counters.add(boundaries=int(self.table.counts.sum()) - before)
 
-    def _rows_to_refresh(self, length: int) -> np.ndarray | None:
-        """Rows whose selection is due, or None if everything is read."""
+    def _due(self, length: int) -> np.ndarray | None:
+        """bool [B], rows whose selection is due, or None if everything is read."""
         assert self.table is not None
-        held = length - int(self.table.first.min())
-        every = np.arange(len(self.table.first))
-        if not self._front.selected:
-            return None if self._slots(held) >= held or not self._front.has_queries else every
-        if self.plan.every_step or any(layer.is_full for layer in self.full_layers):
-            return every
-        if self._ended.any() and self._slots(held) > _GROWTH * self._placed_for:
-            return every  # a share of a longer text is more; all rows have as many slots
-        return np.flatnonzero(self._ended)
+        is_long = self._has_chosen
+        if not is_long.all():
+            is_long = is_long | self._is_long(length - self.table.first)
+        if not is_long.any() or not self._front.has_queries:
+            return None
+        return is_long if self.plan.every_step else is_long & (self._ended | ~self._has_chosen)
 
-    def _slots(self, held: int) -> int:
-        """S, tokens that a row of ``held`` keeps on average over layers."""
+    def _is_long(self, held: np.ndarray) -> np.ndarray:
+        """bool [B], rows of ``held`` tokens that keep fewer."""
+        return self._slots(held) < held
+
+    def _slots(self, held: np.ndarray) -> np.ndarray:
+        """int64 [B], tokens that rows of ``held`` keep on average over layers."""
         assert self.table is not None
-        plan, table = self.plan, self.table
-        least = plan.sinks + max(plan.local, plan.max_chunk)
-        if plan.top_k is not None:
-            return min(least + table.longest(plan.top_k), held)
-        wanted = plan.budget if plan.budget is not None else round(plan.retention * held)
-        return max(wanted, least)
+        return tokens_kept(self.plan, self.table, held)
 
-    def _refresh(self, rows: np.ndarray, device: torch.device) -> None:
-        """Chooses the tokens of some rows anew, for the queries of the last tokens, and gathers them."""
+    def _refresh(self, due: np.ndarray, device: torch.device) -> None:
+        """Chooses the tokens of the rows that are due anew, for the queries of the last tokens, and gathers them.
+
+        With the first of them come the others, whole: the buffer has a place for each row.
+        """
         assert self.table is not None
         table, plan, layers = self.table, self.plan, self.full_layers
+        rows = np.flatnonzero(due) if self._front.selected else np.arange(len(due))
         for layer in layers:
             layer.flush()
         self._summarise(device)
         every = Chunks(*(send(span[rows], device) for span in table.spans()))
-        recent = np.maximum(plan.local, table.running[rows])
-        stand = Rows(*(send(x, device) for x in (table.first[rows], table.lengths[rows], recent)))
+        recent = np.maximum(plan.local, table.running)
+        stand = Rows(*(send(x, device) for x in (table.first[rows], table.lengths[rows], recent[rows])))
         chunks = selectable(every, stand, plan.sinks)
         ranks = self._ranks(rows, every, stand.length, device)
-        held = table.lengths - table.first
-        if len(rows) == len(held):
-            self._placed_for = self._slots(int(held.max()))
-            self._shares = self._divided(self._placed_for, plan.sinks + int(recent.max()), int(held.max()))
-            self._has_short_rows = bool((held <= self._placed_for).any())
-        is_short = held[rows] <= self._placed_for
         if plan.vote:
             ranks = [torch.stack(ranks).mean(0)] * len(layers)
+        held = table.lengths - table.first
+        limits = layer_limits(plan, self._slots(held), recent, held)
+        self._limits[:, rows] = np.where(due[:, None], limits, held[:, None])[rows].T
+        self._since[rows] = 0
         chosen = []
-        for layer, rank, share in zip(layers, ranks, self._shares, strict=True):
-            slots, limits = share, None
-            if self._has_short_rows and share < self._placed_for:  # rows within the budget keep all in every layer
-                slots = self._placed_for
-                limits = send(np.where(is_short, slots, share), device)
-            tokens, valid = choose_tokens(rank, chunks, stand, plan.sinks, slots, plan.top_k, limits)
+        for layer, rank, limit in zip(layers, ranks, self._limits[:, rows], strict=True):
+            slots = int(limit.max())
+            differing = None if (limit == slots).all() else send(limit, device)
+            tokens, valid = choose_tokens(rank, chunks, stand, plan.sinks, slots, plan.top_k, differing)
             fills_all = plan.top_k is None and len(held) == 1 and slots <= held[0]
-            layer.select(rows, tokens, None if fills_all else valid, self._spare(len(held)))
+            if len(rows) < len(held):
+                self._make_room_in(layer, slots)
+            layer.select(rows, tokens, None if fills_all else valid, self._spare)
             chosen.append((tokens, valid))
         self._kept_later = (rows, [Arriving(valid.sum(-1)) for _, valid in chosen])
+        self._has_chosen |= due
+        self._ended &= ~due
+        self.counters.add(selections=int(due.sum()))
         if self.counters.record is not None:
-            self.counters.record.add(rows, table.length, chosen)
-        self.counters.selections += len(rows)
-        self._ended[rows] = False
-        if len(self._since) != len(held):
-            self._since = np.zeros(len(held), np.int64)
-        self._since[rows] = 0
+            mine = send(np.flatnonzero(due[rows]), device)
+            self.counters.record.add(
+                rows[due[rows]], table.length, [(tokens[mine], valid[mine]) for tokens, valid in chosen]
+            )
 
-    def _spare(self, batch: int) -> int:
+    @property
+    def _spare(self) -> int:
         """Slots for tokens to come: until a chunk must end, and longer where rows end theirs at different steps."""
-        return self.plan.max_chunk + 1 if batch == 1 else 4 * self.plan.max_chunk
+        return self.plan.max_chunk + 1 if len(self._since) == 1 else 4 * self.plan.max_chunk
+
+    def _make_room(self) -> None:
+        """For the next token, where rows that ended chunks at different steps have filled a buffer."""
+        for layer in self.full_layers:
+            if layer.selected:
+                self._make_room_in(layer)
+
+    def _make_room_in(self, layer: ChunkLayer, slots: int = 0) -> None:
+        if layer.has_room(slots):
+            return
+        layer.flush()
+        kept = int((self._limits[self.plan.shape.full_layers.index(layer.place)] + self._since).max())
+        layer.make_room(kept, max(kept, slots) + self._spare)
 
     def _summarise(self, device: torch.device) -> None:
         """Features of the chunks that have ended since the last time."""
@@ -246,11 +312,6 @@ class ChunkCache(Cache):
             ranks.append(score_per_token(scores, chunks.lengths) if by_token else scores)
         return ranks
 
-    def _divided(self, slots: int, always: int, held: int) -> list[int]:
-        """Slots of each layer, ``slots`` on average, ``always`` at least, and no more than there are tokens."""
-        to_choose, most = torch.tensor([max(slots - always, 0)]), torch.tensor([held - always])
-        return (always + divide(to_choose, self.plan.weights, most)[0]).tolist()
-
     def count_last_step(self) -> None:
         """Tokens that the last step kept, of those that it could have read."""
         if self.table is None:
@@ -266,8 +327,6 @@ class ChunkCache(Cache):
             return
         if self._kept_later is not None:
             rows, kept = self._kept_later
-            if self._kept.shape != (len(layers), len(total)):
-                self._kept = np.zeros((len(layers), len(total)), np.int64)
             self._kept[:, rows] = np.stack([arriving.get() for arriving in kept])
             self._kept_later = None
         self._since += 1
@@ -284,11 +343,24 @@ class ChunkCache(Cache):
         """Goes back to full attention: as after a forward pass of several tokens."""
         for layer in self.full_layers:
             layer.settle()
+        self._has_chosen[:] = False
+
+    def note_written(self, tokens: Tensor) -> None:
+        """Takes in the text of a call that is over, int64 [B, T], whose last token was written and not read."""
+        held = self.table is not None and tokens.shape == (len(self.table.first), self.get_seq_length() + 1)
+        self._written = tokens[:, -1:].clone() if held else None
+
+    def was_written(self, tokens: Tensor) -> bool:
+        """Whether int64 [B, T] are what the cache holds, and the token that the last call wrote behind it."""
+        if self._written is None or tokens.shape != (len(self._written), self.get_seq_length() + 1):
+            return False
+        return torch.equal(tokens[:, -1:].to(self._written.device), self._written)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops tokens from the end (assisted generation does)."""
         self.count_last_step()
         super().crop(int(tokens_to_remove))  # transformers 5.16 gives a tensor
+        self._has_chosen &= self._front.selected
         if self.table is not None:
             self.table.truncate(self._front.get_seq_length())
             self._summarised = np.minimum(self._summarised, self.table.counts)
@@ -300,9 +372,9 @@ class ChunkCache(Cache):
         self.count_last_step()
         on_host = rows.cpu().numpy()
         self.table.take_rows(on_host)
-        self._ended, self._summarised = self._ended[on_host], self._summarised[on_host]
-        if len(self._since):
-            self._since, self._kept = self._since[on_host], self._kept[:, on_host]
+        for name in ("_ended", "_summarised", "_has_chosen", "_since"):
+            setattr(self, name, getattr(self, name)[on_host])
+        self._limits, self._kept, self._written = self._limits[:, on_host], self._kept[:, on_host], None
         for layer in self.full_layers:
             layer.take_rows(rows.to(layer.device))
 

@@ -145,7 +145,7 @@ class ChunkLayer(CacheLayerMixin):
 
     def remember(self, queries: Tensor, count: int) -> None:
         """Keeps the queries [B, H, T, D] of the last ``count`` tokens."""
-        newest = queries[:, :, -count:]
+        newest = queries[:, :, -count:].detach()
         self._queries = [*self._queries, newest if queries.shape[2] <= count else newest.clone()][-count:]
 
     def remember_all(self, queries: Tensor, count: int) -> None:
@@ -186,17 +186,40 @@ class ChunkLayer(CacheLayerMixin):
         self.selected, self._buffer, self.mask = False, None, None
         self._used = self._flushed = 0
 
-    @property
-    def is_full(self) -> bool:
-        """Whether the buffer has no slot left."""
-        return self._buffer is not None and self._used >= self._buffer[0].shape[2]
+    def has_room(self, slots: int = 0) -> bool:
+        """Whether the buffer has so many slots, and one more for the token to come."""
+        return self._buffer is not None and max(self._used, slots) < self._buffer[0].shape[2]
+
+    @_lasting
+    def make_room(self, kept: int, slots: int) -> None:
+        """Moves what rows read together, in a buffer with more slots where it is needed. All must be in the storage.
+
+        Args:
+            kept: the most tokens that a row reads.
+            slots: that the buffer has then, or a few more.
+        """
+        assert self._buffer is not None
+        before, mask = self._buffer, self.mask
+        used = self._used if mask is None else min(kept, self._used)
+        room = -(-slots // _BUFFER_STEP) * _BUFFER_STEP
+        keys, values = (held.new_zeros(*held.shape[:2], room, held.shape[3]) for held in before)
+        self._buffer = keys, values
+        order = torch.arange(used, device=self.device).expand(len(before[0]), -1)
+        if mask is not None:
+            order = mask[:, : self._used].int().argsort(dim=1, descending=True, stable=True)[:, :used]
+            self.mask = torch.ones(len(mask), room, dtype=torch.bool, device=self.device)
+            self.mask[:, :used] = mask.gather(1, order)
+        for new, held in zip((keys, values), before, strict=True):
+            index = order[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
+            new[:, :, :used] = held.gather(2, index)
+        self._used = self._flushed = used
 
     @_lasting
     def select(self, rows: np.ndarray, tokens: Tensor, valid: Tensor | None, spare: int) -> None:
         """Gathers the selection of some rows, all of whose keys and values must be in the storage.
 
         Args:
-            rows: which rows; all, unless the layer has a selection already.
+            rows: which rows; all, unless the layer has a selection already, whose buffer has so many slots.
             tokens: int64 [len(rows), S], places of the tokens that stay.
             valid: bool [len(rows), S], which of them there are; None if all, and all rows are given.
             spare: slots for tokens to come.
@@ -206,6 +229,10 @@ class ChunkLayer(CacheLayerMixin):
         is_whole = len(rows) == len(self.keys)
         if is_whole:
             self._prepare_buffer(slots + spare)
+            self._used = self._flushed = slots
+        elif slots > self._used:
+            assert self.mask is not None  # since there are rows that were not given
+            self.mask[:, self._used : slots] = False
             self._used = self._flushed = slots
         assert self._buffer is not None
         places = pad(tokens, (0, self._buffer[0].shape[2] - slots)).to(self.keys.device)

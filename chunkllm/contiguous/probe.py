@@ -36,14 +36,14 @@ _found: WeakKeyDictionary[nn.Module, dict[str, str | None]] = WeakKeyDictionary(
 class GatheringCache(ChunkCache):
     """Selects everything, at every step."""
 
-    def _slots(self, held: int) -> int:
+    def _slots(self, held: np.ndarray) -> np.ndarray:
         return held
 
-    def _rows_to_refresh(self, length: int) -> np.ndarray | None:
+    def _due(self, length: int) -> np.ndarray | None:
         assert self.table is not None
         if self._front.has_queries:
             _require_interface(layer.place for layer in self.full_layers if not layer.has_queries)
-            return np.arange(len(self.table.first))
+            return np.ones(len(self.table.first), bool)
         return None
 
 

@@ -48,7 +48,7 @@ class Record:
     def readings(self) -> list[Reading]:
         """One for each row of each selection, in their order."""
         found = []
-        for rows, length, layers in self._selected:
+        for rows, length, layers in list(self._selected):  # another thread may add some
             kept = np.zeros((len(rows), len(layers), length), bool)
             for layer, (places, valid) in enumerate(layers):
                 for i in range(len(rows)):

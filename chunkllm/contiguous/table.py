@@ -88,10 +88,10 @@ class ChunkTable:
         starts = np.where(column == 0, self.first[:, None], before + 1)
         return np.where(known, starts, 0), np.where(known, ends - starts + 1, 0)
 
-    def longest(self, count: int) -> int:
-        """Tokens in a row's ``count`` longest chunks; the most of any row."""
+    def longest(self, count: int) -> np.ndarray:
+        """int64 [B], tokens in a row's ``count`` longest chunks."""
         _, lengths = self.spans()
-        return int(np.sort(lengths, 1)[:, ::-1][:, :count].sum(1).max(initial=0))
+        return np.sort(lengths, 1)[:, ::-1][:, :count].sum(1)
 
     def take_rows(self, rows: np.ndarray) -> None:
         """Reorders, repeats or drops rows."""

@@ -65,13 +65,12 @@ class VerifiedCache(ChunkCache):
     def gains(self) -> bool:
         """Whether a selection leaves anything out."""
         assert self.table is not None
-        held = int((self.table.lengths - self.table.first).max())
-        return self._slots(held) < held
+        return bool(self._is_long(self.table.lengths - self.table.first).any())
 
-    def begin(self, batch: int, new_tokens: int, attention_mask: Tensor | None, device: torch.device) -> None:
+    def begin(self, batch: int, new_tokens: int, attention_mask: Any, device: torch.device, prompt: int = 0) -> None:
         """Before a forward pass: see `ChunkCache.begin`."""
         if not self.is_drafting and self.verifying is None:
-            super().begin(batch, new_tokens, attention_mask, device)
+            super().begin(batch, new_tokens, attention_mask, device, prompt)
 
     def observe(self, flags: Tensor) -> None:
         """See `ChunkCache.observe`; boundaries among drafted tokens are looked for when they are verified."""
@@ -88,7 +87,7 @@ class VerifiedCache(ChunkCache):
         """Chooses what is read anew, and while this lasts tokens are written that leave no trace."""
         self.count_last_step()
         assert self.table is not None
-        self._refresh(np.arange(len(self.table.first)), device)
+        self._refresh(np.ones(len(self.table.first), bool), device)
         self._held = self.table.lengths - self.table.first
         self.is_drafting = True
         try:
@@ -179,8 +178,9 @@ class VerifiedCache(ChunkCache):
         assert self.table is not None
         self.crop(-max(int(self.table.lengths.max()) - length, 0))
 
-    def _rows_to_refresh(self, length: int) -> None:
+    def _due(self, length: int) -> None:
         """None: but for what is drafted, everything is read."""
 
-    def _spare(self, batch: int) -> int:
+    @property
+    def _spare(self) -> int:
         return MOST_DRAFTED

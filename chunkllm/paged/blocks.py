@@ -62,9 +62,10 @@ class Pieces(NamedTuple):
         of_token: int64 [T], the piece that a token belongs to.
         block: int64 [P], of a piece that is whole; else the block that takes what belongs nowhere.
         number: int64 [P], of the piece within its block.
-        slot: int64 [P], where the sums are of a piece that goes on from the step before.
+        slot: int64 [P], where the moments are of a piece that goes on from the step before.
         goes_on: bool [P], whether it does.
-        tokens: float32 [P], tokens that the sums are of, this step's included.
+        earlier: float32 [P], tokens that it had before this step, of those whose keys were taken in.
+        tokens: float32 [P], those and this step's.
         end: int64 [P], its last token in this step.
         is_whole: bool [P], whether that is the last of the piece, too.
         running: int64 [R], the piece of each row's last token.
@@ -77,6 +78,7 @@ class Pieces(NamedTuple):
     number: Tensor
     slot: Tensor
     goes_on: Tensor
+    earlier: Tensor
     tokens: Tensor
     end: Tensor
     is_whole: Tensor
@@ -86,7 +88,7 @@ class Pieces(NamedTuple):
 
 
 class BlockSummaries:
-    """Features of the pieces in every block, and the sums of those that have not ended.
+    """Features of the pieces in every block, and the moments of those that have not ended.
 
     Args:
         scorer: makes features.
@@ -96,7 +98,7 @@ class BlockSummaries:
         slots: S, rows that can be under way.
         kv_heads: Hkv.
         head_dim: D.
-        dtype: of the features.
+        dtype: of the keys; the features have it too, unless it is float16, whose range is too small for variances.
         device: of everything.
         fixed_shapes: whether shapes must not depend on what tensors hold, so that nothing waits for a device.
 
@@ -130,8 +132,10 @@ class BlockSummaries:
         width = scorer.chunk_features(layers[0], ChunkStatistics(one, one, one)).shape[-1]
         self.lengths = torch.zeros(blocks + 1, pieces, dtype=torch.long, device=device)
         shape = (kv_heads, blocks + 1, pieces, width)
-        self.features = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self._sums = torch.zeros(len(layers), slots, kv_heads, 2 * head_dim, device=device)
+        kept = torch.float32 if dtype == torch.float16 else dtype
+        self.features = [torch.zeros(shape, dtype=kept, device=device) for _ in layers]
+        # Means, and sums of squares about them.
+        self._moments = torch.zeros(len(layers), slots, kv_heads, 2 * head_dim, device=device)
         self._summed = torch.zeros(slots, device=device)
 
     def cut(self, tokens: Tokens, ends: Tensor, row_slot: Tensor) -> Pieces:
@@ -164,6 +168,7 @@ class BlockSummaries:
         goes_on = tokens.is_first[first] & ~is_fresh[first]
         slot = row_slot[row]
         is_whole = is_end[end] & (sizes > 0)
+        earlier = torch.where(goes_on, self._summed[slot], 0)
         running = of_token[tokens.last]
         pieces = Pieces(
             of_token=of_token,
@@ -171,7 +176,8 @@ class BlockSummaries:
             number=number[end],
             slot=slot,
             goes_on=goes_on,
-            tokens=sizes + torch.where(goes_on, self._summed[slot], 0),
+            earlier=earlier,
+            tokens=sizes + earlier,
             end=end,
             is_whole=is_whole,
             running=running,
@@ -188,7 +194,7 @@ class BlockSummaries:
     def forget(self, slots: Tensor) -> None:
         """Empties slots, bool [S]: new rows will have them."""
         self._summed.masked_fill_(slots, 0)
-        self._sums.masked_fill_(slots[:, None, None], 0)
+        self._moments.masked_fill_(slots[:, None, None], 0)
 
     def add(self, pieces: Pieces, keys: Tensor, layers: range) -> None:
         """Takes in the keys of a step.
@@ -199,18 +205,35 @@ class BlockSummaries:
             layers: the n layers that they are of, as numbers in ``features``.
         """
         keys = keys.float()
-        sums = keys.new_zeros(len(keys), len(pieces.block), keys.shape[2], 2 * keys.shape[3])
-        sums.index_add_(1, pieces.of_token, torch.cat((keys, keys * keys), -1))
-        earlier = self._sums[layers.start : layers.stop]
-        sums += earlier[:, pieces.slot] * pieces.goes_on[:, None, None]
-        earlier[:, pieces.row_slot] = sums[:, pieces.running] * pieces.is_open[:, None, None]
+        kept = self._moments[layers.start : layers.stop]
+        mean, squares = _joined(_moments(keys, pieces), kept[:, pieces.slot].chunk(2, -1), pieces)
+        open_ = pieces.is_open[:, None, None]
+        kept[:, pieces.row_slot] = torch.cat((mean, squares), -1)[:, pieces.running] * open_
         whole = slice(None) if self._fixed_shapes else pieces.is_whole.nonzero()[:, 0]
         block, number, end = pieces.block[whole], pieces.number[whole], pieces.end[whole]
         if not len(block):
             return
-        mean, square = (sums[:, whole] / pieces.tokens[whole].clamp(min=1)[:, None, None]).chunk(2, -1)
-        parts = (mean, (square - mean * mean).clamp(min=0), keys[:, end])
+        variance = squares[:, whole] / pieces.tokens[whole].clamp(min=1)[:, None, None]
+        parts = (mean[:, whole], variance, keys[:, end])
         for i, layer in enumerate(layers):
             statistics = ChunkStatistics(*(part[i].transpose(0, 1)[None] for part in parts))
             features = self._scorer.chunk_features(self._layers[layer], statistics)
             self.features[layer][:, block, number] = features[0].to(self.features[layer].dtype)
+
+
+def _moments(keys: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:
+    """Means of this step's keys in each piece, and sums of squares about them, each float32 [n, P, Hkv, D]."""
+    zeros = keys.new_zeros(len(keys), len(pieces.block), *keys.shape[2:])
+    sizes = (pieces.tokens - pieces.earlier).clamp(min=1)[:, None, None]
+    mean = zeros.index_add(1, pieces.of_token, keys) / sizes
+    return mean, zeros.index_add_(1, pieces.of_token, (keys - mean[:, pieces.of_token]).square_())
+
+
+def _joined(new: tuple[Tensor, Tensor], kept: Sequence[Tensor], pieces: Pieces) -> tuple[Tensor, Tensor]:
+    """The moments of pieces with those of the steps before: pairwise (Chan et al., 1983), so that nothing cancels."""
+    (mean, squares), (mean_before, squares_before) = new, kept
+    share = (pieces.earlier / pieces.tokens.clamp(min=1))[:, None, None]
+    sizes = (pieces.tokens - pieces.earlier)[:, None, None]
+    goes_on = pieces.goes_on[:, None, None]
+    shift = torch.where(goes_on, mean_before - mean, 0)
+    return mean + shift * share, squares + squares_before * goes_on + shift.square() * share * sizes

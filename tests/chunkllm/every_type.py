@@ -222,7 +222,7 @@ def _assert_right(model, plain):
     assert scale.isfinite() and plain.std() > 1e-3
     with (
         patch.object(ChunkCache, "_slots", GatheringCache._slots),
-        patch.object(ChunkCache, "_rows_to_refresh", GatheringCache._rows_to_refresh),
+        patch.object(ChunkCache, "_due", GatheringCache._due),
         ChunkSelection(**SMALL, budget=16).attach(model) as attached,
     ):
         torch.testing.assert_close(written(model) / scale, plain / scale, atol=1e-4, rtol=0)

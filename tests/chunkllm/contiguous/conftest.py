@@ -57,15 +57,8 @@ def steps_for(lengths, count=20, seed=5):
 @pytest.fixture
 def gathering(monkeypatch):
     """Selection always happens, and always selects everything, whichever row's turn it is."""
-    monkeypatch.setattr(ChunkCache, "_slots", lambda self, held: held if len(self.table.first) == 1 else 300)
-    due = ChunkCache._rows_to_refresh
-
-    def rows_to_refresh(self, length):
-        if self._front.selected or not self._front.has_queries:
-            return due(self, length)
-        return np.arange(len(self.table.first))
-
-    monkeypatch.setattr(ChunkCache, "_rows_to_refresh", rows_to_refresh)
+    monkeypatch.setattr(ChunkCache, "_slots", lambda self, held: held)
+    monkeypatch.setattr(ChunkCache, "_is_long", lambda self, held: np.ones(len(held), bool))
 
 
 def assert_close(got, wanted):

@@ -115,14 +115,14 @@ def test_a_step_attends_to_what_brute_force_selects(models, monkeypatch, kind, l
             queries = torch.cat(spy.queries[place], 2)
             attended = list(spy.places(layer))
             assert len(attended) == count
-            selected_at, kept = [0] * len(lengths), [[]] * len(lengths)
+            selected_at, kept, has_chosen = [0] * len(lengths), [[]] * len(lengths), [False] * len(lengths)
             for step, rows in enumerate(attended):
                 length = max(lengths) + step  # without the token that attends
                 for row, places in enumerate(rows):
                     first = firsts[row]
                     chunks = brute_force([flags[row][:length]], [first], 8, sinks_of(cache))[0]
-                    if step == 0 or sum(chunks[-1]) == length or every_step:
-                        selected_at[row] = length
+                    if not has_chosen[row] or sum(chunks[-1]) == length or every_step:
+                        selected_at[row], has_chosen[row] = length, length - first > budget
                         recent = max(local, length - sum(chunks[-1]))
                         last = queries[row, :, length - 4 : length]
                         keys = layer.keys[row, :, :length]
