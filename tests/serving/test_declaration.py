@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-from types import SimpleNamespace
 
 import pytest
 
@@ -283,50 +281,6 @@ def test_a_style_that_wants_the_model_is_measured_with_it(model_folder, style_fi
         assert prior.log_ratio.std() > 0
         folders.add(style.style)
     assert len(folders) == 1
-
-
-@pytest.fixture
-def processes(monkeypatch):
-    """Of those that would measure, what each was given; the folder is a style that was saved before."""
-    started = []
-
-    class Here:
-        def __init__(self, *_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def submit(self, work, *given):
-            started.append(given)
-            return SimpleNamespace(result=lambda: work(*given))
-
-    monkeypatch.setattr("decoding.style.measured.ProcessPoolExecutor", Here)
-    return started
-
-
-def test_what_was_measured_is_found_without_the_model(model_folder, style_file, processes, tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder)
-    first = measured_elsewhere(str(style_file), {"lambda_": 0.3}, str(folder))
-    with monkeypatch.context() as patched:
-        patched.setattr("decoding.style.measured.load_model", None)
-        assert measured_elsewhere(str(style_file), {"lambda_": 0.3}, str(folder)) == first
-    assert len(processes) == 1
-    assert measured_elsewhere(str(style_file), {"lambda_": 0.4}, str(folder)) != first
-    style_file.write_text(style_file.read_text() + " and the sea was black", encoding="utf-8")
-    other = measured_elsewhere(str(style_file), {"lambda_": 0.3}, str(folder))
-    assert other != first
-    assert len(processes) == 3
-    os.utime(folder / "model.safetensors", ns=(1, 1))
-    measured_elsewhere(str(style_file), {"lambda_": 0.3}, str(folder))
-    assert len(processes) == 4
-    shutil.rmtree(other)
-    assert measured_elsewhere(str(style_file), {"lambda_": 0.3}, str(folder)) == other
-    assert len(processes) == 5
 
 
 @pytest.mark.slow
