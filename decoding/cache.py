@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import platformdirs
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from ngram import NGramError
-from ngram.storage import write_atomically
+from ngram.storage import umask, write_atomically
 
 V = TypeVar("V")
 DAMAGED = (ValueError, KeyError, IndexError, TypeError, SafetensorError)
@@ -91,6 +93,35 @@ def kept_file(path: Path, make: Callable[[Path], None], is_whole: Callable[[Path
         if not is_whole(path):
             make(path)
     return path
+
+
+def kept_folder(path: Path, make: Callable[[Path], None], is_whole: Callable[[Path], bool]) -> Path:
+    """`kept_file`, of a folder: one process makes it, and others that want it wait.
+
+    Args:
+        path: where it is kept.
+        make: fills a folder.
+        is_whole: whether what is there will do.
+    """
+
+    def make_once(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent / f".{path.name}.lock"):
+            if not is_whole(path):
+                _put_whole(path, make)
+
+    return kept_file(path, make_once, is_whole)
+
+
+def _put_whole(path: Path, make: Callable[[Path], None]) -> None:
+    partial = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        make(Path(partial))
+        os.chmod(partial, 0o777 & ~umask())
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @lru_cache(maxsize=1)

