@@ -36,10 +36,11 @@ _attached: WeakSet[nn.Module] = WeakSet()  # which have their attachments themse
 class ChunkSelection:
     """Selects the chunks that the next tokens attend to, whenever one ends (ChunkLLM, arXiv 2510.02361).
 
-    Prompts are read with full attention, to their last token in ``generate``. While tokens are written one by one,
+    Prompts are read with full attention, in ``generate`` to their last token. While tokens are written one by one,
     attention reads the first tokens, the last ones, and the chunks that score best for the last queries; it chooses
     them anew when a chunk ends (Intra-Chunk Attention Consistency), which takes effect with the next token. As long as
-    nothing need be dropped, the model computes what it computes without.
+    nothing need be dropped, the model computes what it computes without. What a row of a batch keeps is what it keeps
+    alone.
 
     Args:
         adapters: trained for the model: they detect boundaries and score chunks. Without, chunks end where punctuation

@@ -109,7 +109,7 @@ class ChunkCache(Cache):
             self._start(batch, attention_mask)
         elif batch != len(self.table.first):
             raise ChunkError(f"the cache holds {len(self.table.first)} rows, not {batch}")
-        elif new_tokens > 1:
+        elif new_tokens > 1 or length < prompt:
             self._check_padding(attention_mask, length)
         self.count_last_step()
         if new_tokens > 1 or length < max(prompt, 1):
@@ -289,7 +289,7 @@ class ChunkCache(Cache):
             assert layer.keys is not None
             keys = layer.keys[:, :, begin:stop].to(device)
             features = self.plan.scorer.summarise(layer.place, keys, places, ends)
-            layer.add_features(features.to(keys.dtype), at, counts)
+            layer.add_features(features, at, counts)
         self._summarised = table.counts.copy()
 
     def _ranks(self, rows: np.ndarray, chunks: Chunks, held: Tensor, device: torch.device) -> list[Tensor]:

@@ -202,16 +202,18 @@ class ChunkLayer(CacheLayerMixin):
         before, mask = self._buffer, self.mask
         used = self._used if mask is None else min(kept, self._used)
         room = -(-slots // _BUFFER_STEP) * _BUFFER_STEP
-        keys, values = (held.new_zeros(*held.shape[:2], room, held.shape[3]) for held in before)
-        self._buffer = keys, values
         order = torch.arange(used, device=self.device).expand(len(before[0]), -1)
         if mask is not None:
             order = mask[:, : self._used].int().argsort(dim=1, descending=True, stable=True)[:, :used]
-            self.mask = torch.ones(len(mask), room, dtype=torch.bool, device=self.device)
-            self.mask[:, :used] = mask.gather(1, order)
-        for new, held in zip((keys, values), before, strict=True):
+        moved = []
+        for held in before:
             index = order[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
-            new[:, :, :used] = held.gather(2, index)
+            moved.append(held.new_zeros(*held.shape[:2], room, held.shape[3]))
+            moved[-1][:, :, :used] = held.gather(2, index)
+        self._buffer = moved[0], moved[1]
+        if mask is not None:
+            self.mask = self._open_mask()
+            self.mask[:, :used] = mask.gather(1, order)
         self._used = self._flushed = used
 
     @_lasting
@@ -231,8 +233,9 @@ class ChunkLayer(CacheLayerMixin):
             self._prepare_buffer(slots + spare)
             self._used = self._flushed = slots
         elif slots > self._used:
-            assert self.mask is not None  # since there are rows that were not given
-            self.mask[:, self._used : slots] = False
+            mask = self._open_mask() if self.mask is None else self.mask
+            mask[:, self._used : slots] = False
+            self.mask = mask
             self._used = self._flushed = slots
         assert self._buffer is not None
         places = pad(tokens, (0, self._buffer[0].shape[2] - slots)).to(self.keys.device)
@@ -264,14 +267,18 @@ class ChunkLayer(CacheLayerMixin):
             else:
                 torch.index_select(flat, 0, index, out=target)
 
+    def _open_mask(self) -> Tensor:
+        assert self._buffer is not None
+        batch, _, room, _ = self._buffer[0].shape
+        return torch.ones(batch, room, dtype=torch.bool, device=self.device)
+
     def _set_mask(self, rows: np.ndarray, valid: Tensor | None, slots: int) -> None:
         assert self._buffer is not None
         if valid is None:
             self.mask = None
             return
-        batch, room = self._buffer[0].shape[0], self._buffer[0].shape[2]
-        if self.mask is None or self.mask.shape != (batch, room):
-            self.mask = torch.ones(batch, room, dtype=torch.bool, device=self.device)
+        if self.mask is None or self.mask.shape != self._buffer[0].shape[::2]:
+            self.mask = self._open_mask()
         for row, of_row in zip(rows.tolist(), valid, strict=True):
             self.mask[row, :slots] = of_row
             self.mask[row, slots : self._used] = False

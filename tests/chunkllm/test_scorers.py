@@ -187,3 +187,49 @@ def test_the_mean_is_over_queries():
     queries, *rest = random_case()
     each = torch.stack([pooled_scores(queries[:, :, i : i + 1], *rest) for i in range(QUERIES)])
     torch.testing.assert_close(pooled_scores(queries, *rest), each.mean(0))
+
+
+# Keys with a bias that is large, as some models' are; a rotation turns it with the place.
+
+
+def biased_keys(dtype, chunks=40, size=8, bias=300.0):
+    torch.manual_seed(4)
+    chunk_of, ends = layout([[size] * chunks])
+    length = chunk_of.shape[1]
+    angle = torch.arange(length)[:, None] * 0.5 ** torch.arange(D // 2)
+    turned = torch.cat((angle.cos(), angle.sin()), -1) * bias
+    keys = (turned + torch.randn(1, GROUPS, length, D)).to(dtype)
+    queries = (torch.randn(1, H, QUERIES, D) * 0.3).to(dtype)
+    return queries, keys, chunk_of, ends, torch.full((1, chunks), float(size))
+
+
+def scores_in_double(queries, keys, chunk_of, ends, lengths):
+    """The docstring of `PooledScorer` in float64, for chunks of one length: [1, C]."""
+    size, s = int(lengths[0, 0]), D**-0.5
+    of_chunks = keys[:, :, : size * lengths.shape[1]].double().unflatten(2, (-1, size))
+    mean, variance = of_chunks.mean(3).repeat_interleave(2, 1), of_chunks.var(3, unbiased=False)
+    q = queries.double() * s
+    logits = q @ mean.transpose(-1, -2) + q.square() @ variance.repeat_interleave(2, 1).transpose(-1, -2) / 2
+    return logits.softmax(-1).mean((1, 2))
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ranks_of_keys_with_a_large_bias_are_those_of_float64(dtype):
+    case = biased_keys(dtype)
+    wanted = scores_in_double(*case)
+    for got in (pooled_scores(*case), adapter_scores(ChunkAdapters(AdapterConfig(SHAPE, width=4)), 0, *case).detach()):
+        torch.testing.assert_close(got.double(), wanted, atol=1e-6, rtol=1e-2)
+        ranked = wanted[0, got.argsort(descending=True)[0]]
+        assert (ranked[:-1] * 1.01 + 1e-6 >= ranked[1:]).all()  # but for ties
+
+
+@pytest.mark.parametrize("bias", [300.0, 6e4])
+def test_a_bias_that_all_keys_share_leaves_their_variance(bias):
+    chunk_of, ends = layout([[50]])
+    spread = torch.randn(1, GROUPS, 51, D)
+    got = chunk_statistics(spread + bias, chunk_of, ends).variance[0, :, 0]
+    wanted = (spread + bias)[0, :, :50].double().var(1, unbiased=False)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=0)

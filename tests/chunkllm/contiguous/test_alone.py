@@ -78,22 +78,22 @@ def test_a_row_keeps_what_it_keeps_alone(llama, monkeypatch, mode):
     assert {name: stats[name] for name in alone} == pytest.approx(alone)
 
 
-@pytest.mark.parametrize("mode", ["budget", "an adaptive retention", "top_k"])
-def test_rows_that_are_repeated_and_reordered_keep_what_each_keeps_alone(llama, mode):
-    (ids, mask), steps, later = prompts((50, 15)), steps_for((50, 15), 12), steps_for((1,) * 4, 30, seed=7)
-    order = [1, 0, 0, 1]
-    with attached(llama, MODES[mode]) as chunks:
+@pytest.mark.parametrize("lengths", [(50, 15), (50,)])
+@pytest.mark.parametrize("options", [{"budget": 24}, {"retention": 0.8, "adaptive": True}, {"top_k": 3}])
+def test_rows_that_are_repeated_and_reordered_keep_what_each_keeps_alone(llama, lengths, options):
+    (ids, mask), steps, later = prompts(lengths), steps_for(lengths, 12), steps_for((1,) * 4, 30, seed=7)
+    order = [1, 0, 0, 1] if len(lengths) == 2 else [0] * 4
+    with attached(llama, options) as chunks:
         _, cache = write(llama, ids, mask, steps)
         before = len(chunks.readings)
-        cache.batch_repeat_interleave(2)
+        cache.batch_repeat_interleave(4 // len(lengths))
         cache.reorder_cache(torch.tensor([2, 1, 0, 3]))
         grown = torch.cat((mask, torch.ones_like(steps)), 1)[order]
         together, _held = write(llama, later[:, :1], grown, later[:, 1:], cache)
         readings = chunks.readings[before:]
     for row, parent in enumerate(order):
-        length = (50, 15)[parent]
-        own = slice(parent, parent + 1)
-        with attached(llama, MODES[mode]) as one:
+        length, own = lengths[parent], slice(parent, parent + 1)
+        with attached(llama, options) as one:
             all_steps = torch.cat((steps[own], later[row : row + 1]), 1)
             logits, _one = write(llama, ids[own, -length:], mask[own, -length:], all_steps)
         assert_close(together[row : row + 1], logits[:, 13:])

@@ -158,6 +158,23 @@ def test_one_layer_and_half_precision():
     assert all(bool(step.isfinite().all()) for step in got.logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_large_bias_of_keys_overflows_in_no_dtype(dtype):
+    model = tiny_model("qwen2", num_hidden_layers=1, rope_parameters={"rope_type": "default", "rope_theta": 4.0})
+    model.model.layers[0].self_attn.k_proj.bias.data.fill_(300.0)
+    with attach(model.to(dtype), budget=24):
+        got = generate(model, (60, 25))
+    (layer,) = cache_of(got).full_layers
+    table = cache_of(got).table
+    starts, lengths = (x[0] for x in table.spans())
+    for chunk, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        keys = layer.keys[0, :, start : start + length].double()
+        wanted = torch.cat((keys.mean(1), keys.var(1, unbiased=False)), -1)
+        torch.testing.assert_close(layer.features[0, :, chunk].double(), wanted, rtol=1e-4, atol=1e-3)
+    assert layer.features.max() > torch.finfo(torch.float16).max
+    assert all(bool(step.isfinite().all()) for step in got.logits)
+
+
 @pytest.mark.parametrize("options", [{"budget": 24}, {"retention": 0.5, "offload": True}])
 def test_a_prompt_that_was_read_elsewhere(llama, options):
     ids, mask = prompts((60, 60))
