@@ -100,7 +100,7 @@ class ChunkAdapters(nn.Module, ModelHubMixin):
         layers, heads, groups, inputs = len(shape.full_layers), shape.heads, shape.kv_heads, shape.head_dim
         if width < 0 or config.queries < 1 or config.detector_width < 1:
             raise ChunkError("queries and detector_width of adapters must be at least 1, width at least 0")
-        if config.sensitivity is not None and not _are_sensitivities(config.sensitivity, layers):
+        if config.sensitivity is not None and not are_sensitivities(config.sensitivity, layers):
             raise ChunkError(f"sensitivity must be {layers} numbers of at least 0, one for each layer")
         self.boundary = BoundaryDetector(shape.hidden_size, config.detector_width)
         self.query = nn.Parameter(
@@ -153,15 +153,15 @@ class ChunkAdapters(nn.Module, ModelHubMixin):
             ChunkError: nothing there, or damaged.
         """
         where = EMBEDDED if name_or_path is None else name_or_path
-        config_path, weights_path = (_find(where, file, hub) for file in (CONFIG_FILE, WEIGHTS_FILE))
+        config_path, weights_path = (find_file(where, file, hub) for file in (CONFIG_FILE, WEIGHTS_FILE))
         try:
             held = json.loads(config_path.read_bytes())
             if held.pop("format") != _FORMAT:
                 raise ValueError("another version of this package wrote it")
-            shape = held.pop("shape")
+            shape = saved_shape(held.pop("shape"))
             if (sensitivity := held.pop("sensitivity", None)) is not None:
                 held["sensitivity"] = tuple(sensitivity)
-            config = AdapterConfig(ModelShape(**shape | {"full_layers": tuple(shape["full_layers"])}), **held)
+            config = AdapterConfig(shape, **held)
             with torch.random.fork_rng(devices=[]):  # The seed of a text is not for weights that are replaced.
                 adapters = cls(config)
             tensors = load_file(weights_path)
@@ -210,17 +210,28 @@ class AdapterScorer(Scorer):
         return (logits + bias[:, :, None]).softmax(-1).mean((1, 2))
 
 
-def _are_sensitivities(values: tuple[float, ...], layers: int) -> bool:
+def are_sensitivities(values: tuple[float, ...], layers: int) -> bool:
+    """Whether there is a number of at least 0 for each layer."""
     return len(values) == layers and all(0 <= value < math.inf for value in values)
 
 
-def _find(where: str | os.PathLike, file: str, hub: dict[str, Any]) -> Path:
+def saved_shape(held: dict[str, Any]) -> ModelShape:
+    """A model's shape as JSON has it."""
+    return ModelShape(**held | {"full_layers": tuple(held["full_layers"])})
+
+
+def find_file(where: str | os.PathLike, file: str, hub: dict[str, Any], what: str = "adapters") -> Path:
+    """A file of a folder, or of a repository on the hub.
+
+    Raises:
+        ChunkError: neither; it says that there are no adapters, or whatever else was looked for.
+    """
     if Path(where).is_dir():
         return Path(where) / file
     try:
         return Path(hf_hub_download(str(where), file, **hub))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise ChunkError(f"no adapters at {where}, neither a folder nor on the hub: {error}") from error
+        raise ChunkError(f"no {what} at {where}, neither a folder nor on the hub: {error}") from error
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:

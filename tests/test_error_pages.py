@@ -4,6 +4,7 @@ import ast
 import re
 import shutil
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,6 +139,13 @@ def things(tmp_path_factory):
         Path("words.arpa").write_text(ARPA.format("-0.3\tthe\n-0.4\tcaptain"))
         Path("no-logarithms.arpa").write_text(ARPA.format("0.5\t0\n0.4\t1"))
         chunkllm.ChunkAdapters.for_model(make_model(len(make_tokenizer()))).save_pretrained("my-adapters")
+        shape = chunkllm.ChunkAdapters.from_pretrained("my-adapters").config.shape
+        for folder_name, each in (
+            ("my-calibration", shape),
+            ("calibration-of-another", replace(shape, hidden_size=16)),
+        ):
+            config = chunkllm.CalibrationConfig(each, (1e-3,) * len(each.full_layers))
+            chunkllm.ChunkCalibration(config).save_pretrained(folder_name)
     return folder
 
 

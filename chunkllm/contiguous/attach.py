@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from os import PathLike
 from types import TracebackType
 from typing import Any, Never
 from weakref import WeakMethod, WeakSet
@@ -14,6 +15,7 @@ from transformers import Cache
 
 from chunkllm.adapters import ChunkAdapters
 from chunkllm.boundaries import punctuation_boundaries
+from chunkllm.calibration import ChunkCalibration, open_saved
 from chunkllm.contiguous.attention import intercept
 from chunkllm.contiguous.cache import ChunkCache
 from chunkllm.contiguous.calls import Running, call_of, wrap_generate
@@ -45,6 +47,7 @@ class ChunkSelection:
     Args:
         adapters: trained for the model: they detect boundaries and score chunks. Without, chunks end where punctuation
             ends a sentence, if `attach` is told the tokenizer, or else every 20 tokens, and `PooledScorer` scores them.
+            Or a `ChunkCalibration` of the model, for ``adaptive`` without adapters. Or the folder or hub id of either.
         scorer: another scorer than the adapters' or the pooled one.
         top_k: keep so many chunks. Or:
         budget: keep so many tokens in all, 2048 by default. Or:
@@ -53,8 +56,8 @@ class ChunkSelection:
         sinks: first tokens that always stay.
         max_chunk: a chunk ends after so many tokens at the latest; 32 by default, 20 where nothing tells of boundaries.
         adaptive: divide the budget among layers by how sensitive the model is to what each of them reads, instead of
-            evenly; the mean stays. By default where the adapters tell (`AdapterConfig.sensitivity`) and neither
-            ``top_k`` nor ``vote`` speaks against it.
+            evenly; the mean stays. By default where adapters (`AdapterConfig.sensitivity`) or a
+            calibration tell, and neither ``top_k`` nor ``vote`` speaks against it.
         vote: one selection for all layers, by their mean score.
         every_step: select at every token, not at boundaries.
         offload: keep what is not selected in the host's memory. Then a selection waits for the device.
@@ -64,12 +67,12 @@ class ChunkSelection:
             accepted and what it cost, and is 0 where that is faster. Elsewhere than in ``generate`` everything is read.
 
     Raises:
-        ChunkError: settings that contradict each other or leave nothing to choose.
+        ChunkError: settings that contradict each other or leave nothing to choose, or nothing to open there.
     """
 
     def __init__(
         self,
-        adapters: ChunkAdapters | None = None,
+        adapters: ChunkAdapters | ChunkCalibration | str | PathLike | None = None,
         *,
         scorer: Scorer | None = None,
         top_k: int | None = None,
@@ -92,9 +95,6 @@ class ChunkSelection:
             raise ChunkError(f"retention must lie in (0, 1], not {retention}")
         if adaptive and (top_k is not None or vote):
             raise ChunkError("adaptive divides a budget of tokens among layers: it goes with neither top_k nor vote")
-        knows_layers = adapters is not None and adapters.config.sensitivity is not None
-        if adaptive and not knows_layers:
-            raise ChunkError("adaptive needs adapters that know the layers' sensitivities: `decoding chunk train`")
         if local < 1 or sinks < 0 or (max_chunk is not None and max_chunk < 1):
             raise ChunkError("local and max_chunk must be at least 1, sinks at least 0")
         if verify and (offload or every_step):
@@ -102,7 +102,15 @@ class ChunkSelection:
                 f"verify=True reads everything at every pass, and chooses anew behind it: leave "
                 f"{'offload' if offload else 'every_step'} out"
             )
-        self.adapters = adapters
+        saved = open_saved(adapters) if isinstance(adapters, str | PathLike) else adapters
+        self._sensitivity = None if saved is None else saved.config.sensitivity
+        knows_layers = self._sensitivity is not None
+        if adaptive and not knows_layers:
+            raise ChunkError(
+                "adaptive needs adapters or a calibration that tell layers' sensitivities: `decoding chunk calibrate`"
+            )
+        self.adapters = None if isinstance(saved, ChunkCalibration) else saved
+        self.calibration = saved if isinstance(saved, ChunkCalibration) else None
         self.scorer = scorer
         self.max_chunk = max_chunk
         self.top_k = top_k
@@ -131,13 +139,12 @@ class ChunkSelection:
 
         Adapters that lie on another device are copied to the model's. A model's first selection is compared with the
         model's own attention, which takes four short passes (`chunkllm.contiguous.probe`). A refused model is as it
-        was. Several threads can use the model at once. What
-        is said of prompts holds for ``model.generate``; in forward passes of your own, a token that comes alone to a
-        cache goes on with the text.
+        was. Several threads can use the model at once. What is said of prompts holds for ``model.generate``; in forward
+        passes of your own, a token that comes alone to a cache goes on with the text.
 
         Raises:
             ChunkError: the model lacks something, computes something else with a selection, lies on several devices, or
-                has a selection attached, or the adapters are another model's.
+                has a selection attached, or adapters or calibration are another model's.
         """
         if model in _attached:
             raise ChunkError("the model has a selection attached: detach it first")
@@ -157,6 +164,11 @@ class ChunkSelection:
         """The adapters, on the model's device: others may use them on theirs."""
         if len({parameter.device for parameter in model.parameters()}) > 1:
             raise ChunkError("the model lies on several devices: chunk selection needs it on one")
+        if self.calibration is not None and self.calibration.config.shape != shape:
+            differing = _difference(self.calibration.config.shape, shape)
+            raise ChunkError(
+                f"the calibration is another model's ({differing}): make one with `decoding chunk calibrate`"
+            )
         if self.adapters is None:
             return None
         if self.adapters.config.shape != shape:
@@ -194,8 +206,8 @@ class ChunkSelection:
         """Float64 [L], in what proportion layers share the budget."""
         if not self.adaptive:
             return torch.ones(layers, dtype=torch.float64)
-        assert self.adapters is not None and self.adapters.config.sensitivity is not None
-        return layer_weights(self.adapters.config.sensitivity)
+        assert self._sensitivity is not None
+        return layer_weights(self._sensitivity)
 
 
 class Attachment:

@@ -10,6 +10,7 @@ from typing import Any, Never
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 
 from chunkllm.contiguous.budgets import layer_limits, tokens_kept
@@ -151,11 +152,17 @@ class ChunkCache(Cache):
         """Takes the keys and values of a prompt that was read elsewhere; at least one more of its tokens must follow.
 
         Args:
-            states: keys and values, each [B, Hkv, T, D], of every layer.
+            states: keys and values, each [B, Hkv, T, D], of every layer; of one with a sliding window the last alone
+                will do.
             boundaries: bool [B, T], the tokens at which a chunk ends.
         """
         self._start(len(boundaries), None)
+        length = boundaries.shape[1]
         for i, (keys, values) in enumerate(states):
+            if not isinstance(self.layers[i], ChunkLayer):
+                # It counts the tokens that it is given, and positions follow from that. What is beyond its window,
+                # it forgets.
+                keys, values = (pad(state, (0, 0, length - state.shape[2], 0)) for state in (keys, values))
             self.update(keys, values, i)
         assert self.table is not None
         self.table.extend(boundaries.cpu().numpy())

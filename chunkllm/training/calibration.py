@@ -6,6 +6,7 @@ others hardly any. `chunkllm.selection.layer_weights` makes shares of a budget o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from chunkllm.adapters import ChunkAdapters
 from chunkllm.contiguous.attention import intercept
 from chunkllm.models import bottom_states, cache_argument, decoder_of, model_shape
 from chunkllm.scorers import Scorer, chunk_scores
@@ -24,6 +24,7 @@ from chunkllm.training.distillation import Boundaries
 from chunkllm.training.lessons import ReadingOptions, chunk_ends
 
 RETENTION = 0.25
+_MOST_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,31 @@ class Choice:
         return kept.scatter_(1, torch.where(valid, tokens, length), True)[:, :length]
 
 
+def exact(model: Any) -> Any:
+    """A copy in float32, with attention that takes masks.
+
+    In half precision rounding alone moves distributions further than most layers do. FlashAttention takes neither
+    float32 nor masks.
+    """
+    made = deepcopy(model).float()
+    made.set_attn_implementation("sdpa")
+    return made
+
+
+def last_tokens(length: int) -> int:
+    """How many tokens of a text distributions are compared at."""
+    return min(_MOST_TOKENS, length // 4)
+
+
 @torch.inference_mode()
 def layer_sensitivity(
     model: Any,
-    adapters: ChunkAdapters,
+    scorer: Scorer,
+    find_boundaries: Callable[[Tensor, Tensor], Tensor],
     ids: np.ndarray,
     last: int,
     options: ReadingOptions,
+    on_layer: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """KL divergence of next-token distributions, with selection in one layer against without: means over tokens.
 
@@ -87,10 +106,12 @@ def layer_sensitivity(
 
     Args:
         model: a causal language model of transformers, without anything attached, with sdpa or eager attention.
-        adapters: that score chunks and find their boundaries.
+        scorer: of chunks.
+        find_boundaries: of ids [1, T] and the bottommost layer's output [1, T, hidden_size]: bool [1, T].
         ids: int64 [T], a text.
         last: n, tokens of it whose distributions are compared.
         options: longest chunk, local window and sinks.
+        on_layer: called when a layer has been measured.
 
     Returns:
         Nats, for each layer with full attention; 0 if no chunk ends among the last tokens.
@@ -106,8 +127,7 @@ def layer_sensitivity(
         full = _log_probs(model, tokens[:, begin:], before)
     finally:
         hook.remove()
-    flags = adapters.is_boundary(torch.cat(bottom, 1))[0].cpu().numpy()
-    scorer = adapters.scorer()
+    flags = find_boundaries(tokens, torch.cat(bottom, 1))[0].cpu().numpy()
     choice = Choice(scorer, boundaries_of(flags, begin + scorer.queries - 1, options, model.device), begin, options)
     layers = model_shape(model).full_layers
     if not len(choice.boundaries.chosen):
@@ -116,6 +136,7 @@ def layer_sensitivity(
     for layer in layers:
         selecting = _with_selection(model, layer, choice, tokens[:, begin:], before)
         damage.append(max(float(divergence(full, selecting).mean()), 0.0))
+        on_layer()
     return damage
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,12 @@ from chunkllm.boundaries import agreement
 from chunkllm.errors import ChunkError
 from chunkllm.models import ModelShape, model_shape
 from chunkllm.scorers import PooledScorer, Scorer
-from chunkllm.training.calibration import layer_sensitivity
+from chunkllm.training.calibration import exact, last_tokens, layer_sensitivity
 from chunkllm.training.distillation import distillation_loss, lesson_scores, missing_by_score
 from chunkllm.training.lessons import Piece, Reading, ReadingOptions, cut, load_reading, read_piece, save_reading
 
 STATE_FILE = "state.safetensors"
 SENSITIVITY_FILE = "sensitivity.json"
-_CALIBRATED = 512  # tokens of a piece
 _RETENTIONS = (0.25, 0.5)
 _THRESHOLDS = tuple(i / 20 for i in range(2, 19))
 
@@ -144,7 +143,7 @@ class Training:
         self.options, self.folder = options, folder
         self.shape: ModelShape = model_shape(model)
         reading = options.reading
-        _require_positions(model, reading.context)
+        require_positions(model, reading.context)
         count = max(options.tokens // reading.context, 1)
         pieces, judged = cut(texts, tokenizer, count, reading), cut(held_out, tokenizer, options.held_out, reading)
         self.identity = {
@@ -226,24 +225,28 @@ class Training:
     def measure_sensitivity(self, on_progress: Progress = lambda what, done, total: None) -> list[float]:
         """Of every layer, as `layer_sensitivity` measures it, with the adapters as they are; sets it in their config.
 
-        The mean of some pieces that were learnt from, by a copy of the model in float32: in half precision rounding
-        alone moves distributions further than most layers do. What was measured is kept in the folder.
+        The mean of some pieces that were learnt from, by an `exact` copy of the model. What was measured is kept in
+        the folder.
         """
         path = self.folder / SENSITIVITY_FILE
         found: list[list[float]] = json.loads(path.read_bytes()) if path.is_file() else []
         pieces = self._pieces[: self.options.calibration]
         if len(found) < len(pieces):
-            exact = deepcopy(self._model).float()
-            exact.set_attn_implementation("sdpa")  # FlashAttention takes neither float32 nor masks
+            model, scorer = exact(self._model), self.adapters.scorer()
             for i, piece in enumerate(pieces[len(found) :], len(found)):
                 on_progress("calibrating", i, len(pieces))
-                last = min(_CALIBRATED, len(piece.ids) // 4)
-                found.append(layer_sensitivity(exact, self.adapters, piece.ids, last, self.options.reading))
+                last = last_tokens(len(piece.ids))
+                found.append(
+                    layer_sensitivity(model, scorer, self._find_boundaries, piece.ids, last, self.options.reading)
+                )
                 write_file(path, lambda beside: beside.write_text(json.dumps(found)))
         on_progress("calibrating", len(pieces), len(pieces))
         means = np.mean(found, 0).tolist()
         self.adapters.config = replace(self.adapters.config, sensitivity=tuple(means))
         return means
+
+    def _find_boundaries(self, ids: Tensor, bottom_states: Tensor) -> Tensor:
+        return self.adapters.is_boundary(bottom_states)
 
     def _next(self) -> int:
         """Every epoch has an order of its own."""
@@ -389,7 +392,12 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in options.items() if name != "reading"}, **options.get("reading", {})}
 
 
-def _require_positions(model: Any, context: int) -> None:
+def require_positions(model: Any, context: int) -> None:
+    """Refuses pieces that are longer than a model can read.
+
+    Raises:
+        ChunkError: as said.
+    """
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", context)
     if context > positions:
         raise ChunkError(f"the model has {positions} positions: --context {context} is too long")

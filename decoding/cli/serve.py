@@ -27,7 +27,9 @@ from decoding.cli import options as shared
 @click.option("--model-size", type=click.Choice(["small", "medium", "large"]), help="By its parameters by default.")
 @click.option("--phases", is_flag=True, help="Requests may have one temperature to think and one to answer.")
 @click.option("--phase-markers", type=(str, str), metavar="BEGIN END", help="Of thinking; by default the model's own.")
-@click.option("--chunk-adapters", help='Select chunks: "default" (SmolLM2-135M\'s), a folder or a hub id.')
+@click.option(
+    "--chunk-adapters", help='Select chunks: "default" (SmolLM2-135M\'s), a folder or a hub id, also of a calibration.'
+)
 @click.option("--kv-budget", type=click.IntRange(min=1), help="Select chunks: tokens to read, 2048 with adapters.")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **options: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from chunkllm.adapters import CONFIG_FILE as ADAPTERS_CONFIG
 from chunkllm.adapters import WEIGHTS_FILE as ADAPTERS_WEIGHTS
+from chunkllm.calibration import is_calibration
 from decoding.errors import DecodingError
 from decoding.files import exists
 from decoding.hub import find_file, find_folder, may_be_hub_id
@@ -98,7 +99,8 @@ def _carry(
         fields["selector"] = f"{_HERE}{SELECTOR}"
     chunks = values.get("chunks")
     if isinstance(chunks, dict) and _is_folder(chunks.get("adapters")):
-        _copy([Path(chunks["adapters"], name) for name in (ADAPTERS_CONFIG, ADAPTERS_WEIGHTS)], folder / ADAPTERS)
+        config, weights = (Path(chunks["adapters"], name) for name in (ADAPTERS_CONFIG, ADAPTERS_WEIGHTS))
+        _copy([config] if is_calibration(config) else [config, weights], folder / ADAPTERS)
         fields["chunks"] = chunks | {"adapters": f"{_HERE}{ADAPTERS}"}
     return fields
 

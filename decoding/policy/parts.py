@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from chunkllm import ChunkAdapters, ChunkError, ChunkSelection
+from chunkllm import ChunkError, ChunkSelection
+from chunkllm.calibration import open_saved
 from decoding.errors import DecodingError
 from decoding.policy.values import EMBEDDED, chunk_settings
 from decoding.style.prior import StylePrior
@@ -24,7 +25,7 @@ def open_selector(name: str | None) -> TemperatureSelector:
 
 
 def open_selection(chunks: Any) -> ChunkSelection:
-    """The selection of a policy's ``chunks``, with its adapters.
+    """The selection of a policy's ``chunks``, with its adapters or calibration.
 
     Raises:
         DecodingError: no adapters there, damaged ones, or settings that contradict each other.
@@ -32,7 +33,7 @@ def open_selection(chunks: Any) -> ChunkSelection:
     settings = chunk_settings(chunks)
     try:
         if (name := settings.pop("adapters", None)) is not None:
-            settings["adapters"] = ChunkAdapters.from_pretrained(None if name == EMBEDDED else name)
+            settings["adapters"] = open_saved(None if name == EMBEDDED else name)
         return ChunkSelection(**settings)
     except ChunkError as error:
         raise DecodingError(f"chunks: {error}") from error

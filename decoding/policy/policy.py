@@ -59,7 +59,7 @@ class Policy:
         think_temperature: that of thinking, for models that reason before they answer.
         selector: what chooses: a folder, a hub id, or "default", the embedded one.
         chunks: True, a budget in tokens, or `ChunkSelection`'s keywords, but for ``scorer``; ``adapters`` are a folder,
-            a hub id, or "default", the embedded ones.
+            a hub id, or "default", the embedded ones; a folder or hub id of a calibration does as well.
 
     Raises:
         DecodingError: a value that a field cannot have; λ, mode or guards without a style, ``think_temperature``

@@ -22,7 +22,7 @@ _CHUNK_SETTINGS: dict[str, tuple[str, tuple[type, ...]]] = {
     "adapters": (f'a folder, a hub id or "{EMBEDDED}"', (str, PathLike)),
     **dict.fromkeys(("top_k", "budget", "local", "sinks", "max_chunk"), ("a whole number", (int,))),
     "retention": ("a number", (int, float)),
-    **dict.fromkeys(("adaptive", "vote", "every_step", "offload"), ("True or False", (bool,))),
+    **dict.fromkeys(("adaptive", "vote", "every_step", "offload", "verify"), ("True or False", (bool,))),
 }
 
 

@@ -16,7 +16,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from chunkllm import ChunkAdapters, ChunkError, PooledScorer, Scorer
+from chunkllm import ChunkAdapters, ChunkCalibration, ChunkError, PooledScorer, Scorer
+from chunkllm.calibration import open_saved
 from chunkllm.late import send
 from chunkllm.paged.selection import PagedSelection, Reading, Step, local_blocks
 from chunkllm.selection import DEFAULT_LOCAL, DEFAULT_SINKS, layer_weights
@@ -94,12 +95,15 @@ class LayerGroup:
         self.budget = declared.kv_budget
         self.tokens = 0  # of the step under way
         self._budgets = budget_rows(vllm_config.instance_id)
-        self.adapters = opened_adapters(declared.adapters, device)
+        saved = opened_adapters(declared.adapters, device)
+        self.adapters = saved if isinstance(saved, ChunkAdapters) else None
         layers = [extract_layer_index(name) for name in names]
         scorer: Scorer = PooledScorer(first.head_size, scaling=first.scale)
         weights = torch.ones(len(layers))
+        if saved is not None:
+            weights = _weights(saved, layers, vllm_config, first)
         if self.adapters is not None:
-            scorer, weights = self.adapters.scorer(), _weights(self.adapters, layers, vllm_config, first)
+            scorer = self.adapters.scorer()
         _require_room(self.budget, spec.block_size)
         self.selection = PagedSelection(
             scorer,
@@ -149,23 +153,24 @@ class LayerGroup:
         self.selection.add_queries(layer, queries[: self.tokens])
 
 
-def opened_adapters(source: str | None, device: torch.device) -> ChunkAdapters | None:
-    """The adapters that settings name, frozen; None for none."""
+def opened_adapters(source: str | None, device: torch.device) -> ChunkAdapters | ChunkCalibration | None:
+    """The adapters that settings name, frozen, or the calibration; None for none."""
     if source is None:
         return None
     try:
-        return ChunkAdapters.from_pretrained(None if source == EMBEDDED else source, device=device).requires_grad_(
-            False
-        )
+        saved = open_saved(None if source == EMBEDDED else source, device=device)
     except ChunkError as error:
         raise DecodingError(str(error)) from error
+    return saved.requires_grad_(False) if isinstance(saved, ChunkAdapters) else saved
 
 
-def _weights(adapters: ChunkAdapters, layers: list[int], vllm_config: VllmConfig, impl: Any) -> Tensor:
+def _weights(
+    adapters: ChunkAdapters | ChunkCalibration, layers: list[int], vllm_config: VllmConfig, impl: Any
+) -> Tensor:
     """In what proportion the layers share a budget, float [L].
 
     Raises:
-        DecodingError: the adapters are another model's.
+        DecodingError: adapters or calibration are another model's.
     """
     shape, config = adapters.config.shape, vllm_config.model_config.hf_text_config
     ours = {
@@ -178,9 +183,13 @@ def _weights(adapters: ChunkAdapters, layers: list[int], vllm_config: VllmConfig
     }
     for name, value in ours.items():
         if (theirs := getattr(shape, name)) != value:
-            raise DecodingError(f"the adapters are another model's: its {name} is {theirs}, this one's {value}")
+            raise DecodingError(
+                f"the adapters or the calibration are another model's: its {name} is {theirs}, this one's {value}"
+            )
     if not set(layers) <= set(shape.full_layers):
-        raise DecodingError("the adapters are another model's: they do not have the layers of this one")
+        raise DecodingError(
+            "the adapters or the calibration are another model's: they do not have the layers of this one"
+        )
     if adapters.config.sensitivity is None:
         return torch.ones(len(layers))
     of_layer = dict(zip(shape.full_layers, layer_weights(adapters.config.sensitivity).tolist(), strict=True))

@@ -92,7 +92,8 @@ def engine_args(
         temperature_policy: the selector's: "ability" (the default) or "curve".
         phases: requests may have one temperature for thinking and one for answering. True to go by the model's own
             markers of thinking, as `PhaseTemperature` does; else the two texts that begin and end it.
-        chunk_adapters: select chunks, with the adapters of a folder or hub id; "default" for the embedded ones.
+        chunk_adapters: select chunks, with the adapters or calibration of a folder or hub id; "default" for embedded
+            adapters.
         kv_budget: select chunks, with or without adapters, where a request has more tokens than these, 2048 by default.
 
     Raises:

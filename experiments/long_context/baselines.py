@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkllm import Attachment, ChunkAdapters, ChunkSelection, PooledScorer, Scorer
+from chunkllm import Attachment, ChunkAdapters, ChunkCalibration, ChunkSelection, PooledScorer, Scorer
 from chunkllm.models import model_shape
 from chunkllm.scorers import ChunkStatistics
 from decoding import hooks
@@ -89,13 +89,13 @@ class Setting:
     Attributes:
         model: a causal language model.
         tokenizer: its tokenizer.
-        adapters: of the model, if there are any.
+        adapters: of the model, or its calibration, if there is one.
         retention: share of tokens to keep.
     """
 
     model: Any
     tokenizer: Any
-    adapters: ChunkAdapters | None
+    adapters: ChunkAdapters | ChunkCalibration | None
     retention: float
 
     @property
@@ -119,14 +119,15 @@ class Setting:
 
 
 FULL = "full attention"
+ADAPTER = "adapter"
 BY_LAYER = ", by layer"
 METHODS: dict[str, Callable[[Setting], Attachment]] = {
     FULL: lambda s: ChunkSelection(retention=1.0).attach(s.model),
-    "adapter" + BY_LAYER: lambda s: s.by_sentence(None, adaptive=True),
+    ADAPTER + BY_LAYER: lambda s: s.by_sentence(None, adaptive=True),
     "pooled" + BY_LAYER: lambda s: s.by_sentence(s.pooled(), adaptive=True),
-    "adapter": lambda s: s.by_sentence(None, adaptive=False),
-    "adapter at every token": lambda s: s.by_sentence(None, adaptive=False, every_step=True),
-    "adapter, one vote": lambda s: s.by_sentence(None, vote=True),
+    ADAPTER: lambda s: s.by_sentence(None, adaptive=False),
+    ADAPTER + " at every token": lambda s: s.by_sentence(None, adaptive=False, every_step=True),
+    ADAPTER + ", one vote": lambda s: s.by_sentence(None, vote=True),
     "pooled": lambda s: s.by_sentence(s.pooled(), adaptive=False),
     "mean keys alone": lambda s: s.by_sentence(s.pooled(use_variance=False), adaptive=False),
     "fixed chunks (FixLLM)": lambda s: s.by_length(s.pooled(), FIXED),

@@ -21,7 +21,7 @@ _number = partial(click.option, show_default=True, type=click.IntRange(min=1))
 
 @click.group(cls=Group)
 def chunk() -> None:
-    """Trains adapters of chunk selection, and evaluates it."""
+    """Trains adapters of chunk selection, calibrates models without, and evaluates it."""
 
 
 @chunk.command()
@@ -99,9 +99,51 @@ def _command() -> str:
     return shlex.join(["decoding", *parts])
 
 
+@chunk.command()
+@click.argument("model")
+@click.option("--text", "texts", multiple=True, required=True, help="Of the kind to be read. May repeat.")
+@shared.field
+@shared.unwrap
+@shared.device
+@_number("--pieces", default=TrainingOptions.calibration, help="Of text to measure on, as many of each --text.")
+@_number("--context", default=ReadingOptions.context, help="Tokens of a piece.")
+@_number("--max-chunk", default=ReadingOptions.max_chunk, help="A chunk's most tokens.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the calibration.")
+@shared.resume
+def calibrate(
+    model: str,
+    texts: tuple[str, ...],
+    field: str | None,
+    unwrap: bool | None,
+    device: str,
+    pieces: int,
+    context: int,
+    max_chunk: int,
+    out: Path,
+    resume: bool,
+) -> None:
+    """Measures how much of a budget each layer of MODEL needs: for models without adapters. Nothing is trained.
+
+    MODEL is a folder, a GGUF file or a hub id. It computes in float32.
+    """
+    from decoding.models import load_model, load_tokenizer
+    from decoding.style.source import load_corpus
+    from experiments.lab.runs import HEADER
+    from experiments.long_context.calibrate import calibrate as run
+    from experiments.long_context.train import require_folder
+
+    options = ReadingOptions(context=context, max_chunk=max_chunk)
+    require_folder(out, resume, HEADER, "calibration")
+    corpora = [load_corpus(source) for source in shared.sources(texts, {"field": field, "unwrap": unwrap})]
+    tokenizer, loaded = load_tokenizer(model), load_model(model, "float32", device)
+    work = partial(run, loaded, tokenizer, model, corpora, options, pieces, out, resume, _command())
+    click.echo(shared.until_interrupted(work, out, "what was measured is kept"))
+    click.echo(f'ChunkSelection("{out}") divides budgets so')
+
+
 @chunk.command(name="eval")
 @click.argument("texts", nargs=-1, required=True)
-@click.option("--adapters", help="A folder or a hub id; the embedded ones by default.")
+@click.option("--adapters", help="A folder or a hub id, also of a calibration; the embedded ones by default.")
 @click.option("--no-adapters", is_flag=True, help="Leave out what needs some: for models without.")
 @click.option("--method", "methods", multiple=True, help="Of the table's methods. May repeat; all by default.")
 @click.option(
@@ -129,15 +171,15 @@ def _command() -> str:
 @shared.resume
 def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, out: Path, **chosen: Any) -> None:
     """Perplexity, agreement, attention held and passkeys found on held-out TEXTS, for chunk selection and others."""
-    from chunkllm import ChunkAdapters
-    from decoding.models import load_model, load_tokenizer, model_fingerprint
+    from chunkllm.calibration import open_saved
+    from decoding.models import load_model, load_tokenizer
     from experiments.lab.runs import check_unused, settings_of
     from experiments.long_context import report
-    from experiments.long_context.evaluate import EvalOptions, checked_retentions, chosen_methods, prepare
+    from experiments.long_context.evaluate import EvalOptions, checked_retentions, chosen_methods, fingerprint, prepare
 
     if not chosen["resume"]:
         check_unused(out)
-    opened = None if no_adapters else ChunkAdapters.from_pretrained(adapters)
+    opened = None if no_adapters else open_saved(adapters)
     options = EvalOptions(
         methods=chosen_methods(chosen["methods"], opened),
         retentions=checked_retentions(chosen["retentions"]),
@@ -149,8 +191,7 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
     )
     tokenizer = load_tokenizer(chosen["model"])
     model = load_model(chosen["model"], chosen["dtype"], chosen["device"])
-    adapters_fingerprint = None if opened is None else model_fingerprint(opened)
-    about = {**settings_of(chosen["model"], model, tokenizer), "adapters": adapters_fingerprint}
+    about = {**settings_of(chosen["model"], model, tokenizer), "adapters": fingerprint(opened)}
     sources = shared.sources(texts, chosen)
     evaluation = prepare(
         sources, None, chosen["pieces"], model, tokenizer, about, opened, options, out, chosen["resume"]
@@ -162,7 +203,7 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
 
 @chunk.command(name="picture")
 @click.argument("text")
-@click.option("--adapters", help="A folder or a hub id; the embedded ones by default.")
+@click.option("--adapters", help="A folder or a hub id, also of a calibration; the embedded ones by default.")
 @click.option("--no-adapters", is_flag=True, help="Select without: for models that have none.")
 @_number("--context", default=6000, help="Tokens of TEXT.")
 @_number("--budget", default=1024, help="Tokens to read of it.")
@@ -189,12 +230,12 @@ def draw_reading(text: str, adapters: str | None, no_adapters: bool, out: Path, 
     """Hides a fact in TEXT, asks for it behind the text, and draws which places are read for the answer."""
     import numpy as np
 
-    from chunkllm import ChunkAdapters
+    from chunkllm.calibration import open_saved
     from decoding.models import load_model, load_tokenizer
     from decoding.tokens import tokenize
     from experiments.long_context.heat_map import PictureOptions, picture
 
-    opened = None if no_adapters else ChunkAdapters.from_pretrained(adapters)
+    opened = None if no_adapters else open_saved(adapters)
     (source,) = shared.sources([text], chosen)
     tokenizer = load_tokenizer(chosen["model"])
     ids = np.concatenate(tokenize(source.corpus().documents, tokenizer))
@@ -252,7 +293,7 @@ def bench_lossless(
     **chosen: Any,
 ) -> None:
     """Measures the lossless mode behind TEXTS, or without any, by random weights. Let the machine be idle."""
-    from chunkllm import ChunkAdapters
+    from chunkllm.calibration import open_saved
     from experiments.long_context import lossless
 
     if bool(texts) == (acceptance is not None):
@@ -264,7 +305,7 @@ def bench_lossless(
     if acceptance is not None:
         lossless.measure_random(lengths, tuple(map(int, chosen["batches"])), acceptance, setting, chosen["dtype"], out)
         return
-    opened = None if no_adapters else ChunkAdapters.from_pretrained(adapters)
+    opened = None if no_adapters else open_saved(adapters)
     sources = shared.sources(texts, chosen)
     lossless.measure_texts(sources, lengths, chosen["model"], chosen["dtype"], opened, setting, out)
 

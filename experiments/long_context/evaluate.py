@@ -6,6 +6,7 @@ through the cache that users get.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -18,17 +19,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from chunkllm import ChunkAdapters, ChunkSelection
+from chunkllm import ChunkAdapters, ChunkCalibration, ChunkSelection
 from chunkllm.contiguous.attach import Attachment
 from chunkllm.models import bottom_states, cache_argument, decoder_of
 from chunkllm.training.calibration import divergence
 from decoding.errors import DecodingError
 from decoding.metrics import token_log_probs
-from decoding.style.source import StyleSource, load_corpus
+from decoding.models import model_fingerprint
+from decoding.style.source import Corpus, StyleSource, load_corpus
 from decoding.tokens import tokenize
 from experiments.lab.cells import Cell
 from experiments.lab.runs import RunFolder, finish
-from experiments.long_context.baselines import BY_LAYER, FULL, METHODS, Setting, all_methods
+from experiments.long_context.baselines import ADAPTER, BY_LAYER, FULL, METHODS, Setting, all_methods
 from ngram.storage import write_atomically
 
 _LAST = 8  # Tokens of a prompt that the selection's own model pass reads, for their queries.
@@ -240,7 +242,7 @@ class Evaluation:
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        adapters: for the methods that want some.
+        adapters: for the methods that want some, or a calibration.
         texts: token ids of held-out texts, at least ``context`` each.
         options: what to measure.
         folder: where cells are kept.
@@ -250,7 +252,7 @@ class Evaluation:
         self,
         model: Any,
         tokenizer: Any,
-        adapters: ChunkAdapters | None,
+        adapters: ChunkAdapters | ChunkCalibration | None,
         texts: Sequence[np.ndarray],
         options: EvalOptions,
         folder: RunFolder,
@@ -356,6 +358,17 @@ def slices(documents: Sequence[np.ndarray], length: int, count: int) -> list[np.
     return [pieces[i * len(pieces) // count] for i in range(count)]
 
 
+def pieces_of(corpora: Sequence[Corpus], tokenizer: Any, length: int, count: int) -> list[np.ndarray]:
+    """``count`` pieces of ``length`` tokens, as many of each corpus as of the others.
+
+    Raises:
+        DecodingError: as `slices`.
+    """
+    tokens = [np.concatenate(tokenize(corpus.documents, tokenizer)) for corpus in corpora]
+    shares = [count // len(corpora) + (i < count % len(corpora)) for i in range(len(corpora))]
+    return [piece for ids, share in zip(tokens, shares, strict=True) for piece in slices([ids], length, share)]
+
+
 def prepare(
     specs: Sequence[str | StyleSource],
     field: str | None,
@@ -363,7 +376,7 @@ def prepare(
     model: Any,
     tokenizer: Any,
     about: dict[str, Any],
-    adapters: ChunkAdapters | None,
+    adapters: ChunkAdapters | ChunkCalibration | None,
     options: EvalOptions,
     out: Path,
     resume: bool,
@@ -377,7 +390,7 @@ def prepare(
         model: to evaluate on.
         tokenizer: its tokenizer.
         about: what stands in the settings beside the options.
-        adapters: for the methods that want some; without, these are left out.
+        adapters: for the methods that want some, or a calibration; without, these are left out.
         options: what to measure.
         out: folder.
         resume: whether it may hold an evaluation already.
@@ -391,11 +404,7 @@ def prepare(
     if options.context <= options.scored + 2 * _LAST:
         raise DecodingError("--context must be longer than --scored")
     corpora = [load_corpus(spec, field) for spec in specs]
-    tokens = [np.concatenate(tokenize(corpus.documents, tokenizer)) for corpus in corpora]
-    shares = [count // len(specs) + (i < count % len(specs)) for i in range(len(specs))]
-    texts = [
-        piece for ids, share in zip(tokens, shares, strict=True) for piece in slices([ids], options.context, share)
-    ]
+    texts = pieces_of(corpora, tokenizer, options.context, count)
     settings = {
         **about,
         "texts": [{"text": corpus.name, "sha256": corpus.sha256} for corpus in corpora],
@@ -408,24 +417,31 @@ def prepare(
     return Evaluation(model, tokenizer, adapters, texts, options, folder)
 
 
-def chosen_methods(names: Sequence[str], adapters: ChunkAdapters | None) -> tuple[str, ...]:
+def chosen_methods(names: Sequence[str], adapters: ChunkAdapters | ChunkCalibration | None) -> tuple[str, ...]:
     """Those names of `all_methods`, or all but full attention, which always belongs to it.
 
     Raises:
         DecodingError: no such method, or one that needs adapters where there are none, or layers' sensitivities that
-            the adapters do not tell.
+            nothing tells.
     """
     knows_layers = adapters is not None and adapters.config.sensitivity is not None
     known = [
         name
         for name in all_methods()
         if name != FULL
-        and (adapters is not None or not name.startswith("adapter"))
+        and (isinstance(adapters, ChunkAdapters) or not name.startswith(ADAPTER))
         and (knows_layers or not name.endswith(BY_LAYER))
     ]
     if unknown := [name for name in names if name not in known]:
         raise DecodingError(f"no method {unknown[0]!r}: choose from {'; '.join(known)}")
     return tuple(names or known)
+
+
+def fingerprint(adapters: ChunkAdapters | ChunkCalibration | None) -> str | None:
+    """Of adapters or a calibration."""
+    if isinstance(adapters, ChunkCalibration):
+        return hashlib.sha256(json.dumps(asdict(adapters.config), sort_keys=True).encode()).hexdigest()
+    return None if adapters is None else model_fingerprint(adapters)
 
 
 def checked_retentions(shares: Sequence[float]) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import MaxNLocator
 
-from chunkllm import ChunkAdapters, ChunkSelection, Reading
+from chunkllm import ChunkAdapters, ChunkCalibration, ChunkSelection, Reading
 from decoding.errors import DecodingError
 from decoding.tokens import pad_id, token_texts
 from experiments.lab.pictures import literal, plt, save
@@ -46,13 +46,18 @@ class PictureOptions:
 
 
 def picture(
-    model: Any, tokenizer: Any, adapters: ChunkAdapters | None, text: np.ndarray, options: PictureOptions, path: Path
+    model: Any,
+    tokenizer: Any,
+    adapters: ChunkAdapters | ChunkCalibration | None,
+    text: np.ndarray,
+    options: PictureOptions,
+    path: Path,
 ) -> str:
     """Hides a fact in a text, asks for it behind the text, and draws what is read for the answer, which is returned.
 
     Args:
         model, tokenizer: that answer.
-        adapters: the model's, or None for the selection without.
+        adapters: the model's, or its calibration, or None for the selection without.
         text: int64 token ids.
         options: what to hide, ask and read.
         path: of the PNG file.

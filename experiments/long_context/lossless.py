@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from chunkllm import Attachment, ChunkAdapters, ChunkSelection
+from chunkllm import Attachment, ChunkAdapters, ChunkCalibration, ChunkSelection
 from chunkllm.contiguous.verified import VerifiedCache
 from chunkllm.models import cache_argument
 from decoding.errors import DecodingError
@@ -33,6 +33,7 @@ from experiments.long_context.bench import BenchOptions, contents, random_model,
 from experiments.long_context.evaluate import read
 from experiments.long_context.paths import DEFAULT, DENSE, SELECTED, filled
 
+Saved = ChunkAdapters | ChunkCalibration
 LOSSLESS, SAMPLED, LOOKUP = "lossless", "lossless, sampled", "prompt lookup"
 _LAST = 4  # tokens of a prompt that each way reads itself
 _LOOKED_UP = 10
@@ -112,7 +113,12 @@ def _write(model: Any, ids: Tensor, cache: Any, count: int, **options: Any) -> _
 
 
 def on_text(
-    name: str, ids: Tensor, model: Any, tokenizer: Any, adapters: ChunkAdapters | None, setting: Setting
+    name: str,
+    ids: Tensor,
+    model: Any,
+    tokenizer: Any,
+    adapters: Saved | None,
+    setting: Setting,
 ) -> Iterator[Record]:
     """What each way does behind a text, int64 [1, T]."""
     prompt, _ = read(model, ids)
@@ -239,7 +245,7 @@ def measure_texts(
     contexts: Sequence[int],
     model: str,
     dtype: str,
-    adapters: ChunkAdapters | None,
+    adapters: Saved | None,
     setting: Setting,
     out: Path | None,
 ) -> None:

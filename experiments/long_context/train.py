@@ -35,16 +35,22 @@ def load_texts(
     return learnt, judged
 
 
-def require_folder(out: Path, resume: bool) -> None:
+def require_folder(out: Path, resume: bool, state: str = STATE_FILE, what: str = "training") -> None:
     """Refuses a folder that holds other things than a training, one that is not to be gone on with, or is read-only.
+
+    Args:
+        out: the folder.
+        resume: whether it may hold one.
+        state: the file in its checkpoint that tells of one.
+        what: it is, if no training.
 
     Raises:
         DecodingError: as said.
     """
-    if not (out / CHECKPOINT / STATE_FILE).is_file():
+    if not (out / CHECKPOINT / state).is_file():
         check_unused(out)
     elif not resume:
-        raise DecodingError(f"{out} holds a training already: add --resume to go on with it, or choose another --out")
+        raise DecodingError(f"{out} holds a {what} already: add --resume to go on with it, or choose another --out")
     else:
         require_writable(out)
 

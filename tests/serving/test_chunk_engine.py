@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from chunkllm import AdapterConfig, ChunkAdapters
+from chunkllm import AdapterConfig, CalibrationConfig, ChunkAdapters, ChunkCalibration
 from chunkllm.contiguous.attention import intercept
 from chunkllm.models import model_shape
 from decoding import DecodingError
@@ -298,6 +298,16 @@ def test_the_option_alone_will_do_and_adapters_are_optional(engines, tiny, readi
     alone = engines(tiny / "model", **TINY, block_size=BLOCK, additional_config={"chunkllm": {"kv_budget": BUDGET}})
     assert len(texts(alone, [random_ids(random.Random(9), 600)], params())[0]) == 24
     assert sum(reading is not None for _, _, reading in readings) == 23
+
+
+def test_a_calibration_divides_the_budget_where_there_are_no_adapters(engines, tiny, readings, tmp_path):
+    shape = ChunkAdapters.from_pretrained(tiny / "adapters").config.shape
+    ChunkCalibration(CalibrationConfig(shape, (4e-3, 1e-3))).save_pretrained(tmp_path)
+    llm = engines(tiny / "model", **TINY, **engine_args(chunk_adapters=tmp_path, kv_budget=BUDGET))
+    texts(llm, [random_ids(random.Random(13), 600)], params())
+    lengths = [reading.lengths.flatten().tolist() for _, _, reading in readings if reading is not None]
+    assert len(lengths) == 23
+    assert all(first > second and first + second <= 2 * BUDGET for first, second in lengths)
 
 
 def test_layers_with_sliding_windows_are_left_alone(engines, readings, tmp_path):

@@ -222,7 +222,7 @@ def test_a_model_whose_layers_have_different_heads_is_refused(monkeypatch):
         ({"budget": 40, "local": 8, "max_chunk": 36}, "leaves nothing to choose"),
         ({"top_k": 3, "adaptive": True}, "adaptive"),
         ({"vote": True, "adaptive": True}, "adaptive"),
-        ({"adaptive": True}, "decoding chunk train"),
+        ({"adaptive": True}, "decoding chunk calibrate"),
         ({"local": 0}, "local and max_chunk must be at least 1"),
         ({"max_chunk": 0}, "local and max_chunk must be at least 1"),
         ({"sinks": -1}, "sinks at least 0"),

@@ -26,6 +26,11 @@ def adapters_for(model, queries=1):
     return adapters
 
 
+def sensitivity(model, adapters, ids, last, options):
+    found = (adapters.scorer(), lambda _, bottom: adapters.is_boundary(bottom))
+    return layer_sensitivity(model, *found, ids.numpy(), last, options)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_a_layers_damage_is_that_of_decoding_with_what_is_chosen(models, ids, kind):
     """The mask that a layer gets all at once is what decode steps read, in all layers together."""
@@ -64,7 +69,7 @@ def test_a_layer_that_says_nothing_is_not_missed(ids):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with torch.no_grad():
         model.get_decoder().layers[1].self_attn.o_proj.weight.zero_()
-    got = layer_sensitivity(model, adapters_for(model, 4), ids.numpy(), LAST, OPTIONS)
+    got = sensitivity(model, adapters_for(model, 4), ids, LAST, OPTIONS)
     assert got[1] == pytest.approx(0, abs=1e-6)
     assert min(got[0], got[2]) > 1e-3
     with torch.no_grad():
@@ -75,11 +80,9 @@ def test_a_layer_that_says_nothing_is_not_missed(ids):
 def test_no_chunk_that_ends_is_no_damage(llama, ids):
     adapters = adapters_for(llama)
     adapters.config = replace(adapters.config, threshold=2.0)
-    assert layer_sensitivity(llama, adapters, ids.numpy(), 4, replace(OPTIONS, max_chunk=30)) == [0, 0, 0]
+    assert sensitivity(llama, adapters, ids, 4, replace(OPTIONS, max_chunk=30)) == [0, 0, 0]
 
 
 def test_nothing_is_missed_where_the_window_holds_everything(llama, ids):
     options = replace(OPTIONS, context=3 * 200, local=150)
-    assert layer_sensitivity(llama, adapters_for(llama), ids.numpy(), LAST, options) == pytest.approx(
-        [0, 0, 0], abs=1e-6
-    )
+    assert sensitivity(llama, adapters_for(llama), ids, LAST, options) == pytest.approx([0, 0, 0], abs=1e-6)

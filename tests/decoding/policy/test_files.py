@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 
+from chunkllm import CalibrationConfig, ChunkCalibration, ChunkSelection
+from chunkllm.models import model_shape
 from decoding import DecodingError, FixedTemperature, NGramModel, Policy, StylePrior
 from tests.conftest import TEXT
 from tests.decoding.policy.conftest import SMALL
@@ -129,6 +131,20 @@ def test_all_parts_travel(parts, tmp_path, write, encoder_folder, adapters_folde
     Policy.from_pretrained(moved).save_pretrained(moved)  # onto itself
     assert (moved / "policy.json").read_text() == config
     assert write(Policy.from_pretrained(moved)) == wanted
+
+
+def test_a_calibration_travels_as_adapters_do(tmp_path, write, thinker):
+    shape = model_shape(thinker)
+    sensitivity = tuple(0.1 * (i + 1) ** 4 for i in range(len(shape.full_layers)))
+    calibration = ChunkCalibration(CalibrationConfig(shape, sensitivity))
+    calibration.save_pretrained(tmp_path / "my-calibration")
+    policy = Policy(chunks=SMALL | {"adapters": tmp_path / "my-calibration"})
+    wanted = write(policy)
+    assert wanted == write(processors=[ChunkSelection(calibration, **SMALL)])
+    policy.save_pretrained(tmp_path / "my-policy")
+    shutil.rmtree(tmp_path / "my-calibration")
+    assert [path.name for path in (tmp_path / "my-policy" / "adapters").iterdir()] == ["config.json"]
+    assert write(Policy.from_pretrained(tmp_path / "my-policy")) == wanted
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def test_the_embedded_ones_have_a_name(monkeypatch, adapters_folder, selector):
     asked = []
     adapters = ChunkAdapters.from_pretrained(adapters_folder)
     monkeypatch.setattr(TemperatureSelector, "from_pretrained", lambda name=None: asked.append(name) or selector)
-    monkeypatch.setattr(ChunkAdapters, "from_pretrained", lambda name=None: asked.append(name) or adapters)
+    monkeypatch.setattr(ChunkAdapters, "from_pretrained", lambda name=None, **_: asked.append(name) or adapters)
     assert Policy(temperature="auto").temperature == "auto" and asked == [], "it is opened when it is used"
     Policy(temperature="auto", selector="default", chunks={"adapters": "default"})
     assert asked == [None, None]

@@ -5,13 +5,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from chunkllm import ChunkAdapters, ChunkSelection
+from chunkllm import CalibrationConfig, ChunkAdapters, ChunkCalibration, ChunkSelection
 from decoding.cli import cli
 from decoding.errors import DecodingError
 from experiments.long_context import bench as chunk_bench
 from experiments.long_context import evaluate as chunk_eval
 from experiments.long_context.baselines import FULL, METHODS, QuestScorer
 from experiments.long_context.evaluate import EvalOptions, TextCell, passkey_prompt, slices
+from tests.chunkllm.conftest import VOCAB, tiny_model
 from tests.conftest import WORDS, make_model, make_tokenizer
 
 OPTIONS = EvalOptions(
@@ -107,6 +108,20 @@ def test_what_is_scored_is_what_the_model_says_token_by_token(long_model, spelle
     assert all(all(row) for row in scored["agree"])
 
 
+def test_a_model_with_sliding_layers_goes_on_where_the_prompt_ended():
+    """Its windows hold less than the prompt, whose positions go on all the same."""
+    model = tiny_model("gemma3_text")
+    ids = torch.randint(3, VOCAB, (2, 100), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = model(ids).logits[:, 59:-1].log_softmax(-1)
+        prompts, full = chunk_eval.read(model, ids[:, :60], ids[:, 60:])
+        with ChunkSelection(retention=1.0).attach(model) as chunks:
+            scored = chunk_eval.score_texts(model, chunks, prompts, ids[:, 60:], full)
+    torch.testing.assert_close(full, logits, rtol=0, atol=2e-4)
+    expected = -logits.gather(-1, ids[:, 60:, None])[..., 0]
+    torch.testing.assert_close(torch.tensor(scored["nll"]), expected, rtol=0, atol=2e-4)
+
+
 def test_methods_that_need_what_adapters_do_not_tell_are_left_out(long_model):
     plain = ChunkAdapters.for_model(long_model, width=2)
     told = ChunkAdapters.for_model(long_model, width=2, sensitivity=(0.01, 0.02))
@@ -114,6 +129,9 @@ def test_methods_that_need_what_adapters_do_not_tell_are_left_out(long_model):
     without_layers = set(chunk_eval.chosen_methods((), plain))
     assert set(METHODS) - {FULL} - without_layers == {name for name in METHODS if name.endswith("by layer")}
     assert not any("adapter" in name for name in chunk_eval.chosen_methods((), None))
+    calibration = ChunkCalibration(CalibrationConfig(told.config.shape, told.config.sensitivity))
+    by_calibration = set(chunk_eval.chosen_methods((), calibration))
+    assert by_calibration == {name for name in METHODS if name != FULL and not name.startswith("adapter")}
     with pytest.raises(DecodingError, match="no method 'adapter, by layer'"):
         chunk_eval.chosen_methods(("adapter, by layer",), plain)
 
