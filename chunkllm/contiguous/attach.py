@@ -379,12 +379,14 @@ class Attachment:
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **options: Any) -> Any:
         generate = lossless(generate, self._counters) if self.plan.verify else generate
-        call = call_of(args, options)
-        self._running.calls.append(call)
+        call, running = call_of(args, options), self._running
+        depth = len(running.passes)
+        running.calls.append(call)
         try:
             output = generate(*args, **options)
         finally:
-            self._running.calls.pop()
+            running.calls.pop()
+            del running.passes[depth:]  # of one that was interrupted from the keyboard, which calls no hooks
         call.finish(output)
         return output
 

@@ -8,11 +8,31 @@ from typing import Any
 import numpy as np
 
 from experiments.lab.figures import ratio_of
+from figures import long_context
 from figures.data import Row, figure, read, row, table
 
 TEXTS = ("long_context/lossless.json", "long_context/lossless_qwen.json")
 RANDOM = "long_context/lossless_random.json"
+_CONTEXTS = (8192, 32768, 120_000)
 _WAYS = ("lossless", "selected", "prompt lookup", "best dense")
+
+
+def two_ways() -> str:
+    """What one gets with and without ``verify``, first of all."""
+    half = long_context.more_perplexity(long_context.BEST, 0.5)
+    lossless = [_random_speed(context) for context in _CONTEXTS]
+    near = [long_context.faster("best dense", context).split()[0] for context in _CONTEXTS]
+    heads = ["", "the text", *(f"behind {context:,} tokens" for context in _CONTEXTS)]
+    lines = [
+        heads,
+        ["**lossless**: `ChunkSelection(verify=True)`", "the model's own, token for token", *lossless],
+        ["**nearly lossless**: `ChunkSelection()`", f"perplexity {half} higher with half of the cache read", *near],
+    ]
+    return table(lines)
+
+
+def _random_speed(context: int) -> str:
+    return _speed(read(RANDOM), "random, batch 1", context, "lossless", "best dense").split()[0]
 
 
 def on_texts() -> str:

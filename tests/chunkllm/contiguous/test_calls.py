@@ -73,6 +73,20 @@ def test_an_error_in_one_thread_is_no_others(llama):
     assert all(torch.equal(logits_of(each), alone) for each in got)
 
 
+def test_an_interrupt_leaves_nothing(llama):
+    def interrupts(*_):
+        raise KeyboardInterrupt
+
+    with attach(llama, budget=20) as chunks:
+        alone = logits_of(generate(llama, (60,)))
+        handle = llama.model.layers[1].register_forward_pre_hook(interrupts)
+        with pytest.raises(KeyboardInterrupt):
+            generate(llama, (60,))
+        handle.remove()
+        assert not chunks._running.passes and not chunks._running.calls
+        assert torch.equal(logits_of(generate(llama, (60,))), alone)
+
+
 class Asks(LogitsProcessor):
     """Lets another model, or the same, write meanwhile."""
 

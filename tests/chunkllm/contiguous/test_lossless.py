@@ -1,5 +1,6 @@
 """What is written with ``verify=True`` is what the model writes without, whatever was drafted."""
 
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import numpy as np
@@ -94,6 +95,25 @@ class TestEquality:
     def test_all_is_right_where_everything_is_drafted_with_everything(self, llama, drafting):
         _, stats = lossless(llama, (60,), {"budget": 59})
         assert stats["acceptance"] > 0.9
+
+
+    def test_threads_write_side_by_side(self, llama, drafting):
+        seeds = range(3)
+        texts = [torch.randint(3, VOCAB, (2, 60), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        wanted = [generate(llama, ids=ids).sequences for ids in texts]
+        with attach(llama), ThreadPoolExecutor(3) as pool:
+            got = list(pool.map(lambda ids: generate(llama, ids=ids).sequences, texts))
+        assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
+
+    def test_the_host_waits_once_a_cycle(self, llama, drafting, monkeypatch):
+        waits = []
+        own = torch.Tensor.cpu
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: waits.append(tensor.shape) or own(tensor))
+        with attach(llama) as attached:
+            before = len(waits)
+            generate(llama, eos_token_id=1)
+        prompt = 1 + 1  # its padding, and the first tokens
+        assert len(waits) - before <= attached.stats["passes"] + prompt + 1
 
 
 class TestEnds:
