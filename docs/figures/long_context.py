@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from chunkllm.selection import layer_weights
 from experiments.lab.figures import ratio_of
 from experiments.lab.tables import plus_minus
 from figures.data import Row, bench_line, figure, read, row, table
 
 RESULTS, TRAINING, BENCH = "long_context/results.json", "long_context/training.json", "bench_long_context.json"
+CALIBRATED, CALIBRATION = "long_context/calibrated.json", "long_context/calibration.json"
 BEST = "adapter, by layer"
 _FEW = (BEST, "fixed chunks (FixLLM)", "pages (Quest)", "sinks + recent (StreamingLLM)")
 _EVEN = ("adapter", "adapter at every token", "adapter, one vote", "pooled", *_FEW[1:])
@@ -52,6 +54,32 @@ def kept() -> str:
     return table(lines)
 
 
+def calibrated() -> str:
+    """Budgets by a calibration against even ones, for a model without adapters."""
+    data = read(CALIBRATED)
+    heads = ["perplexity, × full attention's", "KL from it, 10⁻³ nats", "same next token, %", "attention held, %"]
+    lines = [["kept", "budgets of layers", *heads]]
+    for kept in sorted(data["settings"]["retentions"], reverse=True):
+        for method, label in (("pooled, by layer", "**by a calibration**"), ("pooled", "even")):
+            each = row(data["text"], method=method, retention=kept)
+            lines.append([f"{100 * kept:g} %", label, *_figures(each), _held(each)])
+    return table(lines)
+
+
+def moved(method: str, kept: str) -> str:
+    """KL from full attention of the model that was calibrated, in 10⁻³ nats."""
+    return f"{1e3 * row(read(CALIBRATED)['text'], method=method, retention=float(kept))['divergence']:.0f}"
+
+
+def most_sensitive() -> str:
+    """Layers whose share of a calibrated budget is above twice the average, by name."""
+    config = read(CALIBRATION)
+    weights = layer_weights(config["sensitivity"])
+    shares = zip(config["shape"]["full_layers"], weights / weights.mean(), strict=True)
+    layers = [str(layer) for layer, share in shares if share > 2]
+    return f"{', '.join(layers[:-1])} and {layers[-1]}"
+
+
 def text_row(method: str, kept: float | str) -> Row:
     """What one method did to held-out text."""
     rows = [*read(RESULTS)["text"], *read("long_context/kvpress.json")["rows"]]
@@ -64,11 +92,17 @@ def _line(kept: float, method: str) -> list[str]:
     return [
         f"{100 * kept:g} %",
         f"**{method}**" if method == BEST else method,
+        *_figures(each),
+        "not measured" if judged_elsewhere else _held(each),
+        "not measured" if judged_elsewhere else passkeys(method, kept),
+    ]
+
+
+def _figures(each: Row) -> list[str]:
+    return [
         plus_minus(each["ratio"], each["ratio_error"], 4),
         plus_minus(each["divergence"], each["divergence_error"], 2, 1e3),
         f"{100 * each['agreement']:.1f}",
-        "not measured" if judged_elsewhere else _held(each),
-        "not measured" if judged_elsewhere else passkeys(method, kept),
     ]
 
 
