@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-MOST_DRAFTED = 16
-_FIRST_PLAIN, _FIRST_DRAFT = 2, 4
+# With these a pass is over 1, 2, 4, 8 … tokens. Matrix products of other heights take longer: of 7 than of 8 on a CPU.
+_LENGTHS = np.array([0, 1, 3, 7, 11, 15])
+MOST_DRAFTED = int(_LENGTHS[-1])
+_FIRST_PLAIN, _FIRST_DRAFT = 2, 3
 _EXPECTED, _WEIGHT, _MEMORY = 0.9, 8.0, 0.98
 _NEWEST = 0.3
 _FIRST_REST, _LONGEST_REST = 32, 1024
@@ -16,7 +18,8 @@ class Pace:
 
     A cycle drafts k tokens, reads them all in one pass, and keeps 1 to k + 1. If a row's drafted tokens are right with
     probability α each, it keeps (1 − α^(k+1)) / (1 − α) of them on average (arXiv 2211.17192, equation 1). A pass over
-    k + 1 tokens is taken to cost v + k·w, a drafted token d, and choosing what drafts read s.
+    one token takes v, one over k + 1 is taken to grow with k in a line, a drafted token takes d, and choosing what
+    drafts read s.
 
     Args:
         rows: B, texts that are written.
@@ -27,9 +30,9 @@ class Pace:
         self._tried = np.full(rows, _WEIGHT)
         self._plain: float | None = None  # v
         self._plain_cycles = 0
-        self._more: float | None = None  # w
         self._draft: float | None = None  # d
-        self._choice = 0.0  # s
+        self._choice: float | None = None  # s
+        self._passes = _Line()
         self._rest, self._rested = _FIRST_REST, 0
 
     @property
@@ -46,9 +49,9 @@ class Pace:
         """
         if self._plain_cycles < _FIRST_PLAIN or most < 1:
             return 0
-        if self._draft is None:
+        if self._choice is None:
             return min(_FIRST_DRAFT, most)
-        best = min(int(np.argmax(self._speeds(active))), most)
+        best = min(int(_LENGTHS[np.argmax(self._speeds(active))]), most)
         if best:
             self._rest = _FIRST_REST
         elif self._rested >= self._rest:  # the text has grown, and what was measured may be old
@@ -58,12 +61,13 @@ class Pace:
         return best
 
     def _speeds(self, active: np.ndarray) -> np.ndarray:
-        """float64 [MOST_DRAFTED + 1], tokens a second for each k, of all rows that still write."""
-        assert self._plain is not None and self._draft is not None and self._more is not None
+        """float64, tokens a second for each of `_LENGTHS`, of all rows that still write."""
+        assert self._plain is not None and self._draft is not None and self._choice is not None
         right = np.minimum(self.acceptance[active], 0.999)[:, None]
-        k = np.arange(MOST_DRAFTED + 1)
+        k = _LENGTHS
         kept = ((1 - right ** (k + 1)) / (1 - right)).sum(0)
-        return kept / (self._plain + k * (self._more + self._draft) + (k > 0) * self._choice)
+        passes = np.maximum(self._passes.at(k, self._plain), self._plain)
+        return kept / np.where(k > 0, passes + k * self._draft + self._choice, self._plain)
 
     def saw(self, drafted: int, right: np.ndarray) -> None:
         """Takes what a cycle found.
@@ -85,9 +89,9 @@ class Pace:
         if not drafted:
             self._saw_plain(reading)
             return
-        assert self._plain is not None
-        self._more = _blend(self._more, max(reading - self._plain, 0.0) / drafted)
-        self._choice = _blend(None if self._draft is None else self._choice, choosing)
+        self._passes.add(drafted, reading)
+        # The first choice summarises the whole prompt too, which no other does.
+        self._choice = _blend(self._choice, 0.0 if self._choice is None else choosing)
         self._draft = _blend(self._draft, drafting / drafted)
 
     def _saw_plain(self, reading: float) -> None:
@@ -100,5 +104,25 @@ class Pace:
             self._plain = _blend(self._plain, reading)
 
 
+class _Line:
+    """Costs over lengths, the newest counting most: a line through them, as far as they tell its slope."""
+
+    def __init__(self) -> None:
+        self._count = self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, x: int, y: float) -> None:
+        """Takes a cost."""
+        kept = 1 - _NEWEST / 2
+        self._count, self._x, self._y = kept * self._count + 1, kept * self._x + x, kept * self._y + y
+        self._xx, self._xy = kept * self._xx + x * x, kept * self._xy + x * y
+
+    def at(self, x: np.ndarray, origin: float) -> np.ndarray:
+        """The line's costs; where lengths do not differ, that of a line from ``origin`` at 0."""
+        mean_x, mean_y = self._x / self._count, self._y / self._count
+        variance, covariance = self._xx / self._count - mean_x**2, self._xy / self._count - mean_x * mean_y
+        slope = (max(covariance, 0.0) + (mean_y - origin) / mean_x) / (variance + 1)
+        return mean_y + slope * (x - mean_x)
+
+
 def _blend(held: float | None, seen: float) -> float:
-    return seen if held is None else (1 - _NEWEST) * held + _NEWEST * seen
+    return seen if not held else (1 - _NEWEST) * held + _NEWEST * seen

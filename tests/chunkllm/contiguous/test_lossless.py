@@ -96,7 +96,6 @@ class TestEquality:
         _, stats = lossless(llama, (60,), {"budget": 59})
         assert stats["acceptance"] > 0.9
 
-
     def test_threads_write_side_by_side(self, llama, drafting):
         seeds = range(3)
         texts = [torch.randint(3, VOCAB, (2, 60), generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -341,7 +340,7 @@ class TestPace:
             return written / (plain + k * (more + draft) + choice * (k > 0))
 
         got = self.paced(plain, more, draft, acceptance, choice).length(self.ALL, 16)
-        assert got == max(range(17), key=speed)
+        assert got == max((0, 1, 3, 7, 11, 15), key=speed)
 
     def test_where_it_does_not_pay_it_is_tried_again_ever_more_rarely(self):
         pace = self.paced(50, 5, 55, 0.95)
