@@ -349,8 +349,7 @@ class Attachment:
         kind = type(cache).__name__
         if kind != "DynamicCache":
             raise ChunkError(
-                f"chunk selection keeps keys and values in a cache of its own, not in a {kind}: leave the cache and "
-                "cache_implementation out"
+                f"chunk selection has a cache of its own, not a {kind}: leave the cache and cache_implementation out"
             )
         if cache.get_seq_length():
             raise ChunkError(
@@ -358,8 +357,8 @@ class Attachment:
             )
         if cache.offloading and not self.plan.offload:
             raise ChunkError(
-                "a cache with offloading: write ChunkSelection(offload=True), which keeps in the host's memory what is "
-                "not selected, and leave the cache and cache_implementation out"
+                "a cache with offloading: write ChunkSelection(offload=True), and leave the cache and "
+                "cache_implementation out"
             )
 
     def _after(self, decoder: nn.Module, args: tuple, options: dict[str, Any], output: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any, Never
 
@@ -71,14 +71,19 @@ class ChunkCache(Cache):
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         lock = {"_lock": threading.Lock()}
+        memo |= {id(tensor): tensor.detach().clone() for tensor in self._tensors()}  # also where gradients are recorded
         made.__dict__ |= deepcopy({k: v for k, v in vars(self).items() if k not in lock}, memo) | lock
         made.counters.join(made)
         return made
 
+    def _tensors(self) -> Iterator[Tensor]:
+        """Those of the layers."""
+        for value in (value for layer in self.layers for value in vars(layer).values()):
+            yield from filter(torch.is_tensor, value if isinstance(value, list | tuple) else (value,))
+
     def __reduce_ex__(self, protocol: Any) -> Never:
         raise ChunkError(
-            "a cache with chunk selection is no file, and shares nothing: copy.deepcopy makes another of it, and "
-            "reading the tokens again makes one elsewhere"
+            "a cache with chunk selection is no file, and shares nothing: copy.deepcopy makes another of it"
         )
 
     @property

@@ -11,16 +11,17 @@ from experiments.lab.figures import ratio_of
 from figures import long_context
 from figures.data import Row, figure, read, row, table
 
-TEXTS = ("long_context/lossless.json", "long_context/lossless_qwen.json")
+TEXTS = "long_context/lossless.json"
 RANDOM = "long_context/lossless_random.json"
-_CONTEXTS = (8192, 32768, 120_000)
-_WAYS = ("lossless", "selected", "prompt lookup", "best dense")
+_CONTEXTS = (8192, 32768)
+_ALWAYS = {"always drafting": "greedily", "always drafting, sampled": "sampled"}
+_WAYS = ("lossless", "selected", "best dense")
 
 
 def two_ways() -> str:
     """What one gets with and without ``verify``, first of all."""
     half = long_context.more_perplexity(long_context.BEST, 0.5)
-    lossless = [_random_speed(context) for context in _CONTEXTS]
+    lossless = [faster(context) for context in _CONTEXTS]
     near = [long_context.faster("best dense", context).split()[0] for context in _CONTEXTS]
     heads = ["", "the text", *(f"behind {context:,} tokens" for context in _CONTEXTS)]
     lines = [
@@ -31,19 +32,30 @@ def two_ways() -> str:
     return table(lines)
 
 
-def _random_speed(context: int) -> str:
+def faster(context: int | str) -> str:
+    """The lossless mode's speed against the best dense attention, behind a random context."""
+    context = int(context)
     return _speed(read(RANDOM), "random, batch 1", context, "lossless", "best dense").split()[0]
 
 
 def on_texts() -> str:
-    """Each text behind which a model wrote: speeds against both dense ways, acceptance, equality."""
-    heads = ["model, text, tokens", "way", "against default", "against best dense", "drafted tokens right", "same text"]
-    lines = [heads]
-    for file in TEXTS:
-        data = read(file)
-        for text, context in _groups(data):
-            label = f"{data['model']}, {text}, {context:,}"
-            lines += [[label, way, *_line(data, text, context, way)] for way in _WAYS]
+    """Behind each text: speeds against both dense ways, and whether what is written is full attention's."""
+    lines = [["text", "way", "against default", "against best dense", "same text"]]
+    data = read(TEXTS)
+    for text, context in _groups(data):
+        lines += [[f"{text}, {context:,} tokens", way, *_line(data, text, context, way)] for way in _WAYS]
+    return table(lines)
+
+
+def accepted() -> str:
+    """Of seven drafted tokens at a time, how many were right."""
+    lines = [["text", "written", "drafted tokens right", "tokens a pass"]]
+    data = read(TEXTS)
+    for text, context in _groups(data):
+        for way, label in _ALWAYS.items():
+            found = _record(data, text, context, way)
+            share = f"{100 * found['acceptance']:.1f} %"
+            lines.append([f"{text}, {context:,} tokens", label, share, f"{found['tokens'] / found['passes']:.1f}"])
     return table(lines)
 
 
@@ -53,8 +65,6 @@ def on_random() -> str:
     lines = [["tokens in the cache", "way", "against default", "target", "against best dense", "target"]]
     for text, context in _groups(data):
         for way in _WAYS:
-            if way == "prompt lookup":
-                continue
             cells = [_speed(data, text, context, way, against) for against in ("default", "best dense")]
             goals = (
                 ["", ""] if way != "lossless" else [_goal(text, context, each) for each in ("default", "best dense")]
@@ -63,14 +73,10 @@ def on_random() -> str:
     return table(lines)
 
 
-def against(where: str, text: str, context: str, base: str) -> str:
-    """The lossless mode's speed against another way's, with its quartiles."""
-    return _speed(read(f"long_context/{where}.json"), text, int(context), "lossless", base)
-
-
-def acceptance(where: str, text: str, context: str, way: str = "lossless") -> str:
+def acceptance(text: str, way: str) -> str:
     """Of drafted tokens the right ones, in per cent."""
-    return f"{100 * _record(read(f'long_context/{where}.json'), text, int(context), way)['acceptance']:.1f} %"
+    (context,) = {context for each, context in _groups(read(TEXTS)) if each == text}
+    return f"{100 * _record(read(TEXTS), text, context, way)['acceptance']:.1f} %"
 
 
 def _groups(data: Any) -> Sequence[tuple[str, int]]:
@@ -83,10 +89,8 @@ def _record(data: Any, text: str, context: int, way: str) -> Row:
 
 def _line(data: Any, text: str, context: int, way: str) -> list[str]:
     found = _record(data, text, context, way)
-    right = "" if found["acceptance"] is None else f"{100 * found['acceptance']:.1f} %"
     same = f"{found['same']} of {found['tokens']}" if found["same"] < found["tokens"] else "yes"
-    speeds = [_speed(data, text, context, way, base) for base in ("default", "best dense")]
-    return [*speeds, right, same]
+    return [*(_speed(data, text, context, way, base) for base in ("default", "best dense")), same]
 
 
 def _speed(data: Any, text: str, context: int, way: str, base: str) -> str:

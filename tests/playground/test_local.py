@@ -74,7 +74,7 @@ def test_visitors_wait_for_each_other_and_get_what_they_get_alone(local, asked):
     mine, yours = asked(seed=1, max_new_tokens=60), asked(seed=2, lambda_=0.3)
     wanted = [write(local, each) for each in (mine, yours)]
     first = local.write(mine, threading.Event())
-    next(first)
+    began = next(first)  # which is all, if it is written by then
     told = []
 
     def visit():
@@ -85,7 +85,7 @@ def test_visitors_wait_for_each_other_and_get_what_they_get_alone(local, asked):
     while not told:
         time.sleep(0.01)
     assert told[0].status.startswith("You wait, number 1 in line")
-    got = last(first)
+    got = [began, *first][-1]
     second.join(30)
     for view, alone_ in zip((got, told[-1]), wanted, strict=True):
         assert (view.plain.text, view.steered.text) == (alone_.plain.text, alone_.steered.text)

@@ -301,9 +301,9 @@ def test_a_cache_with_offloading_is_refused_unless_the_selection_offloads(llama)
     with attach(llama, budget=24, offload=True):
         assert isinstance(cache_of(generate(llama, (40,), **{cache_name(llama): cache})), ChunkCache)
     with attach(llama, budget=24):
-        with pytest.raises(ChunkError, match="not in a Quantized: leave the cache and cache_implementation out"):
+        with pytest.raises(ChunkError, match="not a Quantized: leave the cache and cache_implementation out"):
             generate(llama, (40,), **{cache_name(llama): Quantized(config=llama.config)})
-        with pytest.raises(ChunkError, match="not in a StaticCache"):
+        with pytest.raises(ChunkError, match="not a StaticCache"):
             generate(llama, (40,), cache_implementation="static")
         generate(llama, (40,))
 
