@@ -198,9 +198,15 @@ class ChunkCache(Cache):
             known = self._flags.get()
             flags[:, -known.shape[1] :] = known[:, -missing:]
             self._flags = None
+        self._ended |= self._extended(flags)
+
+    def _extended(self, flags: np.ndarray, counts: np.ndarray | None = None) -> np.ndarray:
+        """`ChunkTable.extend`, with the chunks that end counted."""
+        assert self.table is not None
         before = int(self.table.counts.sum())
-        self._ended |= self.table.extend(flags)
+        ended = self.table.extend(flags, counts)
         self.counters.add(boundaries=int(self.table.counts.sum()) - before)
+        return ended
 
     def _due(self, length: int) -> np.ndarray | None:
         """bool [B], rows whose selection is due, or None if everything is read."""

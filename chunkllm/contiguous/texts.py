@@ -78,9 +78,13 @@ class Texts:
 
     def tokens(self, places: np.ndarray, count: int) -> tuple[Tensor, Tensor]:
         """Places and tokens, each int64 [B, count], from a place of each row on, int64 [B]."""
-        at = send(places, self.ids.device)[:, None] + torch.arange(count, device=self.ids.device)
-        self._make_room(int(places.max()) + count)
+        at = self._at(places, count)
         return at, self.ids.gather(1, at)
+
+    def _at(self, places: np.ndarray, count: int) -> Tensor:
+        """int64 [B, count], for which there is room."""
+        self._make_room(int(places.max()) + count)
+        return send(places, self.ids.device)[:, None] + torch.arange(count, device=self.ids.device)
 
     def _make_room(self, length: int) -> None:
         if length > self.ids.shape[1]:
@@ -89,12 +93,7 @@ class Texts:
     def draft(self, logits: Tensor, number: int) -> None:
         """Chooses a drafted token, ``number`` places behind what is sure, by its logits [B, 1, V]."""
         tokens = self._choose(logits, self.lengths + number, is_draft=True)
-        self._write(self.lengths + number, tokens)
-
-    def _write(self, places: np.ndarray, tokens: Tensor) -> Tensor:
-        at, _ = self.tokens(places, tokens.shape[1])
-        self.ids.scatter_(1, at, tokens)
-        return at
+        self.ids.scatter_(1, self._at(self.lengths + number, 1), tokens)
 
     def take(self, logits: Tensor, together: bool) -> tuple[np.ndarray, np.ndarray]:
         """Keeps the longest right beginning of what was drafted, and the token behind it. Waits for the device once.
@@ -108,9 +107,9 @@ class Texts:
         """
         active, drafted = self.active, logits.shape[1] - 1
         chosen = self._choose(logits, self.lengths, is_draft=False)
-        _, held = self.tokens(self.lengths, drafted + 1)
+        at, held = self.tokens(self.lengths, drafted + 1)
         right = (held == chosen)[:, :drafted].long().cumprod(1).sum(1)
-        self._write(self.lengths, chosen)
+        self.ids.scatter_(1, at, chosen)
         upto = range(self.length + 1, int(self.lengths[active].max()) + drafted + 2)
         ended = [self._asked(length).long() for length in upto] if self._is_pure else []
         arrived = torch.cat((right[:, None], chosen, *(each[:, None] for each in ended)), 1).cpu().numpy()

@@ -151,11 +151,9 @@ class VerifiedCache(ChunkCache):
         """
         assert self.table is not None
         stood = int(self.table.lengths.max())
-        if self._flags is not None:
-            self.table.extend(self._flags.get(), counts)
-            self._flags = None
-        else:
-            self.table.extend(np.zeros((len(counts), read), bool), counts)
+        flags = np.zeros((len(counts), read), bool) if self._flags is None else self._flags.get()
+        self._extended(flags, counts)
+        self._flags = None
         length = int(self.table.lengths.max())
         for layer in self.full_layers:
             layer.keep(read, counts, length)

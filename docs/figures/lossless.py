@@ -73,12 +73,6 @@ def on_random() -> str:
     return table(lines)
 
 
-def acceptance(text: str, way: str) -> str:
-    """Of drafted tokens the right ones, in per cent."""
-    (context,) = {context for each, context in _groups(read(TEXTS)) if each == text}
-    return f"{100 * _record(read(TEXTS), text, context, way)['acceptance']:.1f} %"
-
-
 def _groups(data: Any) -> Sequence[tuple[str, int]]:
     return list(dict.fromkeys((each["text"], each["context"]) for each in data["records"]))
 

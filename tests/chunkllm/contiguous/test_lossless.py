@@ -67,6 +67,11 @@ class TestEquality:
         got, _ = lossless(llama, chunks=chunks)
         assert_same(got, generate(llama, LENGTHS))
 
+    def test_chunks_that_end_are_counted(self, llama, drafting):
+        drafted = lossless(llama, (60,))[1]
+        drafting(0)
+        assert drafted["boundaries"] == lossless(llama, (60,))[1]["boundaries"] > 0
+
     def test_eager_attention(self, models, drafting):
         model = models("llama", "eager")
         got, _ = lossless(model)
