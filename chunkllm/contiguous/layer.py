@@ -388,4 +388,4 @@ def grouped_attention(
     batch, heads, tokens, width = query.shape
     grouped = query.reshape(batch, keys.shape[1], -1, width)
     out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-    return out.view(batch, heads, tokens, -1).transpose(1, 2)
+    return out.view(batch, heads, tokens, -1).transpose(1, 2).contiguous()  # some models view it

@@ -112,7 +112,7 @@ class _Call:
             raise ChunkError("verify=True needs use_cache=True, and a cache that was made with it")
         cache.activate_past_recording()
         texts.take(outputs.logits[:, -1:], together=True)
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=False)
         del outputs
         if not texts.is_done:
             _Cycles(model, cache, texts, model_kwargs, self.counters).run()
@@ -220,7 +220,9 @@ def _first_inputs(model: Any, texts: Texts, options: dict[str, Any]) -> tuple[di
     ids = texts.ids[:, : texts.prompt_length + 1]
     inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **options)
     unknown = [name for name, value in inputs.items() if isinstance(value, Tensor) and name not in _HELD]
-    if unknown or inputs.get("position_ids") is None:
+    if unknown:
         raise ChunkError(f"verify=True does not know what {type(model).__name__} does with {', '.join(unknown)}")
+    if inputs.get("position_ids") is None:
+        raise ChunkError(f"verify=True must give positions, and {type(model).__name__} makes its own")
     cache = {name: inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None}
     return cache | {"use_cache": True, "return_dict": True}, inputs["position_ids"][..., -1:]

@@ -14,6 +14,7 @@ from chunkllm.contiguous.noise import Noise
 from chunkllm.pace import Pace
 from tests.chunkllm.conftest import KINDS, VOCAB, Stops, cache_name, cache_of, tiny_model
 from tests.chunkllm.contiguous.conftest import SMALL, generate, logits_of
+from tests.chunkllm.every_type import tiny_model_of
 
 LENGTHS = (60, 33, 47)
 SAMPLING = {"do_sample": True, "top_k": 10, "temperature": 0.7, "num_return_sequences": 2}
@@ -76,6 +77,15 @@ class TestEquality:
         model = models("llama", "eager")
         got, _ = lossless(model)
         assert_same(got, generate(model, LENGTHS))
+
+    @pytest.mark.parametrize("kind", ["afmoe", "mllama", "qwen2_vl", "phi3"])
+    def test_other_architectures(self, drafting, kind):
+        model = tiny_model_of(kind).eval()
+        ids = torch.randint(20, 80, (2, 40), generator=torch.Generator().manual_seed(0))
+        options = {"ids": ids, "eos_token_id": None, "pad_token_id": 0}
+        wanted = generate(model, **options)
+        with attach(model):
+            assert torch.equal(generate(model, **options).sequences, wanted.sequences)
 
     def test_its_own_pace(self, llama):
         got, stats = lossless(llama, max_new_tokens=40)
