@@ -13,9 +13,10 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
+from chunkllm.contiguous.grouped import grouped_attention
 from chunkllm.late import send
 
 _SMALLEST_STEP = 1024
@@ -368,24 +369,3 @@ class ChunkLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything."""
         self.__init__(self.place, self._offloads)  # type: ignore[misc]
-
-
-def grouped_attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None
-) -> Tensor:
-    """Attention of a few queries to all keys, a key-value head at a time, so that no key is repeated or read twice.
-
-    Args:
-        query: [B, H, T, D].
-        keys: [B, Hkv, S, D].
-        values: [B, Hkv, S, D].
-        mask: bool [B, 1, H / Hkv · T, S] or [B, 1, 1, S], what is read by the queries of a key-value head, or None.
-        scaling: of attention logits.
-
-    Returns:
-        [B, T, H, D].
-    """
-    batch, heads, tokens, width = query.shape
-    grouped = query.reshape(batch, keys.shape[1], -1, width)
-    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
-    return out.view(batch, heads, tokens, -1).transpose(1, 2).contiguous()  # some models view it

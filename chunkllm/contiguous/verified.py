@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from chunkllm.contiguous.cache import ChunkCache
-from chunkllm.contiguous.layer import ChunkLayer, grouped_attention
+from chunkllm.contiguous.grouped import grouped_attention
+from chunkllm.contiguous.layer import ChunkLayer
 from chunkllm.contiguous.plan import Counters, Plan
 from chunkllm.late import send
 from chunkllm.pace import MOST_DRAFTED
@@ -28,11 +29,13 @@ class Verifying:
         stop: places that are read, of the longest row.
         places: int64 [B, T], where the tokens stand; None if all rows have them at the end of the storage.
         mask: bool [B, 1, H / Hkv · T, stop], what each query reads that shares a key-value head; None for all.
+        seen: places, from the first on, that all queries read.
     """
 
     stop: int
     places: Tensor | None
     mask: Tensor | None
+    seen: int
 
 
 class VerifiedCache(ChunkCache):
@@ -108,13 +111,14 @@ class VerifiedCache(ChunkCache):
         lengths, first = self.table.lengths, self.table.first
         stop = int(lengths.max()) + tokens
         is_even = bool((lengths == lengths[0]).all())
+        seen = 0 if first.any() else int(lengths.min())
         ends = send(lengths, device)[:, None] + torch.arange(tokens, device=device)  # places of the tokens
         mask = None
         if tokens > 1 or not is_even or first.any():
             place = torch.arange(stop, device=device)
             mask = (place <= ends[:, :, None]) & (place >= send(first, device)[:, None, None])
             mask = mask[:, None].repeat(1, 1, self.plan.shape.heads // self.plan.shape.kv_heads, 1)
-        self.verifying = Verifying(stop, None if is_even else ends, mask)
+        self.verifying = Verifying(stop, None if is_even else ends, mask, seen)
         try:
             yield
         finally:
@@ -126,7 +130,7 @@ class VerifiedCache(ChunkCache):
         """See `ChunkCache.attend`."""
         if self.verifying is not None:
             layer.remember_all(query, self.plan.scorer.queries)
-            return grouped_attention(query, keys, values, self.verifying.mask, scaling)
+            return grouped_attention(query, keys, values, self.verifying.mask, scaling, self.verifying.seen)
         return (
             layer.attend(query, keys, values, scaling)
             if self.is_drafting

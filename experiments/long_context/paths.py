@@ -11,7 +11,8 @@ from transformers import Cache, DynamicCache
 
 from chunkllm import Attachment, ChunkSelection
 from chunkllm.contiguous.attention import intercept
-from chunkllm.contiguous.layer import ChunkLayer, grouped_attention
+from chunkllm.contiguous.grouped import grouped_attention
+from chunkllm.contiguous.layer import ChunkLayer
 
 DEFAULT, DENSE, SELECTED = "default", "best dense", "selected"
 
