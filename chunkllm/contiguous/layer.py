@@ -109,6 +109,8 @@ class ChunkLayer(CacheLayerMixin):
         ``length`` is then the longest row's.
         """
         self.stored = length
+        if (counts == read).all():
+            return
         queries = torch.cat(self._queries, 2)
         before = queries.shape[2] - read
         if (counts == counts[0]).all():
@@ -151,7 +153,7 @@ class ChunkLayer(CacheLayerMixin):
 
     def remember_all(self, queries: Tensor, count: int) -> None:
         """Keeps these queries [B, H, T, D], and the last ``count`` before them, until `keep` says which stay."""
-        self._queries = [self.last_queries(count), queries]
+        self._queries = [*(held[:, :, -count:] for held in self._queries[-count:]), queries]
 
     @property
     def has_queries(self) -> bool:
