@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +132,20 @@ def on_text(
 
     def written(way: str) -> tuple[_Clock, Attachment | None]:
         chosen = ChunkSelection(adapters, budget=setting.budget, verify=way in (LOSSLESS, DRAFTING, SAMPLED))
-        path = DEFAULT if way == LOOKUP else way
-        options: dict[str, Any] = {"prompt_lookup_num_tokens": _LOOKED_UP} if way == LOOKUP else {}
-        if way == SAMPLED:
+        options: dict[str, Any] = {}
+        if way == LOOKUP:
+            options = {"prompt_lookup_num_tokens": _LOOKED_UP}
+        elif way == SAMPLED:
             torch.manual_seed(0)
             options = {"do_sample": True, "top_k": 0}
-        pace = _always_drafting() if way in (DRAFTING, SAMPLED) else nullcontext()
-        with pace, filled(path, model, prompt.states, chosen, ended, tokenizer) as (cache, chunks):
-            # Over a cache that is given, transformers' prompt lookup writes something else: it reads the prompt anew.
-            return _write(model, ids, None if way == LOOKUP else cache, setting.tokens, **options), chunks
+        with ExitStack() as stack:
+            path = DEFAULT if way == LOOKUP else way
+            cache, chunks = stack.enter_context(filled(path, model, prompt.states, chosen, ended, tokenizer))
+            if way in (DRAFTING, SAMPLED):
+                stack.enter_context(_always_drafting())
+            if way == LOOKUP:
+                stack.enter_context(_reading_on(model, cache))
+            return _write(model, ids, cache, setting.tokens, **options), chunks
 
     timed, once = (DEFAULT, DENSE, SELECTED, LOSSLESS, LOOKUP), (DRAFTING, SAMPLED)
     records = {way: Record(name, ids.shape[1], way) for way in (*timed, *once)}
@@ -155,6 +160,23 @@ def on_text(
             record.same = None if way == SAMPLED else _same(clock.tokens, own)
             _tell(record, chunks)
     yield from records.values()
+
+
+@contextmanager
+def _reading_on(model: Any, cache: Any) -> Iterator[None]:
+    """Transformers' assisted generation reads a whole prompt, also what a given cache holds: here the rest of it."""
+    own, held = model.prepare_inputs_for_generation, cache.get_seq_length()
+
+    @wraps(own)
+    def rest(ids: Tensor, next_sequence_length: int | None = None, **options: Any) -> Any:
+        unread = ids.shape[1] - held if next_sequence_length is None else next_sequence_length
+        return own(ids, next_sequence_length=unread, **options)
+
+    model.prepare_inputs_for_generation = rest
+    try:
+        yield
+    finally:
+        del model.prepare_inputs_for_generation
 
 
 @contextmanager
