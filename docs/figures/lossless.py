@@ -12,10 +12,12 @@ from figures import long_context
 from figures.data import Row, figure, read, row, table
 
 TEXTS = "long_context/lossless.json"
+LONGER = "long_context/lossless_qwen.json"
 RANDOM = "long_context/lossless_random.json"
-_CONTEXTS = (8192, 32768)
+_CONTEXTS = (8192, 32768, 120_000)
 _ALWAYS = {"always drafting": "greedily", "always drafting, sampled": "sampled"}
 _WAYS = ("lossless", "selected", "best dense")
+_ON_TEXTS = ("lossless", "selected", "prompt lookup", "best dense")
 
 
 def two_ways() -> str:
@@ -38,19 +40,19 @@ def faster(context: int | str) -> str:
     return _speed(read(RANDOM), "random, batch 1", context, "lossless", "best dense").split()[0]
 
 
-def on_texts() -> str:
+def on_texts(file: str = TEXTS) -> str:
     """Behind each text: speeds against both dense ways, and whether what is written is full attention's."""
     lines = [["text", "way", "against default", "against best dense", "same text"]]
-    data = read(TEXTS)
+    data = read(file)
     for text, context in _groups(data):
-        lines += [[f"{text}, {context:,} tokens", way, *_line(data, text, context, way)] for way in _WAYS]
+        lines += [[f"{text}, {context:,} tokens", way, *_line(data, text, context, way)] for way in _ON_TEXTS]
     return table(lines)
 
 
-def accepted() -> str:
+def accepted(file: str = TEXTS) -> str:
     """Of seven drafted tokens at a time, how many were right."""
     lines = [["text", "written", "drafted tokens right", "tokens a pass"]]
-    data = read(TEXTS)
+    data = read(file)
     for text, context in _groups(data):
         for way, label in _ALWAYS.items():
             found = _record(data, text, context, way)

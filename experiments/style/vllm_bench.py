@@ -1,7 +1,7 @@
 """``decoding bench vllm``: what styles cost in vLLM, as ratios of throughput in one run, and in memory.
 
-One engine in this process, since two processes differ by more than what is measured. Every request writes as many
-tokens, greedily: the cheapest sampling, so that the prior weighs most. Let the machine be idle.
+One engine in this process, since two processes differ by more than what is measured, with vLLM's own limits. Every
+request writes as many tokens, greedily: the cheapest sampling, so that the prior weighs most. Let the machine be idle.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from chunkllm.selection import DEFAULT_BUDGET
 from decoding.models import load_tokenizer, resolve_model
 from decoding.style.training import name_and_file
 from decoding.vllm.declaration import DeclaredStyle
@@ -26,7 +26,7 @@ from decoding.vllm.engine import engine_args
 from decoding.vllm.styles import load_styles
 from experiments.lab.figures import Figure, interleaved, not_measured, report
 from experiments.lab.prompts import DEFAULT_PROMPTS, read_prompts
-from experiments.lab.vllm_runner import model_runner, require_vllm
+from experiments.lab.vllm_runner import CHUNKS, STYLES, TEMPERATURES, require_vllm, without
 from experiments.style.cells import DEFAULT_STYLES
 
 BATCH = 16
@@ -55,71 +55,74 @@ def main(model_name: str, tokens: int, rounds: int, out: Path | None) -> None:
 
 
 def _throughput(model: str, files: Sequence[str], tokens: int, rounds: int) -> list[Figure]:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams
-
-    prompts = read_prompts(DEFAULT_PROMPTS)[:BATCH]
-    on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         names = _copies(files, BATCH, Path(folder))
-        llm = LLM(
-            model,
-            max_model_len=64 + tokens,
-            max_num_seqs=BATCH,
-            enforce_eager=not on_gpu,
-            **({} if on_gpu else {"kv_cache_memory_bytes": 1 << 29}),
-            **engine_args(names),
-        )
-
-        def write(styles: Sequence[str | None], _: int) -> None:
-            sampling = [
-                SamplingParams(
-                    temperature=0,
-                    ignore_eos=True,
-                    max_tokens=tokens,
-                    detokenize=False,
-                    extra_args=None if style is None else {"style": style, "lambda": LAMBDA},
-                )
-                for style in styles
-            ]
-            llm.generate(list(prompts), sampling, use_tqdm=False)
-
-        def write_without_processor(turn: int) -> None:
-            with _taken_out(llm):
-                write([None] * BATCH, turn)
-
-        different = list(names)
-        nobody = partial(write, [None] * BATCH)
-        works = [nobody, partial(write, [different[0]] * BATCH), partial(write, different)]
+        engine = _Engine(model, names, tokens)
+        nobody, different = [None] * BATCH, list(names)
+        works = [
+            partial(engine.write, styles, left_out=engine.others)
+            for styles in (nobody, [different[0]] * BATCH, different)
+        ]
         none, one, sixteen = interleaved(works, rounds)
-        what, target = "the processor and no style asked for, against the processor taken out", 0.995
-        if on_gpu:
-            idle = not_measured(f"throughput with {what}", f"≥ {target}×", "for V1's runner only")
-        else:  # more rounds: half a percent is less than rounds differ by
-            taken_out, loaded = interleaved([write_without_processor, nobody], 3 * rounds)
-            idle = _share(what, taken_out, loaded, target)
+        unused = [_unused(part, engine, 3 * rounds) for part in (STYLES, TEMPERATURES, CHUNKS)]
     return [
         _share("a style on every request, against none", none, one, 0.97),
-        _share(f"{BATCH} different styles, against none", none, sixteen, 0.95),
-        idle,
+        _share(f"{BATCH} different styles, against none", none, sixteen, 0.97),
+        *unused,
     ]
 
 
-@contextmanager
-def _taken_out(llm: Any) -> Iterator[None]:
-    """The engine as if the processor had not been declared. V1's runner: all that the declaration changes in a step."""
-    batch = model_runner(llm).input_batch
-    processors = batch.logitsprocs.non_argmax_invariant
-    held = list(processors)
-    processors[:] = [each for each in held if type(each).__name__ != "StyleLogitsProcessor"]
-    assert len(processors) == len(held) - 1
-    batch.logitsprocs_need_output_token_ids = False
-    try:
-        yield
-    finally:
-        processors[:] = held
-        batch.logitsprocs_need_output_token_ids = True
+class _Engine:
+    """vLLM in this process: with all parts where they can be left out again, which is in V1's runner; else with styles.
+
+    Args:
+        model: a folder or a hub id.
+        styles: that it serves.
+        tokens: that each request writes.
+
+    Attributes:
+        others: parts that are there beside styles.
+    """
+
+    def __init__(self, model: str, styles: Mapping[str, Path], tokens: int):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM
+
+        on_gpu = torch.cuda.is_available()
+        others: dict[str, Any] = {} if on_gpu else {"temperature": True, "kv_budget": DEFAULT_BUDGET}
+        self.others = () if on_gpu else (TEMPERATURES, CHUNKS)
+        self._tokens = tokens
+        self._prompts = read_prompts(DEFAULT_PROMPTS)[:BATCH]
+        self._llm = LLM(
+            model,
+            max_model_len=64 + tokens,
+            enforce_eager=not on_gpu,
+            **({} if on_gpu else {"kv_cache_memory_bytes": 1 << 29}),
+            **engine_args(styles, **others),
+        )
+
+    def write(
+        self, styles: Sequence[str | None], turn: int, temperature: float = 0, left_out: Sequence[str] = ()
+    ) -> None:
+        """A batch of requests, each with a style or none, as if some parts were not there."""
+        from vllm import SamplingParams
+
+        of_all = {"temperature": temperature, "ignore_eos": True, "max_tokens": self._tokens, "detokenize": False}
+        arguments = [None if style is None else {"style": style, "lambda": LAMBDA} for style in styles]
+        sampling = [SamplingParams(**of_all, extra_args=each) for each in arguments]
+        with without(self._llm, left_out):
+            self._llm.generate(list(self._prompts), sampling, use_tqdm=False)
+
+
+def _unused(part: str, engine: _Engine, rounds: int) -> Figure:
+    """What a part costs of which nobody asks anything. Sampled: in greedy batches no temperature is set."""
+    what, target = f"{part} there and not asked for, against left out", 0.995
+    if torch.cuda.is_available():
+        return not_measured(f"throughput with {what}", f"≥ {target}×", "for V1's runner only")
+    nobody = partial(engine.write, [None] * BATCH, temperature=1)
+    without_it, with_it = interleaved([partial(nobody, left_out=[part]), nobody], rounds)
+    return _share(what, without_it, with_it, target)
 
 
 def _copies(files: Sequence[str], count: int, folder: Path) -> dict[str, Path]:
