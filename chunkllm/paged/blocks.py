@@ -63,13 +63,11 @@ class Pieces(NamedTuple):
         block: int64 [P], of a piece that is whole; else the block that takes what belongs nowhere.
         number: int64 [P], of the piece within its block.
         slot: int64 [P], where the moments are of a piece that goes on from the step before.
-        goes_on: bool [P], whether it does.
         earlier: float32 [P], tokens that it had before this step, of those whose keys were taken in.
         tokens: float32 [P], those and this step's.
         end: int64 [P], its last token in this step.
         is_whole: bool [P], whether that is the last of the piece, too.
         running: int64 [R], the piece of each row's last token.
-        is_open: bool [R], whether that goes on behind this step.
         row_slot: int64 [R], the row's slot.
     """
 
@@ -77,13 +75,11 @@ class Pieces(NamedTuple):
     block: Tensor
     number: Tensor
     slot: Tensor
-    goes_on: Tensor
     earlier: Tensor
     tokens: Tensor
     end: Tensor
     is_whole: Tensor
     running: Tensor
-    is_open: Tensor
     row_slot: Tensor
 
 
@@ -103,6 +99,7 @@ class BlockSummaries:
         fixed_shapes: whether shapes must not depend on what tensors hold, so that nothing waits for a device.
 
     Attributes:
+        tokens_per_piece: that a piece has on average, at the least.
         lengths: int64 [blocks + 1, M], tokens of each piece that is whole, 0 where there is none. Pieces of a block
             follow each other from its first token on. The block behind the last takes what belongs nowhere.
         features: L tensors [Hkv, blocks + 1, M, F].
@@ -128,6 +125,7 @@ class BlockSummaries:
         self._block_size = block_size
         self._nowhere = blocks
         pieces = -(-block_size // _TOKENS_PER_PIECE)
+        self.tokens_per_piece = block_size // pieces
         one = torch.zeros(1, kv_heads, 1, head_dim, device=device)
         width = scorer.chunk_features(layers[0], ChunkStatistics(one, one, one)).shape[-1]
         self.lengths = torch.zeros(blocks + 1, pieces, dtype=torch.long, device=device)
@@ -138,17 +136,20 @@ class BlockSummaries:
         self._moments = torch.zeros(len(layers), slots, kv_heads, 2 * head_dim, device=device)
         self._summed = torch.zeros(slots, device=device)
 
-    def cut(self, tokens: Tokens, ends: Tensor, row_slot: Tensor) -> Pieces:
+    def cut(self, tokens: Tokens, ends: Tensor, row_slot: Tensor, is_new: Tensor) -> Pieces:
         """Cuts the tokens of a step into pieces, and takes in how long those are that end.
 
         Args:
             tokens: of the step.
             ends: bool [T], whether a chunk ends at the token.
-            row_slot: int64 [R], slots of the rows; a row that is new in its slot has nothing to go on with.
+            row_slot: int64 [R], slots of the rows.
+            is_new: bool [R], whether the row is new in its slot, and has nothing to go on with. If it begins within a
+                block, nobody knows what is said of the beginning: whoever had the block before may have said it.
         """
         offset = tokens.position % self._block_size
         is_fresh = offset == 0
-        self.lengths[torch.where(is_fresh, tokens.block, self._nowhere)] = 0
+        is_unknown = is_fresh | (tokens.is_first & is_new[tokens.row])
+        self.lengths[torch.where(is_unknown, tokens.block, self._nowhere)] = 0
         token = torch.arange(len(offset), device=offset.device)
         begin = torch.where(is_fresh | tokens.is_first, token, 0).cummax(0).values  # of the token's row and block
         before = ends.cumsum(0) - ends.long()
@@ -159,7 +160,7 @@ class BlockSummaries:
         number = number.clamp(max=most)
         is_begin = is_fresh | tokens.is_first | is_end.roll(1)
         of_token = is_begin.cumsum(0) - 1
-        count = len(offset) if self._fixed_shapes else int(of_token[-1]) + 1
+        count = self._most_pieces(len(offset), len(row_slot)) if self._fixed_shapes else int(of_token[-1]) + 1
         sizes = torch.zeros(count, device=offset.device).index_add_(0, of_token, torch.ones_like(offset).float())
         end = torch.zeros(count, dtype=torch.long, device=offset.device)
         end.scatter_reduce_(0, of_token, token, "amax")
@@ -175,26 +176,31 @@ class BlockSummaries:
             block=torch.where(is_whole, tokens.block[end], self._nowhere),
             number=number[end],
             slot=slot,
-            goes_on=goes_on,
             earlier=earlier,
             tokens=sizes + earlier,
             end=end,
             is_whole=is_whole,
             running=running,
-            is_open=~is_whole[running],
             row_slot=row_slot,
         )
         # Not `tokens`: of a piece whose beginning nobody summed, the length is known all the same.
         started = torch.where(goes_on, self.lengths[pieces.block].sum(1), offset[first])
         self.lengths[pieces.block, pieces.number] = offset[end] + 1 - started
         self.lengths[self._nowhere] = 0
-        self._summed[row_slot] = pieces.tokens[running] * pieces.is_open
+        self._summed[row_slot] = pieces.tokens[running] * ~is_whole[running]
         return pieces
 
-    def forget(self, slots: Tensor) -> None:
-        """Empties slots, bool [S]: new rows will have them."""
-        self._summed.masked_fill_(slots, 0)
-        self._moments.masked_fill_(slots[:, None, None], 0)
+    def _most_pieces(self, tokens: int, rows: int) -> int:
+        """That a step can have: a row's first and last block are not whole ones, and each has M pieces at most."""
+        return min(tokens, (tokens // self._block_size + 2 * rows) * self.lengths.shape[1])
+
+    def forget(self, row_slot: Tensor, is_new: Tensor) -> None:
+        """Empties the slots, int64 [R], of rows that are new there, bool [R]."""
+        self._summed[row_slot] = self._summed[row_slot].masked_fill(is_new, 0)
+
+    def discard(self, blocks: Tensor) -> None:
+        """Nothing is known of these blocks, int64 [T], until they are written anew."""
+        self.lengths[blocks] = 0
 
     def add(self, pieces: Pieces, keys: Tensor, layers: range) -> None:
         """Takes in the keys of a step.
@@ -207,8 +213,7 @@ class BlockSummaries:
         keys = keys.float()
         kept = self._moments[layers.start : layers.stop]
         mean, squares = _joined(_moments(keys, pieces), kept[:, pieces.slot].chunk(2, -1), pieces)
-        open_ = pieces.is_open[:, None, None]
-        kept[:, pieces.row_slot] = torch.cat((mean, squares), -1)[:, pieces.running] * open_
+        kept[:, pieces.row_slot] = torch.cat((mean, squares), -1)[:, pieces.running]
         whole = slice(None) if self._fixed_shapes else pieces.is_whole.nonzero()[:, 0]
         block, number, end = pieces.block[whole], pieces.number[whole], pieces.end[whole]
         if not len(block):
@@ -234,6 +239,7 @@ def _joined(new: tuple[Tensor, Tensor], kept: Sequence[Tensor], pieces: Pieces) 
     (mean, squares), (mean_before, squares_before) = new, kept
     share = (pieces.earlier / pieces.tokens.clamp(min=1))[:, None, None]
     sizes = (pieces.tokens - pieces.earlier)[:, None, None]
-    goes_on = pieces.goes_on[:, None, None]
+    goes_on = (pieces.earlier > 0)[:, None, None]  # else there are another's moments
     shift = torch.where(goes_on, mean_before - mean, 0)
-    return mean + shift * share, squares + squares_before * goes_on + shift.square() * share * sizes
+    before = torch.where(goes_on, squares_before, 0)
+    return mean + shift * share, squares + before + shift.square() * share * sizes

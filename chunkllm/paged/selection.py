@@ -15,11 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chunkllm.errors import ChunkError
 from chunkllm.paged.blocks import BlockSummaries, Pieces, Tokens, tokens_of_step
+from chunkllm.paged.calls import Calls
+from chunkllm.paged.slots import FoundSlots, GivenSlots, Rows, Slots
 from chunkllm.scorers import Scorer, chunk_scores
 from chunkllm.selection import divide
 
-_AT_ONCE = 4  # rows that choose anew in a step, where shapes are fixed
+_LEAST_AT_ONCE = 4  # rows that choose anew in a step, where shapes are fixed
+_NEVER = -(1 << 40)  # tokens known, of a row that holds blocks that nobody summarised
 
 
 class Step(NamedTuple):
@@ -32,7 +36,11 @@ class Step(NamedTuple):
         tokens: T, known to the host.
         is_prompt: bool [R], whether the row's prompt is still being read.
         budgets: int64 [R], tokens that the row reads at most, on average over layers; rows with no more read all.
+        longest: tokens of the longest row, or more: what the host knows. What is computed is as wide as that.
         may_select: False if the host knows that no row is longer than its budget.
+        most_long: rows that are longer than their budgets, or more, if the host knows.
+        slots: int64 [R], the row's place in the engine's table of requests, its own as long as the request is there;
+            None if the engine does not say. With several rows of one request, these read everything.
     """
 
     block_table: Tensor
@@ -41,7 +49,10 @@ class Step(NamedTuple):
     tokens: int
     is_prompt: Tensor
     budgets: Tensor
+    longest: int
     may_select: bool = True
+    most_long: int | None = None
+    slots: Tensor | None = None
 
 
 class Reading(NamedTuple):
@@ -60,8 +71,14 @@ class PagedSelection:
     """Chunk selection for the requests of an engine.
 
     In every step an engine calls `begin`, then for every layer `add_keys` and `add_queries`, and `note_ends` as soon as
-    it knows where chunks end. Prompts, and whatever else a row gets several tokens of in one step, are read in full. A
-    row selects anew in the first step behind the end of a chunk or a block.
+    it knows where chunks end, each of these once. Prompts, and whatever else a row gets several tokens of in one step,
+    are read in full. A row selects anew in the first step behind the end of a chunk or a block. With fixed shapes, some
+    rows do at a time, those first that have waited longest; so many that none waits for more tokens than a piece of a
+    chunk has on average (16, or a block if that is shorter). Until then a row reads what it read before.
+
+    If a step lacks a call or has one twice, the next `begin` raises, and that step is to be read in full, without any
+    calls. All slots are forgotten then, and so are the blocks that the two steps wrote: a row reads everything until it
+    has as many new queries as the scorer wants, and for good if one of its full blocks has no summary.
 
     Args:
         scorer: scores chunks.
@@ -74,6 +91,7 @@ class PagedSelection:
         block_size: tokens of a block.
         rows: that a step can have.
         row_blocks: N, that a row can have.
+        slots: places in the engine's table of requests, if it tells each row's; else rows are found by their blocks.
         sinks: first tokens, a chunk of their own.
         local: last tokens that always stay, with the rest of their blocks.
         dtype: of keys and queries.
@@ -95,6 +113,7 @@ class PagedSelection:
         block_size: int,
         rows: int,
         row_blocks: int,
+        slots: int | None = None,
         sinks: int,
         local: int,
         dtype: torch.dtype,
@@ -104,10 +123,10 @@ class PagedSelection:
         self._scorer, self._layers = scorer, layers
         self._weights = weights.to(device)
         self._block_size, self._sinks = block_size, sinks
-        self._local_blocks = local_blocks(local, block_size)
+        self._local_blocks, self._row_blocks = local_blocks(local, block_size), row_blocks
         self._fixed_shapes = device.type != "cpu" if fixed_shapes is None else fixed_shapes
         # Rows can be left out of a step and come back: twice as many slots keep what is known of them.
-        self._slots = _Slots(2 * rows, device)
+        self._slots: Slots = FoundSlots(2 * rows, device) if slots is None else GivenSlots(slots, device)
         slots = self._slots.count + 1  # the last takes what belongs nowhere
         self.summaries = BlockSummaries(
             scorer,
@@ -127,35 +146,69 @@ class PagedSelection:
         self._known = torch.zeros(slots, dtype=torch.long, device=device)  # last tokens whose queries are there
         self._ended = torch.zeros(slots, dtype=torch.bool, device=device)  # a chunk, since the last selection
         self._has_chosen = torch.zeros(slots, dtype=torch.bool, device=device)
-        self._chosen = torch.zeros(count, slots, row_blocks, dtype=torch.int32, device=device)
-        self._counts = torch.zeros(count, slots, dtype=torch.long, device=device)
+        self._waited = torch.zeros(slots, dtype=torch.long, device=device)  # steps since it had to choose anew
+        # The first block and behind it the chosen ones; as wide as was needed so far, since limits are long.
+        number = torch.int16 if row_blocks <= torch.iinfo(torch.int16).max else torch.int32
+        self._chosen = torch.zeros(count, slots, 1, dtype=number, device=device)
+        self._counts = torch.zeros(count, slots, dtype=torch.int32, device=device)
         self._pending = torch.zeros(count, rows, kv_heads, head_dim, dtype=dtype, device=device)
         self._pending_of_layer = list(self._pending)
         self._undivided: list[tuple[int, Tensor]] = []  # layers' keys that came before the step's pieces were known
         self._pieces: Pieces | None = None
         self._defers = False  # a step of few tokens: its keys are taken in with the next
+        self._calls = Calls(count)
+        self._written: list[Tensor] = []  # blocks of steps that are not taken in
 
     def begin(self, step: Step) -> Reading | None:
-        """Before a step: takes in the one before, and says what to read in each layer; None for everything."""
-        self._take_in()
+        """Before a step: takes in the one before, and says what to read in each layer; None for everything.
+
+        Raises:
+            ChunkError: the step before had a gap, or this one's slots are missing.
+        """
         tokens = tokens_of_step(step.block_table, step.lengths, step.query_start, self._block_size, step.tokens)
+        has_gap = not self._calls.close() and bool(self._written)
+        self._written.append(tokens.block)
+        if has_gap:
+            self._forget_gap()
+            raise ChunkError(
+                "a step had a gap: note where chunks end, and add keys and queries of each layer, once in every step"
+            )
+        self._take_in()
+        del self._written[:-1]
         lengths = step.lengths.long()
         sizes = (step.query_start[1:] - step.query_start[:-1]).long()
-        slot, is_new = self._slots.assign(step.block_table, lengths - sizes, sizes, step.is_prompt, self._block_size)
-        self._forget(torch.zeros_like(self._ended).index_put_((slot,), is_new))
-        is_step = (sizes == 1) & ~step.is_prompt
+        slot, is_new = self._slots.assign(self._rows_of(step, lengths, sizes))
+        self._forget(slot, is_new)
+        is_step = (sizes == 1) & ~step.is_prompt & (slot < self._slots.count)
         self._has_chosen[slot] &= is_step
         is_long = is_step & (lengths > step.budgets)
-        reading = self._read(step, slot, is_long, lengths) if step.may_select else None
-        self._expect(tokens, slot, sizes)
+        may_select = step.may_select and step.most_long != 0
+        reading = self._read(step, slot, is_long, lengths) if may_select else None
+        self._expect(tokens, slot, is_new, sizes)
+        self._calls.open()
         return reading
 
-    def _forget(self, slots: Tensor) -> None:
-        self.summaries.forget(slots)
-        for state in (self._known, self._ended, self._has_chosen):
-            state.masked_fill_(slots, 0)
+    def _rows_of(self, step: Step, lengths: Tensor, sizes: Tensor) -> Rows:
+        held = lengths - sizes
+        last = (torch.stack((held, lengths), 1) - 1).clamp(min=0) // self._block_size
+        block, next_block = step.block_table.gather(1, last).long().unbind(1)
+        return Rows(held, sizes, block, next_block, step.is_prompt, step.slots)
 
-    def _expect(self, tokens: Tokens, slot: Tensor, sizes: Tensor) -> None:
+    def _forget(self, slot: Tensor, is_new: Tensor) -> None:
+        self.summaries.forget(slot, is_new)
+        for state in (self._known, self._ended, self._has_chosen, self._waited):
+            state[slot] = state[slot].masked_fill(is_new, 0)
+
+    def _forget_gap(self) -> None:
+        """Some calls of a step are missing: whatever may depend on them is forgotten."""
+        for blocks in self._written:
+            self.summaries.discard(blocks)
+        self._written.clear()
+        self._undivided.clear()
+        self._pieces = None
+        self._slots.forget()
+
+    def _expect(self, tokens: Tokens, slot: Tensor, is_new: Tensor, sizes: Tensor) -> None:
         """Where the queries of this step go: of each row the last ones, in place of its oldest."""
         recent = self._scorer.queries
         back = torch.arange(recent if self._fixed_shapes else min(recent, int(sizes.max())), device=slot.device)
@@ -167,38 +220,48 @@ class PagedSelection:
             self._query_places = torch.where(there, place, nowhere).flatten()
         else:
             self._query_tokens, self._query_places = token[there], place[there]
-        self._takes_every_query = not self._fixed_shapes and len(self._query_tokens) == len(tokens.row) == len(slot)
+        every = token.shape[1] == 1 and len(self._query_tokens) == len(tokens.row)
+        self._takes_every_query = every and not self._fixed_shapes
         self._known[slot] += sizes
-        self._tokens, self._slot = tokens, slot
+        self._tokens, self._slot, self._is_new = tokens, slot, is_new
         self._defers = len(tokens.row) <= len(self._pending[0])
         self._pieces = None
         self._undivided.clear()
 
     def note_ends(self, ends: Tensor | None) -> None:
         """Takes in where chunks end, bool [T]; None if nobody looks for that: then they end with their blocks."""
+        if not self._calls.is_open:
+            return
         position = self._tokens.position
         is_sink_end = position == self._sinks - 1
         ends = is_sink_end if ends is None else ends | is_sink_end
-        self._pieces = self.summaries.cut(self._tokens, ends, self._slot)
+        self._pieces = self.summaries.cut(self._tokens, ends, self._slot, self._is_new)
         self._ended[self._slot] |= self._pieces.is_whole[self._pieces.running]
         for layer, keys in self._undivided:
             self.summaries.add(self._pieces, keys[None], range(layer, layer + 1))
         self._undivided.clear()
+        self._calls.note_ends()
 
     def add_keys(self, layer: int, keys: Tensor) -> None:
         """Takes in the keys [T, Hkv, D], post-RoPE, of the layer with this number among the L."""
+        if not self._calls.is_open:
+            return
         if self._defers:
-            self._pending_of_layer[layer].narrow(0, 0, len(keys)).copy_(keys)
+            self._pending_of_layer[layer].narrow(0, 0, len(self._tokens.row)).copy_(keys)
         elif self._pieces is None:
             self._undivided.append((layer, keys))
         else:
             self.summaries.add(self._pieces, keys[None], range(layer, layer + 1))
+        self._calls.add_keys(layer)
 
     def add_queries(self, layer: int, queries: Tensor) -> None:
         """Takes in the queries [T, H, D], post-RoPE."""
+        if not self._calls.is_open:
+            return
         if not self._takes_every_query:  # else they are in order
             queries = queries.index_select(0, self._query_tokens)
         self._queries[layer].index_copy_(0, self._query_places, queries)
+        self._calls.add_queries(layer)
 
     def _take_in(self) -> None:
         """The keys of a step of few tokens, of all layers at once."""
@@ -208,50 +271,78 @@ class PagedSelection:
         self._pieces = None
 
     def _read(self, step: Step, slot: Tensor, is_long: Tensor, lengths: Tensor) -> Reading | None:
-        is_due = is_long & (self._known[slot] >= self._scorer.queries) & (self._ended | ~self._has_chosen)[slot]
-        if self._fixed_shapes:  # so many, whether they are due or not; more have to wait, with the selection they have
-            rows = is_due.sort(descending=True, stable=True).indices[:_AT_ONCE]
+        table = step.block_table[:, : -(-step.longest // self._block_size)]
+        is_known = self._known[slot] >= self._scorer.queries
+        is_due = is_long & is_known & (self._ended[slot] | ~self._has_chosen[slot])
+        if self._fixed_shapes:
+            waited = torch.where(is_due, self._waited[slot] + 1, 0)
+            self._waited[slot] = waited
+            rows = waited.sort(descending=True, stable=True).indices[: self._at_once(step)]
         else:
             rows = is_due.nonzero()[:, 0]
         if len(rows):
-            self._choose(step, rows, torch.where(is_due, slot, self._slots.count)[rows], lengths[rows])
+            nowhere = self._slots.count  # for rows that fill up a fixed number
+            self._choose(table[rows], step.budgets[rows], torch.where(is_due, slot, nowhere)[rows], lengths[rows])
         is_long = is_long & self._has_chosen[slot]
         if not self._fixed_shapes and not is_long.any():
             return None
-        return self._tables(step, slot, is_long, lengths)
+        return self._tables(table, slot, is_long, lengths, step.lengths.dtype)
 
-    def _choose(self, step: Step, rows: Tensor, slot: Tensor, lengths: Tensor) -> None:
-        """Chooses the blocks of some rows anew, for the queries of their last tokens."""
+    def _at_once(self, step: Step) -> int:
+        """Rows that choose anew in a step, where shapes are fixed: all of a batch in as many steps as pieces are long.
+
+        A row cannot have to more often than that, and those that have waited longest go first: none is left behind.
+        """
+        rows = len(step.lengths)
+        most = max(_LEAST_AT_ONCE, -(-rows // self.summaries.tokens_per_piece))
+        return min(most, rows if step.most_long is None else step.most_long)
+
+    def _choose(self, table: Tensor, budgets: Tensor, slot: Tensor, lengths: Tensor) -> None:
+        """Chooses the blocks of K rows anew, for the queries of their last tokens; table is int [K, N]."""
         last, recent = self._last_blocks(lengths)
-        count = step.block_table.shape[1] if self._fixed_shapes else int(last.max()) + 1
-        blocks = step.block_table[rows, :count].long()
+        count = table.shape[1] if self._fixed_shapes else int(last.max()) + 1
+        blocks = table[:, :count].long()
         number = torch.arange(count, device=slot.device)
         may = (number >= 1) & (number < recent[:, None])
+        held = lengths - 1
         # Not the block that this step begins: what is said of that is of whoever had it before.
-        scores = self._block_scores(blocks, slot, lengths - 1, number * self._block_size < lengths[:, None] - 1)
-        total = step.budgets[rows] // self._block_size - (last - recent + 2)
+        there = number * self._block_size < held[:, None]
+        pieces = self.summaries.lengths[blocks] * there[:, :, None]
+        is_full = number < (held // self._block_size)[:, None]
+        is_known = (~is_full | (pieces.sum(-1) == self._block_size)).all(1)
+        scores = self._block_scores(blocks, slot, held, pieces)
+        total = budgets // self._block_size - (last - recent + 2)
         shares = divide(total.clamp(min=0), self._weights, recent - 1).minimum(recent[:, None] - 1).T
-        most = min(count, self._chosen.shape[2]) if self._fixed_shapes else int(shares.max())
+        most = count if self._fixed_shapes else int(shares.max())
         best = scores.masked_fill(~may, -torch.inf).sort(descending=True, stable=True).indices
-        self._chosen[:, slot, :most] = best[:, :, :most].int()
-        self._counts[:, slot] = shares
-        self._has_chosen[slot], self._ended[slot] = True, False
+        self._make_room(most)
+        self._chosen[:, slot, 1 : most + 1] = best[:, :, :most].to(self._chosen.dtype)
+        self._counts[:, slot] = shares.int()
+        self._has_chosen[slot] = is_known
+        self._known[slot] = self._known[slot].masked_fill(~is_known, _NEVER)
+        self._ended[slot], self._waited[slot] = False, 0
+
+    def _make_room(self, most: int) -> None:
+        """For as many chosen blocks, and for those read behind them."""
+        wanted, width = most + self._local_blocks + 2, self._chosen.shape[2]
+        if wanted > width:  # twice as many, lest each step of a long text copies everything
+            width = min(max(wanted, 2 * width), self._row_blocks + self._local_blocks + 2)
+            self._chosen = torch.nn.functional.pad(self._chosen, (0, width - self._chosen.shape[2]))
 
     def _last_blocks(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Numbers of rows' last blocks, and of the first of those that stay for being recent; each int64 like it."""
         last = (lengths - 1) // self._block_size
         return last, (last - self._local_blocks).clamp(min=1)
 
-    def _block_scores(self, blocks: Tensor, slot: Tensor, held: Tensor, there: Tensor) -> Tensor:
+    def _block_scores(self, blocks: Tensor, slot: Tensor, held: Tensor, lengths: Tensor) -> Tensor:
         """The share of attention that each block is expected to get, float32 [L, K, N].
 
         Args:
             blocks: int64 [K, N], of K rows.
             slot: int64 [K].
             held: int64 [K], tokens cached.
-            there: bool [K, N], the blocks that hold any of them.
+            lengths: int64 [K, N, M], of the pieces in the blocks, 0 where there is none.
         """
-        lengths = self.summaries.lengths[blocks] * there[:, :, None]
         start = torch.arange(blocks.shape[1], device=blocks.device)[:, None] * self._block_size
         distances = (held[:, None, None] + 1 - start - lengths.cumsum(-1)).clamp(min=1)
         flat = lengths.flatten(1).float(), distances.flatten(1).float()
@@ -266,73 +357,23 @@ class PagedSelection:
             by_layer.append(scores.view(lengths.shape).sum(-1))
         return torch.stack(by_layer)
 
-    def _tables(self, step: Step, slot: Tensor, selects: Tensor, lengths: Tensor) -> Reading:
+    def _tables(self, table: Tensor, slot: Tensor, selects: Tensor, lengths: Tensor, dtype: torch.dtype) -> Reading:
         """Block tables: the first block, the chosen ones, the last ones."""
-        last, recent = self._last_blocks(lengths)
+        last, recent = (blocks.int() for blocks in self._last_blocks(lengths))
         counts = self._counts[:, slot]
-        width = min(step.block_table.shape[1], self._chosen.shape[2])
+        width = table.shape[1]
         if not self._fixed_shapes:
             width = int(((counts + last - recent) * selects).max()) + 2
-        place = torch.arange(width, device=slot.device)
-        chosen = torch.cat((torch.zeros_like(self._chosen[:, slot, :1]), self._chosen[:, slot, : width - 1]), -1)
-        behind = recent[:, None] + place - counts[..., None] - 1
-        number = torch.where(place <= counts[..., None], chosen, behind).minimum(last[:, None]).clamp(min=0)
-        own = step.block_table.expand(len(counts), -1, -1)
-        tables = own.gather(2, number)
-        if self._fixed_shapes or not selects.all():
-            tables = own.clone().index_copy_(2, place, torch.where(selects[:, None], tables, own[:, :, :width]))
+        place = torch.arange(width, dtype=torch.int32, device=slot.device)
+        behind = (recent - counts - 1)[..., None] + place
+        chosen = self._chosen[:, :, :width].index_select(1, slot)
+        number = torch.where(place <= counts[..., None], chosen, behind).minimum(last[:, None]).clamp_(min=0)
+        own = table.expand(len(counts), -1, -1)
+        tables = torch.where(selects[:, None], own.gather(2, number.long()), own[:, :, :width])
+        if not self._fixed_shapes and not selects.all():
+            tables = torch.cat((tables, own[:, :, width:]), -1)
         tokens = (counts + 1 + last - recent) * self._block_size + (lengths - 1) % self._block_size + 1
-        return Reading(tables, torch.where(selects, tokens, lengths).to(step.lengths.dtype))
-
-
-class _Slots:
-    """Finds rows again, step after step, by the block that holds their last token.
-
-    Args:
-        count: S.
-        device: of everything.
-    """
-
-    def __init__(self, count: int, device: torch.device):
-        self.count = count
-        self._block = torch.full((count + 1,), -1, dtype=torch.long, device=device)
-        self._length = torch.zeros(count + 1, dtype=torch.long, device=device)
-        self._used = torch.zeros(count + 1, dtype=torch.long, device=device)
-        self._step = 0
-
-    def assign(
-        self, block_table: Tensor, held: Tensor, sizes: Tensor, is_prompt: Tensor, block_size: int
-    ) -> tuple[Tensor, Tensor]:
-        """Slots of rows.
-
-        A row that begins with blocks of another's prompt can look like that one going on. What is kept is right for
-        both, since it follows from the tokens before; but only one can have the slot, and that is the one that writes.
-
-        Args:
-            block_table: int [R, N].
-            held: int64 [R], tokens before this step.
-            sizes: int64 [R], tokens of this step; rows without any get slot S.
-            is_prompt: bool [R].
-            block_size: tokens of a block.
-
-        Returns:
-            int64 [R], and bool [R], whether the row is new there.
-        """
-        rows = torch.arange(len(held), device=held.device)
-        before = block_table[rows, (held - 1).clamp(min=0) // block_size].long()
-        same = (self._block == before[:, None]) & (self._length == held[:, None]) & ((held > 0) & (sizes > 0))[:, None]
-        same &= rows[:, None] == (same * (2 - is_prompt[:, None].long())).argmax(0)
-        newest = same * (1 + self._used)
-        is_new, slot = ~same.any(1), newest.argmax(1)
-        free = torch.where(same.any(0), self._step + 1, self._used)[: self.count].argsort(stable=True)
-        slot = torch.where(is_new, free[(is_new & (sizes > 0)).cumsum(0) - 1], slot)
-        slot = torch.where(sizes > 0, slot, self.count)
-        self._step += 1
-        lengths = held + sizes
-        self._block[slot] = block_table[rows, (lengths - 1).clamp(min=0) // block_size].long()
-        self._length[slot], self._used[slot] = lengths, self._step
-        self._block[self.count] = -1
-        return slot, is_new
+        return Reading(tables, torch.where(selects, tokens, lengths).to(dtype))
 
 
 def local_blocks(local: int, block_size: int) -> int:

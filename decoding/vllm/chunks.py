@@ -24,6 +24,7 @@ from chunkllm.selection import DEFAULT_LOCAL, DEFAULT_SINKS, layer_weights
 from decoding.errors import DecodingError
 from decoding.policy.values import EMBEDDED
 from decoding.vllm.declaration import CHUNKS_KEY, DeclaredChunks, checked_chunks
+from decoding.vllm.fallbacks import fell_back
 from decoding.vllm.v1 import budget_rows
 
 _NO_WINDOW = (-1, (-1, -1))  # as vLLM's backends say it
@@ -128,6 +129,7 @@ class LayerGroup:
             raise DecodingError("chunk selection needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
         rows, device = common.num_reqs, common.block_table_tensor.device
         self.tokens = int(common.query_start_loc_cpu[rows])  # without those that only pad a CUDA graph's batch
+        least, most = self._budgets.least(self.budget), common.seq_lens_cpu_upper_bound
         step = Step(
             block_table=common.block_table_tensor[:rows],
             lengths=common.seq_lens[:rows],
@@ -135,9 +137,15 @@ class LayerGroup:
             tokens=self.tokens,
             is_prompt=send(common.is_prefilling[:rows], device),
             budgets=self._budgets.tensor(rows, self.budget, device),
-            may_select=common.max_seq_len > self._budgets.least(self.budget),
+            longest=common.max_seq_len,
+            may_select=common.max_seq_len > least,
+            most_long=None if most is None else int((most[:rows] > least).sum()),
         )
-        reading = self.selection.begin(step)
+        try:
+            reading = self.selection.begin(step)
+        except ChunkError:  # the step before had a gap, so all is read in this one
+            fell_back("chunk selection")
+            return None
         if self.adapters is None:
             self.selection.note_ends(None)
         return reading

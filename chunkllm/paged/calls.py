@@ -1,0 +1,45 @@
+"""What an engine owes for a step: where chunks end, and each layer's keys and queries, all of it once.
+
+Counted on the host, which makes the calls; so nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+
+class Calls:
+    """Counts the calls of the step under way.
+
+    Args:
+        layers: L.
+
+    Attributes:
+        is_open: whether a step is under way. What comes while none is belongs nowhere.
+    """
+
+    def __init__(self, layers: int):
+        self._once = [1] * layers
+        self.is_open = False
+
+    def open(self) -> None:
+        """A step begins."""
+        self._ends = 0
+        self._keys, self._queries = ([0] * len(self._once) for _ in range(2))
+        self.is_open = True
+
+    def close(self) -> bool:
+        """The step under way ends; returns whether all of it came, and none of it twice."""
+        is_whole = self.is_open and self._ends == 1 and self._keys == self._once == self._queries
+        self.is_open = False
+        return is_whole
+
+    def note_ends(self) -> None:
+        """The ends of chunks came."""
+        self._ends += 1
+
+    def add_keys(self, layer: int) -> None:
+        """Keys of a layer, by number, came."""
+        self._keys[layer] += 1
+
+    def add_queries(self, layer: int) -> None:
+        """Queries of a layer, by number, came."""
+        self._queries[layer] += 1
