@@ -1,17 +1,14 @@
-"""Chunk selection in vLLM: what an engine asks for, what it cannot have, and what its attention backends share."""
+"""Chunk selection in vLLM: what an engine asks for, what it cannot have, and the layers that select together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from vllm.config import VllmConfig, get_current_vllm_config_or_none
-from vllm.forward_context import get_forward_context, is_forward_context_available
+from torch import Tensor
+from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -23,8 +20,9 @@ from chunkllm.paged.selection import PagedSelection, Reading, Step, local_blocks
 from chunkllm.selection import DEFAULT_LOCAL, DEFAULT_SINKS, layer_weights
 from decoding.errors import DecodingError
 from decoding.policy.values import EMBEDDED
+from decoding.vllm.bottom import refuse_unseen_ends
+from decoding.vllm.budgets import budget_slots
 from decoding.vllm.declaration import CHUNKS_KEY, DeclaredChunks, checked_chunks
-from decoding.vllm.fallbacks import fell_back
 from decoding.vllm.v1 import budget_rows
 
 _NO_WINDOW = (-1, (-1, -1))  # as vLLM's backends say it
@@ -55,18 +53,11 @@ def refuse_what_is_missing(vllm_config: VllmConfig) -> None:
         "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
         "a quantized key-value cache": cache.cache_dtype.startswith(("fp8", "int8", "nvfp4", "turboquant")),
         "a key-value connector": vllm_config.kv_transfer_config is not None,
+        "micro-batches": parallel.use_ubatching,  # of one step there are several metadata, built side by side
     }
     found = [reason for reason, is_so in reasons.items() if is_so]
     if found:
         raise DecodingError(f"chunk selection does not go with {' and '.join(found)}: leave out one or the other")
-
-
-@dataclass
-class ChunkStep:
-    """A step in which chunks may be selected: who selects, and each layer's metadata, or none if all is read."""
-
-    group: LayerGroup
-    of_layers: list[Any]
 
 
 class LayerGroup:
@@ -90,73 +81,113 @@ class LayerGroup:
         names = sorted(layer_names, key=extract_layer_index)
         impls = [context[name].impl for name in names]
         for number, impl in enumerate(impls):
-            refuse_unusual_attention(impl)
             impl.number = number
-        first = impls[0]
+        _require_room(declared.kv_budget, spec.block_size)
         self.budget = declared.kv_budget
         self.tokens = 0  # of the step under way
-        self._budgets = budget_rows(vllm_config.instance_id)
         saved = opened_adapters(declared.adapters, device)
         self.adapters = saved if isinstance(saved, ChunkAdapters) else None
-        layers = [extract_layer_index(name) for name in names]
-        scorer: Scorer = PooledScorer(first.head_size, scaling=first.scale)
-        weights = torch.ones(len(layers))
-        if saved is not None:
-            weights = _weights(saved, layers, vllm_config, first)
         if self.adapters is not None:
-            scorer = self.adapters.scorer()
-        _require_room(self.budget, spec.block_size)
+            refuse_unseen_ends(vllm_config)
+        self._config, self._block_size, self._device, self._first = vllm_config, spec.block_size, device, impls[0]
+        self._layers = [extract_layer_index(name) for name in names]
+        weights = torch.ones(len(names))
+        self._weights = weights if saved is None else _weights(saved, self._layers, vllm_config, self._first)
+        rows, engine = vllm_config.scheduler_config.max_num_seqs, vllm_config.instance_id
+        self._slots = rows if vllm_config.use_v2_model_runner else None
+        self._budgets = budget_rows(engine) if self._slots is None else budget_slots(engine, rows)
+        self.selection: PagedSelection | None = None
+        self._blocks = 0
+        self._has_missed = False  # whether a step could not even begin
+        self.has_room()  # if that can be: what does not fit should be known at the start
+
+    def has_room(self) -> bool:
+        """Allocates the selection once the size of the cache is known, or known to be another. Whether it is there.
+
+        Before vLLM knows the size it makes groups to measure the memory that CUDA graphs take, with a small cache.
+        """
+        blocks = _blocks(self._config, self._block_size)
+        if blocks not in (0, self._blocks):
+            self._blocks = blocks
+            self._allocate()
+        return self.selection is not None
+
+    def _allocate(self) -> None:
+        """Makes a selection that knows nothing."""
+        self.selection = None  # gone before the next one comes
+        first = self._first
+        pooled: Scorer = PooledScorer(first.head_size, scaling=first.scale)
         self.selection = PagedSelection(
-            scorer,
-            layers,
-            weights,
+            pooled if self.adapters is None else self.adapters.scorer(),
+            self._layers,
+            self._weights,
             heads=first.num_heads,
             kv_heads=first.num_kv_heads,
             head_dim=first.head_size,
-            blocks=_blocks(vllm_config, spec.block_size),
-            block_size=spec.block_size,
-            rows=vllm_config.scheduler_config.max_num_seqs,
-            row_blocks=-(-vllm_config.model_config.max_model_len // spec.block_size),
+            blocks=self._blocks,
+            block_size=self._block_size,
+            rows=self._config.scheduler_config.max_num_seqs,
+            row_blocks=-(-self._config.model_config.max_model_len // self._block_size),
             sinks=DEFAULT_SINKS,
             local=DEFAULT_LOCAL,
-            dtype=vllm_config.model_config.dtype,
-            device=device,
+            dtype=self._config.model_config.dtype,
+            device=self._device,
+            slots=self._slots,
         )
 
     def begin(self, common: CommonAttentionMetadata) -> Reading | None:
-        """What the layers read in a step."""
-        if common.is_prefilling is None:
-            raise DecodingError("chunk selection needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
+        """What the layers read in a step; None for everything.
+
+        Raises:
+            ChunkError: the step before was not taken in as a whole.
+            DecodingError: vLLM does not say which rows are prompts, or whose they are.
+        """
+        assert self.selection is not None
+        has_missed, self._has_missed = self._has_missed, True
+        step = self._step_of(common)
+        if has_missed:  # what was written meanwhile has no summaries, or what others had written there before
+            self._allocate()
+        self._has_missed = False
+        reading = self.selection.begin(step)
+        if self.adapters is None:
+            self.selection.note_ends(None)
+        return reading
+
+    def _step_of(self, common: CommonAttentionMetadata) -> Step:
+        places = self._places(common)
+        if common.is_prefilling is None or places is None:
+            raise DecodingError("vLLM does not say whose the rows of a step are, or which are prompts")
         rows, device = common.num_reqs, common.block_table_tensor.device
         self.tokens = int(common.query_start_loc_cpu[rows])  # without those that only pad a CUDA graph's batch
-        least, most = self._budgets.least(self.budget), common.seq_lens_cpu_upper_bound
-        step = Step(
+        budgets, most = self._budgets.of(places, self.budget), common.seq_lens_cpu_upper_bound
+        return Step(
             block_table=common.block_table_tensor[:rows],
             lengths=common.seq_lens[:rows],
             query_start=common.query_start_loc[: rows + 1],
             tokens=self.tokens,
             is_prompt=send(common.is_prefilling[:rows], device),
-            budgets=self._budgets.tensor(rows, self.budget, device),
+            budgets=send(budgets, device),
             longest=common.max_seq_len,
-            may_select=common.max_seq_len > least,
-            most_long=None if most is None else int((most[:rows] > least).sum()),
+            may_select=common.max_seq_len > int(budgets.min()),
+            most_long=None if most is None else int((most[:rows].numpy() > budgets).sum()),
+            slots=None if self._slots is None else send(places, device),
         )
-        try:
-            reading = self.selection.begin(step)
-        except ChunkError:  # the step before had a gap, so all is read in this one
-            fell_back("chunk selection")
-            return None
-        if self.adapters is None:
-            self.selection.note_ends(None)
-        return reading
 
-    def note_bottom_states(self, hidden_states: Tensor) -> None:
-        """Takes in the bottom layer's output, [T, hidden_size]."""
-        if self.adapters is not None:
-            self.selection.note_ends(self.adapters.is_boundary(hidden_states[None, : self.tokens])[0])
+    def _places(self, common: CommonAttentionMetadata) -> np.ndarray | None:
+        """Where the requests of the rows stand, int64 [R]: in the runner's table of requests, or on V1 in the batch."""
+        if self._slots is None:
+            return np.arange(common.num_reqs)
+        return None if common.req_idx is None else common.req_idx[: common.num_reqs].astype(np.int64)
+
+    def note_bottom_states(self, hidden_states: Tensor, residual: Tensor | None) -> None:
+        """Takes in the bottom layer's output [T, hidden_size], and what is to be added to it, if anything is."""
+        if self.adapters is not None and self.selection is not None:
+            states = hidden_states if residual is None else hidden_states + residual
+            self.selection.note_ends(self.adapters.is_boundary(states[None, : self.tokens])[0])
 
     def take_in(self, layer: int, keys: Tensor, queries: Tensor) -> None:
         """Takes in the keys [T, Hkv, D] and queries [T, H, D] of the layer with this number in the group."""
+        assert self.selection is not None
         self.selection.add_keys(layer, keys[: self.tokens])
         self.selection.add_queries(layer, queries[: self.tokens])
 
@@ -237,131 +268,6 @@ def _require_room(budget: int, block_size: int) -> None:
 
 
 def _blocks(vllm_config: VllmConfig, block_size: int) -> int:
-    """Of the cache, in the size that the kernel reads: vLLM may hand out larger ones."""
+    """Of the cache, in the size that the kernel reads: vLLM may hand out larger ones. 0 while it is not known."""
     cache = vllm_config.cache_config
-    assert cache.num_gpu_blocks is not None  # known by the time that a cache is made
-    return cache.num_gpu_blocks * max(cache.block_size // block_size, 1)
-
-
-class SelectingBuilder:
-    """What a metadata builder does besides, when chunks are to be selected. Goes before vLLM's class."""
-
-    group: LayerGroup | None = None
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
-        if asked_for(vllm_config) is None or type(kv_cache_spec) is not FullAttentionSpec:
-            return
-        names = without_windows(vllm_config, layer_names)
-        if names:
-            self.group = LayerGroup(vllm_config, names, kv_cache_spec, device)
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> Any:
-        """vLLM's metadata, with a `ChunkStep` in ``chunks``."""
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        if self.group is None:
-            return metadata
-        reading = self.group.begin(common_attn_metadata)
-        layers = [] if reading is None else self.of_layers(metadata, reading)
-        metadata.chunks = ChunkStep(self.group, layers)
-        return metadata
-
-    def of_layers(self, metadata: Any, reading: Reading) -> list[Any]:
-        """The metadata of each layer."""
-        layers = []
-        for table, lengths in zip(reading.block_table, reading.lengths, strict=True):
-            layer = copy(metadata)
-            layer.block_table, layer.seq_lens = table, lengths
-            layer.scheduler_metadata = self.plan_of(layer)
-            layers.append(layer)
-        return layers
-
-    def plan_of(self, metadata: Any) -> Tensor | None:
-        """What a kernel plans its work by, for a layer's lengths."""
-        raise NotImplementedError
-
-
-class SelectingImpl:
-    """What an attention does besides, when chunks are to be selected. Goes before vLLM's class."""
-
-    number = -1  # of the layer, among those of its group that select
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
-        watch_bottom_layer()
-
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        *args: Any,
-        **options: Any,
-    ) -> Tensor:
-        """vLLM's, over the blocks that were selected."""
-        step: ChunkStep | None = getattr(attn_metadata, "chunks", None)
-        if step is not None and self.number >= 0:
-            step.group.take_in(self.number, key, query)
-            if step.of_layers:
-                attn_metadata = step.of_layers[self.number]
-        return super().forward(  # type: ignore[misc]
-            layer, query, key, value, kv_cache, attn_metadata, output, *args, **options
-        )
-
-
-def is_selecting() -> bool:
-    """Whether the engine that is being built asks for chunk selection."""
-    return asked_for(get_current_vllm_config_or_none()) is not None
-
-
-_watching: list[Any] = []
-
-
-def watch_bottom_layer() -> None:
-    """Sees to it that boundaries are looked for in the output of the layers' first, of the model that is being built.
-
-    Attention is made before the list of layers that it belongs to becomes the model's, and PyTorch tells of that.
-    """
-    if not _watching:
-        _watching.append(register_module_module_registration_hook(_registered))
-
-
-def _registered(module: nn.Module, name: str, submodule: Any) -> None:
-    if name == "layers" and isinstance(submodule, nn.ModuleList):
-        submodule[0].register_buffer("chunk_anchor", torch.zeros(1), persistent=False)
-        submodule[0].register_forward_hook(_detect)
-        _watching.pop().remove()
-
-
-def _detect(layer: nn.Module, args: Any, output: Tensor | tuple[Tensor, Tensor]) -> None:
-    hidden_states, residual = output if isinstance(output, tuple) else (output, None)
-    torch.ops.decoding.note_bottom_states(hidden_states, residual, layer.chunk_anchor)
-
-
-@torch.library.custom_op("decoding::note_bottom_states", mutates_args=("anchor",))
-def note_bottom_states(hidden_states: Tensor, residual: Tensor | None, anchor: Tensor) -> None:
-    """Hands the bottom layer's output to the selection. An operator of its own, since compiled models call it too.
-
-    Args:
-        hidden_states: [T, hidden_size].
-        residual: what is to be added to it, if the model has not yet.
-        anchor: nothing; said to be written to, lest the call be taken for one without effect.
-    """
-    metadata = get_forward_context().attn_metadata if is_forward_context_available() else None
-    if not isinstance(metadata, dict):
-        return
-    steps = {id(each.chunks): each.chunks for each in metadata.values() if hasattr(each, "chunks")}
-    if steps:
-        states = hidden_states if residual is None else hidden_states + residual
-        for step in steps.values():
-            step.group.note_bottom_states(states)
-
-
-@note_bottom_states.register_fake
-def _(hidden_states: Tensor, residual: Tensor | None, anchor: Tensor) -> None: ...
+    return (cache.num_gpu_blocks or 0) * max(cache.block_size // block_size, 1)

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from chunkllm.paged.selection import Reading
-from decoding.vllm.chunks import SelectingBuilder, SelectingImpl, is_selecting
+from decoding.vllm.selecting import SelectingBuilder, SelectingImpl, is_selecting
 
 
 class ChunkCPUAttentionBackend(CPUAttentionBackend):

@@ -62,7 +62,7 @@ def engine_args(
 
     Declares them in the environment, from which the engine's processes are started, in place of what an earlier call
     declared. For chunk selection, the arguments also set the size of the cache's blocks, and on CUDA the attention
-    backend and vLLM's V1 model runner. A policy's temperature also sets vLLM's ``override_generation_config``.
+    backend. A policy's temperature also sets vLLM's ``override_generation_config``.
 
     Examples:
         >>> llm = LLM("path-or-hub-id", **engine_args({"king-james": "king-james.safetensors"}, temperature=True))
@@ -142,10 +142,7 @@ def _styles(styles: Mapping[str, str | PathLike] | None, served: ServedPolicy) -
 
 def _engine_of(chunks: DeclaredChunks) -> dict[str, Any]:
     engine = {"additional_config": {CHUNKS_KEY: chunks._asdict()}, "block_size": BLOCK_SIZE}
-    if not torch.cuda.is_available():
-        return engine
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2 does not tell backends which row is whose
-    return engine | {"attention_backend": "CUSTOM"}
+    return engine | {"attention_backend": "CUSTOM"} if torch.cuda.is_available() else engine
 
 
 def _chunks(adapters: str | PathLike | None, budget: int | None) -> DeclaredChunks | None:

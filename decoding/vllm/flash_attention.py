@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from decoding.vllm.chunks import SelectingBuilder, SelectingImpl, is_selecting
+from decoding.vllm.selecting import SelectingBuilder, SelectingImpl, is_selecting
 
 
 class ChunkFlashAttentionBackend(FlashAttentionBackend):

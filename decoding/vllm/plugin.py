@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from decoding.errors import DecodingError
 from decoding.vllm.counts import publish
 from decoding.vllm.declaration import TEMPERATURE_VARIABLE
 
@@ -27,3 +29,23 @@ def register() -> None:
         register_backend(AttentionBackendEnum.CUSTOM, CUDA_BACKEND)
     if TEMPERATURE_VARIABLE in os.environ:
         publish()
+
+
+def refuse_other_backends(vllm_config: VllmConfig) -> None:
+    """Refuses an engine whose attention is not ours, in which chunks would not be selected.
+
+    Raises:
+        DecodingError: says what to ask for instead.
+    """
+    if current_platform.is_cpu():
+        if AttentionBackendEnum.CPU_ATTN.get_path() != CPU_BACKEND:
+            raise DecodingError("another plugin has taken the attention backend of CPUs: chunk selection needs that")
+        return
+    asked = vllm_config.attention_config.backend
+    if asked != AttentionBackendEnum.CUSTOM:
+        name = "one of vLLM's choice" if asked is None else asked.name
+        raise DecodingError(
+            f'chunk selection is an attention backend itself: start with attention_backend="CUSTOM", not {name}'
+        )
+    if not asked.is_overridden() or asked.get_path() != CUDA_BACKEND:
+        raise DecodingError("another plugin has taken the attention backend CUSTOM, which chunk selection needs")

@@ -17,6 +17,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2Logi
 from decoding.errors import DecodingError
 from decoding.temperature.markers import Markers, markers_of
 from decoding.tokens import ends_of_sequence
+from decoding.vllm.budgets import BudgetSlots, budget_slots
 from decoding.vllm.declaration import (
     TEMPERATURE_VARIABLE,
     DeclaredStyle,
@@ -25,6 +26,7 @@ from decoding.vllm.declaration import (
     declared_styles,
     offered,
 )
+from decoding.vllm.plugin import refuse_other_backends
 from decoding.vllm.requests import check_policy, check_request
 from decoding.vllm.styles import LoadedStyles, load_styles
 from decoding.vllm.temperatures import PromptTemperatures, load_temperatures
@@ -58,7 +60,7 @@ class _Processor(V1LogitsProcessor, V2LogitsProcessor):
     def _rows_of(self, vllm_config: VllmConfig, device: torch.device) -> StyleRows | TemperatureRows | BudgetRows: ...
 
     @abstractmethod
-    def _slots_of(self, vllm_config: VllmConfig, states: Any) -> StyleSlots | TemperatureSlots: ...
+    def _slots_of(self, vllm_config: VllmConfig, states: Any) -> StyleSlots | TemperatureSlots | BudgetSlots: ...
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -132,7 +134,7 @@ class ChunkLogitsProcessor(_Processor):
     """Leaves logits as they are, and tells chunk selection which row wants which budget.
 
     That is ``extra_args={"kv_budget": …}``, a number of tokens, or "full" to opt out. An attention backend is told of
-    rows, not of requests; processors are told of both, before it.
+    rows (V1) or of places in the runner's table (V2), not of requests; processors are told of both, before it.
     """
 
     def is_argmax_invariant(self) -> bool:
@@ -140,10 +142,12 @@ class ChunkLogitsProcessor(_Processor):
         return True
 
     def _rows_of(self, vllm_config: VllmConfig, device: torch.device) -> BudgetRows:
+        refuse_other_backends(vllm_config)
         return budget_rows(vllm_config.instance_id)
 
-    def _slots_of(self, vllm_config: VllmConfig, states: Any) -> Any:
-        raise DecodingError("chunk selection needs vLLM's V1 model runner: set VLLM_USE_V2_MODEL_RUNNER=0")
+    def _slots_of(self, vllm_config: VllmConfig, states: Any) -> BudgetSlots:
+        refuse_other_backends(vllm_config)
+        return budget_slots(vllm_config.instance_id, states.max_num_reqs)
 
 
 def _styles_of(vllm_config: VllmConfig, device: torch.device) -> LoadedStyles:

@@ -17,16 +17,15 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from chunkllm.selection import DEFAULT_BUDGET
 from decoding.errors import DecodingError
-from decoding.vllm.chunks import SelectingImpl, refuse_unusual_attention, refuse_what_is_missing, without_windows
+from decoding.vllm.chunks import refuse_what_is_missing
 from decoding.vllm.engine import engine_args
 from decoding.vllm.processor import StyleLogitsProcessor, TemperatureLogitsProcessor
+from decoding.vllm.selecting import refuse_other_layers
 
 _HOST = torch.device("cpu")
 
@@ -81,22 +80,7 @@ def _select(config: VllmConfig) -> None:
         ensure_model_parallel_initialized(1, 1)
         with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
             initialize_model(config)
-    layers = config.compilation_config.static_forward_context
-    full = [
-        name
-        for name, layer in layers.items()
-        if isinstance(layer, AttentionLayerBase) and type(layer.get_kv_cache_spec(config)) is FullAttentionSpec
-    ]
-    selecting = without_windows(config, full)
-    if not selecting:
-        raise DecodingError("no layer of this model keeps plain keys and values of all tokens: none would select")
-    for name in selecting:
-        impl = layers[name].impl
-        if not isinstance(impl, SelectingImpl):
-            raise DecodingError(
-                f"vLLM gave the model an attention of its own ({type(impl).__name__}), not the plugin's"
-            )
-        refuse_unusual_attention(impl)
+    refuse_other_layers(config)
 
 
 def _brief(error: Exception) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -235,15 +236,9 @@ class BudgetRows:
         """Nothing."""
         return logits
 
-    def tensor(self, count: int, default: int, device: torch.device) -> Tensor:
-        """Int64 [count], in tokens; ``default`` where a request asks for nothing."""
-        if not self._rows:
-            return torch.full((count,), default, device=device)
-        return send(torch.tensor([self._rows.get(row, default) for row in range(count)]), device)
-
-    def least(self, default: int) -> int:
-        """The least that any row may have."""
-        return min(default, *self._rows.values()) if self._rows else default
+    def of(self, places: np.ndarray, default: int) -> np.ndarray:
+        """Tokens, int64 like the rows in ``places``; ``default`` where a request asks for nothing."""
+        return np.array([self._rows.get(row, default) for row in places.tolist()], np.int64)
 
 
 @lru_cache(maxsize=16)

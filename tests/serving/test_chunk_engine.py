@@ -2,11 +2,18 @@
 
 import gc
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from chunkllm import AdapterConfig, CalibrationConfig, ChunkAdapters, ChunkCalibration
 from chunkllm.contiguous.attention import intercept
@@ -14,7 +21,7 @@ from chunkllm.models import model_shape
 from decoding import DecodingError
 from decoding.models import DEFAULT_MODEL, resolve_model
 from decoding.style.source import load_corpus
-from decoding.vllm import engine_args
+from decoding.vllm import engine_args, fallbacks
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")
 VLLMValidationError = pytest.importorskip("vllm.exceptions").VLLMValidationError
@@ -325,6 +332,39 @@ def test_layers_with_sliding_windows_are_left_alone(engines, readings, tmp_path)
     assert all(len(reading.lengths) == 1 and int(reading.lengths) <= BUDGET for reading in steps)
 
 
+def test_a_model_with_windows_in_all_layers_is_refused_at_start(engines, tmp_path):
+    MistralForCausalLM(MistralConfig(**SHAPE, num_hidden_layers=2, sliding_window=64)).save_pretrained(tmp_path)
+    with pytest.raises(DecodingError, match="none would select"):
+        engines(tmp_path, **TINY, **engine_args(kv_budget=BUDGET))
+
+
+def test_a_step_that_fails_is_plain_vllms_and_the_engine_lives_on(llm, readings, monkeypatch):
+    """Whatever raises in it; and nothing that the step left out is trusted afterwards."""
+    from decoding.vllm.chunks import LayerGroup
+
+    engine, ids = llm.llm_engine, [random_ids(random.Random(seed), 600) for seed in (20, 21)]
+    wanted = texts(llm, [ids[1]], params())
+    monkeypatch.setattr(fallbacks, "counts", Counter())
+    take_in, broken = LayerGroup.take_in, []
+
+    def failing(self, layer, keys, queries):
+        if broken:
+            raise RuntimeError(broken.pop())
+        take_in(self, layer, keys, queries)
+
+    monkeypatch.setattr(LayerGroup, "take_in", failing)
+    engine.add_request("a", prompt(ids[0]), params(max_tokens=40))
+    written = []
+    while engine.has_unfinished_requests():
+        written += [output.outputs[0].token_ids for output in engine.step()]
+        if len(written) == 12:
+            broken.append("as nobody foresaw")
+    assert len(written[-1]) == 40 and fallbacks.counts == {"chunk selection": 2}  # the step, and the next
+    readings.clear()
+    assert texts(llm, [ids[1]], params()) == wanted
+    assert sum(reading is not None for _, _, reading in readings) == 23
+
+
 @pytest.mark.parametrize(
     ("changes", "settings", "reason"),
     [
@@ -332,6 +372,7 @@ def test_layers_with_sliding_windows_are_left_alone(engines, readings, tmp_path)
         ({}, {"adapters": "default"}, "another model's: its hidden_size is 576, this one's 128"),
         ({}, {"budget": 512}, "an object with adapters, kv_budget"),
         ({"kv_cache_dtype": "fp8"}, {"kv_budget": 512}, "a quantized key-value cache"),
+        ({"model_impl": "transformers"}, {"adapters": "own"}, "do not see the bottom layer's output: leave"),
         # The last: it loads a library that keeps vLLM from starting another engine in the process.
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
@@ -341,5 +382,10 @@ def test_layers_with_sliding_windows_are_left_alone(engines, readings, tmp_path)
     ],
 )
 def test_what_cannot_be_is_refused_at_start(engines, tiny, changes, settings, reason):
+    from decoding.vllm import bottom
+
+    if settings.get("adapters") == "own":
+        settings = {"adapters": str(tiny / "adapters")}
     with pytest.raises(DecodingError, match=reason):
         engines(tiny / "model", **TINY, **changes, block_size=BLOCK, additional_config={"chunkllm": settings})
+    assert not bottom._watching

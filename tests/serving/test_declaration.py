@@ -176,11 +176,11 @@ def test_chunk_selection_is_declared_in_the_environment_and_to_the_engine(tmp_pa
     assert declared_chunks() is None
 
 
-def test_on_a_gpu_chunk_selection_brings_its_backend_and_the_v1_runner(monkeypatch):
+def test_on_a_gpu_chunk_selection_brings_its_backend_and_leaves_the_runner_to_vllm(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
     assert engine_args(kv_budget=512)["attention_backend"] == "CUSTOM"
-    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in os.environ
 
 
 @pytest.mark.parametrize(

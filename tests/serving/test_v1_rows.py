@@ -335,7 +335,6 @@ def test_budgets_move_with_their_requests(seed):
     for batch, update in steps(rng, new_request):
         rows.update(update)
         wanted = [it.wanted for it in batch]
-        assert rows.tensor(len(batch), default, torch.device("cpu")).tolist() == wanted
-        assert rows.least(default) == min([default, *wanted])
+        assert rows.of(np.arange(len(batch)), default).tolist() == wanted
         logits = torch.randn(len(batch), WIDTH)
         assert rows.apply(logits) is logits

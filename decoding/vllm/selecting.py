@@ -1,0 +1,179 @@
+"""What attention backends do besides, when chunks are to be selected. Whatever goes wrong, a step is plain vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from chunkllm.paged.selection import Reading
+from decoding.errors import DecodingError
+from decoding.vllm.bottom import stop_watching, watch_bottom_layer
+from decoding.vllm.chunks import LayerGroup, asked_for, refuse_unusual_attention, without_windows
+from decoding.vllm.fallbacks import fell_back
+
+_PART = "chunk selection"
+
+
+@dataclass
+class ChunkStep:
+    """A step in which chunks may be selected.
+
+    vLLM can run a model several times with one step's metadata, before it captures CUDA graphs: the first time counts.
+
+    Attributes:
+        group: who selects.
+        of_layers: each layer's metadata, or none if all is read.
+    """
+
+    group: LayerGroup
+    of_layers: Sequence[Any] = ()
+    _taken: set[int] = field(default_factory=set)  # layers
+    _has_states: bool = False
+    _has_failed: bool = False
+
+    def note_bottom_states(self, hidden_states: Tensor, residual: Tensor | None) -> None:
+        """Takes in the bottom layer's output [T, hidden_size], and what is to be added to it, if anything is."""
+        if self._has_states or self._has_failed:
+            return
+        self._has_states = True
+        try:
+            self.group.note_bottom_states(hidden_states, residual)
+        except Exception:
+            self._fail()
+
+    def take_in(self, layer: int, keys: Tensor, queries: Tensor) -> None:
+        """Takes in the keys [T, Hkv, D] and queries [T, H, D] of the layer with this number in the group."""
+        if layer in self._taken or self._has_failed:
+            return
+        self._taken.add(layer)
+        try:
+            self.group.take_in(layer, keys, queries)
+        except Exception:
+            self._fail()
+
+    def _fail(self) -> None:
+        """While an exception is handled. The rest of the step reads everything, and the selection will see the gap."""
+        self._has_failed, self.of_layers = True, ()
+        fell_back(_PART)
+
+
+class SelectingBuilder:
+    """What a metadata builder does besides. Goes before vLLM's class."""
+
+    group: LayerGroup | None = None
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # type: ignore[call-arg]
+        stop_watching()
+        if asked_for(vllm_config) is None:
+            return
+        refuse_other_layers(vllm_config)
+        if type(kv_cache_spec) is FullAttentionSpec and (names := without_windows(vllm_config, layer_names)):
+            self.group = LayerGroup(vllm_config, names, kv_cache_spec, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Any:
+        """vLLM's metadata, with a `ChunkStep` in ``chunks``; None there if the selection has nothing of the step."""
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        if self.group is not None:
+            metadata.chunks = self._step(self.group, metadata, common_attn_metadata)
+        return metadata
+
+    def _step(self, group: LayerGroup, metadata: Any, common: CommonAttentionMetadata) -> ChunkStep | None:
+        try:
+            if not group.has_room():
+                return None
+            reading = group.begin(common)
+            return ChunkStep(group, () if reading is None else self.of_layers(metadata, reading))
+        except Exception:
+            fell_back(_PART)
+            return None
+
+    def of_layers(self, metadata: Any, reading: Reading) -> list[Any]:
+        """The metadata of each layer."""
+        layers = []
+        for table, lengths in zip(reading.block_table, reading.lengths, strict=True):
+            layer = copy(metadata)
+            layer.block_table, layer.seq_lens = table, lengths
+            layer.scheduler_metadata = self.plan_of(layer)
+            layers.append(layer)
+        return layers
+
+    def plan_of(self, metadata: Any) -> Tensor | None:
+        """What a kernel plans its work by, for a layer's lengths."""
+        raise NotImplementedError
+
+
+class SelectingImpl:
+    """What an attention does besides. Goes before vLLM's class."""
+
+    number = -1  # of the layer, among those of its group that select
+    is_bottom = False  # whether its layer's output is looked at
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        config = get_current_vllm_config_or_none()
+        declared = asked_for(config)
+        if config is not None and declared is not None and declared.adapters is not None:
+            watch_bottom_layer(config, self)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **options: Any,
+    ) -> Tensor:
+        """vLLM's, over the blocks that were selected."""
+        step: ChunkStep | None = getattr(attn_metadata, "chunks", None)
+        if step is not None and self.number >= 0:
+            step.take_in(self.number, key, query)
+            if step.of_layers:
+                attn_metadata = step.of_layers[self.number]
+        return super().forward(  # type: ignore[misc]
+            layer, query, key, value, kv_cache, attn_metadata, output, *args, **options
+        )
+
+
+def is_selecting() -> bool:
+    """Whether the engine that is being built asks for chunk selection."""
+    return asked_for(get_current_vllm_config_or_none()) is not None
+
+
+def refuse_other_layers(vllm_config: VllmConfig) -> None:
+    """Refuses a model none of whose layers would select, or one with an attention that is not the plugin's.
+
+    Raises:
+        DecodingError: says which.
+    """
+    layers = vllm_config.compilation_config.static_forward_context
+    full = [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, AttentionLayerBase) and type(layer.get_kv_cache_spec(vllm_config)) is FullAttentionSpec
+    ]
+    for name in full:
+        impl = layers[name].impl
+        if not isinstance(impl, SelectingImpl):
+            raise DecodingError(
+                f"vLLM gave the model an attention of its own ({type(impl).__name__}), not the plugin's"
+            )
+    selecting = without_windows(vllm_config, full)
+    if not selecting:
+        raise DecodingError("no layer of this model keeps plain keys and values of all tokens: none would select")
+    for name in selecting:
+        refuse_unusual_attention(layers[name].impl)
