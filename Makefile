@@ -26,7 +26,7 @@ PAIR := --no-print-directory --jobs 2 --output-sync=target
 ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
 # Tests that start engines, the longest first. One process for each: it can have but one engine at a time.
-ENGINES := engine server chunk_engine sweep temperature_engine mistral_tokenizer
+ENGINES := engine server chunk_engine sweep temperature_engine mistral_tokenizer fuzz together_engine
 
 .PHONY: run playground serve test test-vllm test-lowest check wheel docs figures bench clean
 
@@ -102,7 +102,7 @@ figures: .venv/test.done
 	$(VLLM_PIP) $(TORCH)
 	$(VLLM_PIP) --no-deps $(VLLM)
 	$(VLLM_BIN)/python .ci/vllm_requirements.py > .venv-vllm/requirements.txt
-	$(VLLM_PIP) -r .venv-vllm/requirements.txt pytest --editable .[defaults]
+	$(VLLM_PIP) -r .venv-vllm/requirements.txt pytest hypothesis --editable .[defaults]
 	$(VLLM_PIP) --no-deps $(DATA)
 	$(COMPILE)
 	touch $@

@@ -42,7 +42,8 @@ class GuardSettings(NamedTuple):
             most = _MOST.get(name, math.inf)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value <= most or value == math.inf:
                 within = "above 0" if most == math.inf else f"above 0 and at most {most:.4g}"
                 raise DecodingError(f"{name} must be a number {within}, not {value!r}")
         return self

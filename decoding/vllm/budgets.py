@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from decoding.vllm.requests import read_request
+from decoding.vllm.requests import UNLIMITED, read_admitted
 
 
 class BudgetSlots:
@@ -16,15 +16,19 @@ class BudgetSlots:
 
     Args:
         count: places of the runner's table.
+
+    Attributes:
+        longest: tokens that a request can have: nobody's budget is more.
     """
 
     def __init__(self, count: int):
         self._budgets = np.full(count, -1, np.int64)  # the server's
+        self.longest = UNLIMITED
 
     def add(self, slot: int, params: Any) -> bool:
         """Puts a request into a slot. Whether its logits change: no."""
-        budget = read_request(params).budget
-        self._budgets[slot] = -1 if budget is None else budget
+        budget = read_admitted(params, "chunk selection").budget
+        self._budgets[slot] = -1 if budget is None else min(budget, self.longest)
         return False
 
     def flush(self) -> None:

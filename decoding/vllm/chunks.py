@@ -16,13 +16,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from chunkllm import ChunkAdapters, ChunkCalibration, ChunkError, PooledScorer, Scorer
 from chunkllm.calibration import open_saved
 from chunkllm.late import send
-from chunkllm.paged.selection import PagedSelection, Reading, Step, local_blocks
+from chunkllm.paged.selection import PagedSelection, Reading, Step
 from chunkllm.selection import DEFAULT_LOCAL, DEFAULT_SINKS, layer_weights
 from decoding.errors import DecodingError
 from decoding.policy.values import EMBEDDED
 from decoding.vllm.bottom import refuse_unseen_ends
 from decoding.vllm.budgets import budget_slots
-from decoding.vllm.declaration import CHUNKS_KEY, DeclaredChunks, checked_chunks
+from decoding.vllm.declaration import CHUNKS_KEY, DeclaredChunks, checked_chunks, checked_room
 from decoding.vllm.v1 import budget_rows
 
 _NO_WINDOW = (-1, (-1, -1))  # as vLLM's backends say it
@@ -82,8 +82,7 @@ class LayerGroup:
         impls = [context[name].impl for name in names]
         for number, impl in enumerate(impls):
             impl.number = number
-        _require_room(declared.kv_budget, spec.block_size)
-        self.budget = declared.kv_budget
+        self.budget = checked_room(declared.kv_budget, spec.block_size)
         self.tokens = 0  # of the step under way
         saved = opened_adapters(declared.adapters, device)
         self.adapters = saved if isinstance(saved, ChunkAdapters) else None
@@ -256,15 +255,6 @@ def without_windows(vllm_config: VllmConfig, layer_names: Sequence[str]) -> list
     """The layers of a group that select: it can hold some with sliding windows too, which are left alone."""
     context = vllm_config.compilation_config.static_forward_context
     return [name for name in layer_names if context[name].impl.sliding_window in _NO_WINDOW]
-
-
-def _require_room(budget: int, block_size: int) -> None:
-    always = (local_blocks(DEFAULT_LOCAL, block_size) + 2) * block_size
-    if budget < always + block_size:
-        raise DecodingError(
-            f"a kv_budget of {budget} tokens leaves nothing to choose: the first and the last blocks of {block_size} "
-            f"tokens take {always}"
-        )
 
 
 def _blocks(vllm_config: VllmConfig, block_size: int) -> int:

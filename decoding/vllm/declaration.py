@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from chunkllm.selection import DEFAULT_BUDGET
+from chunkllm.paged.selection import local_blocks
+from chunkllm.selection import DEFAULT_BUDGET, DEFAULT_LOCAL
 from decoding.errors import DecodingError
 from decoding.policy.values import AUTO, EMBEDDED, OF_STYLES, check_field
 from decoding.style.settings import Mode
@@ -229,6 +230,26 @@ def checked_budget(value: Any, name: str = "kv_budget") -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise DecodingError(f"{name} must be a whole number of tokens above 0, not {value!r}")
     return value
+
+
+def checked_room(budget: int, block_size: int = BLOCK_SIZE) -> int:
+    """A budget that leaves something to choose.
+
+    Args:
+        budget: in tokens.
+        block_size: of the cache, in tokens. By default what `decoding.vllm.engine_args` sets: a request is checked
+            where the engine's is not known.
+
+    Raises:
+        DecodingError: it does not, as some blocks are always read.
+    """
+    always = (local_blocks(DEFAULT_LOCAL, block_size) + 2) * block_size
+    if budget < always + block_size:
+        raise DecodingError(
+            f"a kv_budget of {budget} tokens leaves nothing to choose: the first and the last blocks of {block_size} "
+            f"tokens take {always}, so it must be {always + block_size} or more"
+        )
+    return budget
 
 
 @lru_cache(maxsize=8)

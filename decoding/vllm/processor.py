@@ -143,11 +143,15 @@ class ChunkLogitsProcessor(_Processor):
 
     def _rows_of(self, vllm_config: VllmConfig, device: torch.device) -> BudgetRows:
         refuse_other_backends(vllm_config)
-        return budget_rows(vllm_config.instance_id)
+        budgets = budget_rows(vllm_config.instance_id)
+        budgets.longest = vllm_config.model_config.max_model_len
+        return budgets
 
     def _slots_of(self, vllm_config: VllmConfig, states: Any) -> BudgetSlots:
         refuse_other_backends(vllm_config)
-        return budget_slots(vllm_config.instance_id, states.max_num_reqs)
+        budgets = budget_slots(vllm_config.instance_id, states.max_num_reqs)
+        budgets.longest = vllm_config.model_config.max_model_len
+        return budgets
 
 
 def _styles_of(vllm_config: VllmConfig, device: torch.device) -> LoadedStyles:

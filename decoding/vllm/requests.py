@@ -6,9 +6,11 @@ or lists of these: so "off" says what null says in Python, and 0 and 1 say what 
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any, NamedTuple, get_args
 
 from decoding.errors import DecodingError
@@ -17,7 +19,15 @@ from decoding.style.settings import Mode
 from decoding.style.steering import GuardSettings
 from decoding.style.strength import checked_lambda
 from decoding.temperature.processors import checked_temperature
-from decoding.vllm.declaration import POLICY_VARIABLE, Offer, checked_budget, declared_policy, offered
+from decoding.vllm.declaration import (
+    POLICY_VARIABLE,
+    Offer,
+    checked_budget,
+    checked_room,
+    declared_policy,
+    offered,
+)
+from decoding.vllm.fallbacks import fell_back
 
 MOST_STYLES_PER_REQUEST = 8
 UNLIMITED = 2**31 - 1
@@ -26,8 +36,18 @@ _WHOLE, _THINK, _ANSWER, _TOP_P = "temperature", "think_temperature", "answer_te
 _OF_TEMPERATURES = (_WHOLE, _THINK, _ANSWER, _TOP_P)
 _OF_CHUNKS = ("chunks", "kv_budget")
 ARGUMENTS = ("policy", "style", *OF_STYLES, *_OF_TEMPERATURES, "selector", *_OF_CHUNKS)
+FLAGS = ("steer_stop", "temperature_top_p", "chunks")
+"""Those that can be true or false."""
 _ALIKE = 0.9  # of two words' letters, for one to be taken for the other: not "model" for "mode"
+_ALPHABET = str.maketrans(
+    {"λ": "lambda"} | dict(zip("асԁеһіјкӏмоорѕтѵхуαειικνορτυχγ", "acdehijklmoopstvxyaeiiknoptuxy", strict=True))
+)
+"""Letters of other alphabets that look like, or stand for, those of arguments."""
+_LONGEST_NAME = 64  # of an argument, for it to resemble one of ours
+_LONGEST_TEXT = 4096  # of a value: a path may be as long
+_LARGEST = 2**64  # a whole number of which this is too large is no number of anything here
 _LEAST = 1e-2  # what vLLM raises lower temperatures to, before scores overflow
+_MOST = 1e6  # likewise: scores are even by then, and masked ones stay masked
 
 
 class Held(NamedTuple):
@@ -46,7 +66,7 @@ class Temperatures(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What a request asks for. `read_request` makes it, and nothing else looks at a request's arguments.
+    """What a request asks for. `read_request` makes it, and nothing else looks at the values of a request's arguments.
 
     Attributes:
         styles: names, and the λ of each, None for the style's own.
@@ -78,6 +98,10 @@ class Request:
         return Held(own.guards._replace(**dict(self.guards)), steer_stop)
 
 
+PLAIN = Request(budget=UNLIMITED)
+"""One that is answered as vLLM answers it by itself."""
+
+
 def read_request(params: Any) -> Request:
     """Reads a request, with the policy that this process's environment declares as defaults.
 
@@ -93,7 +117,12 @@ def read_request(params: Any) -> Request:
     policy = declared_policy()
     if not own and not policy:
         return Request()
+    if not isinstance(own, Mapping):
+        raise DecodingError(f"extra_args must map arguments to values, which a {type(own).__name__} does not")
     _refuse_misspelt(own)
+    for name in ARGUMENTS:
+        _refuse_shapeless(name, own.get(name))
+        _refuse_shapeless(name, policy.get(name))
     given = _with_policy(own, policy, params.temperature)
     styles = _styles(given)
     _refuse_without_style(given, styles)
@@ -114,6 +143,20 @@ def read_request(params: Any) -> Request:
     )
 
 
+def read_admitted(params: Any, part: str) -> Request:
+    """What a hook reads of a request that is in the engine, which serves others: it never raises.
+
+    Args:
+        params: vLLM's ``SamplingParams``.
+        part: what the hook does. What cannot be read is `PLAIN`, and counted for this part.
+    """
+    try:
+        return read_request(params)
+    except Exception:  # Whatever it is.
+        fell_back(part)
+        return PLAIN
+
+
 def check_request(params: Any) -> None:
     """Refuses what this process's environment does not offer, so that it is not silently left out.
 
@@ -121,13 +164,16 @@ def check_request(params: Any) -> None:
         params: vLLM's ``SamplingParams``.
 
     Raises:
-        DecodingError: as `read_request`; a style, a mode, a selector, phases or chunks that the server does not have.
+        DecodingError: as `read_request`; a style, a mode, a selector, phases or chunks that the server does not have;
+            a budget that leaves nothing to choose.
     """
     request, offer = read_request(params), offered()
     _check_styles(request, offer)
     _check_temperatures(request, offer)
     if request.selects and not offer.has_chunks:
         raise DecodingError("this server selects no chunks; start it with --kv-budget TOKENS or --chunk-adapters DIR")
+    if request.selects and request.budget is not None:
+        checked_room(request.budget)
 
 
 def check_policy(params: Any) -> None:
@@ -147,13 +193,44 @@ def check_policy(params: Any) -> None:
         raise DecodingError(f"{POLICY_VARIABLE}: {error}") from error
 
 
+def resembled(name: Any) -> str | None:
+    """The one of `ARGUMENTS` that a name is taken for, if it is none of them and looks like one: in other cases, signs,
+    letters that look alike, as a plural, or with a letter more or less.
+    """
+    if name in ARGUMENTS or len(str(name)) > _LONGEST_NAME:
+        return None
+    plain = unicodedata.normalize("NFKC", str(name)).casefold().translate(_ALPHABET)
+    letters = "".join(filter(str.isalnum, plain))
+    ours = {each.replace("_", ""): each for each in ARGUMENTS}
+    for like in (letters, letters + "s", letters.removesuffix("s")):
+        if like in ours:
+            return ours[like]
+    near = get_close_matches(letters, ours, 1, _ALIKE)
+    return ours[near[0]] if near else None
+
+
 def _refuse_misspelt(own: Mapping[str, Any]) -> None:
     for name in own:
-        if name in ARGUMENTS:
-            continue
-        like = str(name).lower().replace("-", "_").replace("λ", "lambda")
-        if near := get_close_matches(like, ARGUMENTS, 1, _ALIKE):
-            raise DecodingError(f"unknown argument {name!r}: did you mean {near[0]!r}?")
+        if near := resembled(name):
+            raise DecodingError(f"unknown argument {name!r}: did you mean {near!r}?")
+
+
+def _refuse_shapeless(name: str, value: Any) -> None:
+    """Refuses what no argument can be, before anything else looks at it: errors may then show any value."""
+    parts = [value]
+    if isinstance(value, list | tuple):
+        parts = list(value)
+    elif isinstance(value, Mapping) and name == "chunks":
+        parts = [*value, *value.values()]
+    if len(parts) > MOST_STYLES_PER_REQUEST and name != "style":
+        raise DecodingError(f"{name} can hold {MOST_STYLES_PER_REQUEST} values at most, not {len(parts)}")
+    for each in parts:
+        if not isinstance(each, str | Real | None):
+            raise DecodingError(f"{name} must be a text, a number or a list of these: it holds a {type(each).__name__}")
+        if isinstance(each, str) and len(each) > _LONGEST_TEXT:
+            raise DecodingError(f"{name} names nothing: it holds a text of {len(each)} characters")
+        if isinstance(each, int) and not -_LARGEST <= each <= _LARGEST:
+            raise DecodingError(f"{name} holds a whole number that is too large: it must fit in 64 bits")
 
 
 def _with_policy(own: Mapping[str, Any], policy: Mapping[str, Any], temperature: float) -> dict[str, Any]:
@@ -191,13 +268,17 @@ def _styles(given: Mapping[str, Any]) -> tuple[tuple[str, float | None], ...]:
     style, lambda_ = given.get("style"), given.get("lambda")
     if _is_off(style):
         return ()
-    names = style if isinstance(style, list) else [style]
-    lambdas = [None] * len(names) if lambda_ is None else lambda_ if isinstance(lambda_, list) else [lambda_]
+    names = style if isinstance(style, list | tuple) else [style]
+    lambdas = lambda_ if isinstance(lambda_, list | tuple) else [lambda_]
+    if lambda_ is None:
+        lambdas = [None] * len(names)
     if len(names) != len(lambdas):
         raise DecodingError(f"style and lambda must have the same length: {len(names)} and {len(lambdas)}")
     if len(names) > MOST_STYLES_PER_REQUEST:
         raise DecodingError(f"a request can have {MOST_STYLES_PER_REQUEST} styles, not {len(names)}")
     for name in names:
+        if not isinstance(name, str):
+            raise DecodingError(f"a style is named by a text, not by {name!r}")
         if names.count(name) > 1:
             raise DecodingError(f"style {name!r} is named twice: once is enough, with the λ that it is to have")
     return tuple(
@@ -259,8 +340,13 @@ def _temperatures(given: Mapping[str, Any], own: float) -> Temperatures | None:
         )
     answer = asked.get(_WHOLE, asked.get(_ANSWER, 1.0))
     has_phases = _THINK in asked or _ANSWER in asked
-    think = max(float(asked.get(_THINK, 1.0)), _LEAST) if has_phases else None
-    return Temperatures(None if answer == AUTO else max(float(answer), _LEAST), think)
+    think = _held(asked.get(_THINK, 1.0)) if has_phases else None
+    return Temperatures(None if answer == AUTO else _held(answer), think)
+
+
+def _held(temperature: float) -> float:
+    """A temperature that scores can be divided by, and stay numbers."""
+    return min(max(float(temperature), _LEAST), _MOST)
 
 
 def _takes_top_p(given: Mapping[str, Any], temperatures: Temperatures | None) -> bool:
@@ -291,30 +377,31 @@ def _budget(given: Mapping[str, Any]) -> tuple[int | None, bool]:
     (name,) = named
     asked = given[name]
     if name == "chunks":
-        asked = _budget_of(asked)
-        if _is_off(asked) or (isinstance(asked, int) and asked == 0):
+        if isinstance(asked, Mapping):
+            asked = _budget_of(asked)
+            if asked is None:
+                return None, True
+        elif _is_off(asked) or (isinstance(asked, int) and asked == 0):
             return UNLIMITED, False
-        if isinstance(asked, int) and asked == 1:  # so true comes over HTTP, and nobody reads one token
+        elif isinstance(asked, int) and asked == 1:  # so true comes over HTTP, and nobody reads one token
             return None, True
     if isinstance(asked, str) and asked == FULL:
         return UNLIMITED, True
     return min(checked_budget(asked, name), UNLIMITED), True
 
 
-def _budget_of(chunks: Any) -> Any:
-    """That of `ChunkSelection`'s settings, if it is these."""
-    if not isinstance(chunks, Mapping):
-        return chunks
+def _budget_of(chunks: Mapping[str, Any]) -> Any:
+    """That of `ChunkSelection`'s settings; None if they have none."""
     if other := [name for name, value in chunks.items() if name != "budget" and value is not None]:
         raise DecodingError(
             f"of chunks a request can have another budget alone: {', '.join(map(str, other))} is the server's, for all"
         )
-    return True if chunks.get("budget") is None else chunks["budget"]
+    return chunks.get("budget")
 
 
 def _check_styles(request: Request, offer: Offer) -> None:
     for name, _ in request.styles:
-        if not isinstance(name, str) or name not in offer.styles:
+        if name not in offer.styles:
             served = ", ".join(sorted(offer.styles)) or "none; start it with --style NAME=FILE"
             raise DecodingError(f"unknown style {name!r}; this server has: {served}")
         if request.mode is not None and request.mode != (mode := offer.styles[name].mode()):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from decoding.errors import DecodingError
+from decoding.vllm.dropped import MIDDLEWARE
 
 
 def serve(model: str, name: str, engine: Mapping[str, Any], arguments: Sequence[str]) -> None:
@@ -41,6 +42,7 @@ def serve(model: str, name: str, engine: Mapping[str, Any], arguments: Sequence[
 
 def _take_in(args: Any, engine: Mapping[str, Any]) -> None:
     """Adds what an engine needs to the arguments that the user gave."""
+    args.middleware = [*(args.middleware or []), MIDDLEWARE]
     args.logits_processors = [*(args.logits_processors or []), *engine["logits_processors"]]
     args.additional_config = {**(args.additional_config or {}), **engine.get("additional_config", {})}
     defaults = {**engine.get("override_generation_config", {}), **(args.override_generation_config or {})}

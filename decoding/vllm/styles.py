@@ -19,7 +19,8 @@ from decoding.style.source import StyleSource
 from decoding.style.steering import Guards, Stops, guards_of, steer, stops_of
 from decoding.style.training import name_and_file
 from decoding.vllm.declaration import DeclaredStyle
-from decoding.vllm.requests import Held, Request
+from decoding.vllm.fallbacks import fell_back
+from decoding.vllm.requests import Held, Request, read_request
 from ngram import NGramError
 from ngram.layout import join
 from ngram.tables import Tables
@@ -31,6 +32,13 @@ class Chosen(NamedTuple):
     prior: int  # its number among `LoadedStyles`
     strength: float  # λ
     held: Held | None = None  # None as the prior is by itself
+
+
+class Asked(NamedTuple):
+    """What a request in the engine has of `LoadedStyles`."""
+
+    styles: list[Chosen]
+    own_stops: list[int]  # at which it alone ends, and which its styles leave alone
 
 
 class Layer(NamedTuple):
@@ -102,6 +110,21 @@ class LoadedStyles:
         self._mixtures = torch.cat([pad(each, (0, order - each.shape[1]) * 2) for each in mixtures]).to(device)
         self.context = max(order - 1, 1)
 
+    def asked(self, params: Any) -> Asked:
+        """What a request asks for, by vLLM's ``SamplingParams``.
+
+        It never raises, since the engine serves others: nothing where it cannot be read or had, which is counted.
+        """
+        try:
+            request = read_request(params)
+            styles = self.resolve(request)
+            if any(each.held is not None for each in styles):
+                self.holds([self.held(each) for each in styles])  # else it would fail for all rows of a step
+            return Asked(styles, self.own_stops(styles, request.stop_ids))
+        except Exception:  # Whatever it is.
+            fell_back("style")
+            return Asked([], [])
+
     def resolve(self, request: Request) -> list[Chosen]:
         """The styles that a request asks for, those with λ = 0 left out."""
         chosen = []
@@ -152,10 +175,11 @@ class LoadedStyles:
             holds = of_rows.of(send(torch.arange(len(rows)), self._device))
         return Layer(used[0].prior if is_one else send(priors, self._device), send(strength, self._device), holds)
 
-    def add(self, logits: Tensor, history: Tensor, layers: Iterable[Layer], own_stops: Tensor | None = None) -> Tensor:
+    def add(self, logits: Tensor, history: Tensor, layers: Sequence[Layer], own_stops: Tensor | None = None) -> Tensor:
         """Adds every layer's priors to ``logits`` in place, up to a number that is the same for a whole row.
 
-        The guards of a request's second style look at what its first one left.
+        The guards of a request's second style look at what its first one left. Where a layer cannot be added, none is:
+        one by itself has looked at everything before it writes, and what several have written is taken back.
 
         Args:
             logits: float32 [rows, W].
@@ -163,26 +187,37 @@ class LoadedStyles:
             layers: from `layers`, or a runner's own.
             own_stops: from `stops_table`, of each row, int64 [rows, K]; None where no row has any.
         """
-        before = None if own_stops is None else self._ends(logits, own_stops)
-        for prior, strength, holds in layers:
-            assert self._tables is not None  # nobody can have asked for a style otherwise
-            guards, stops = self._own.of(prior) if holds is None else holds
-            steer(
-                self._tables,
-                logits,
-                history,
-                strength,
-                self._mixtures,
-                guards,
-                stops,
-                prior=prior,
-                shift=False,
-                out=logits,
-            )
-        if own_stops is not None and before is not None:
-            moved = (self._ends(logits, own_stops)[1] - before[1]).nan_to_num_(0)  # −inf less −inf
-            logits.scatter_(1, own_stops.clamp(min=0), _chosen(own_stops, before[0] + moved, logits))
+        if not logits.is_contiguous():  # vLLM cuts off what its vocabulary has to fill up
+            return logits.copy_(self.add(logits.contiguous(), history, layers, own_stops))
+        ends = None if own_stops is None else self._ends(logits, own_stops)
+        before = logits.clone() if len(layers) > 1 else logits
+        try:
+            for layer in layers:
+                self._add(logits, history, layer)
+        except Exception:
+            logits.copy_(before)
+            raise
+        if own_stops is not None and ends is not None:
+            moved = (self._ends(logits, own_stops)[1] - ends[1]).nan_to_num_(0)  # −inf less −inf
+            logits.scatter_(1, own_stops.clamp(min=0), _chosen(own_stops, ends[0] + moved, logits))
         return logits
+
+    def _add(self, logits: Tensor, history: Tensor, layer: Layer) -> None:
+        assert self._tables is not None  # nobody can have asked for a style otherwise
+        prior, strength, holds = layer
+        guards, stops = self._own.of(prior) if holds is None else holds
+        steer(
+            self._tables,
+            logits,
+            history,
+            strength,
+            self._mixtures,
+            guards,
+            stops,
+            prior=prior,
+            shift=False,
+            out=logits,
+        )
 
     def _ends(self, logits: Tensor, own_stops: Tensor) -> tuple[Tensor, Tensor]:
         """The logits of each row's own stops, [rows, K], and the highest one of what ends no text, [rows, 1]."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from chunkllm.late import send
 from decoding.temperature.markers import Markers
 from decoding.temperature.nucleus import cut_to_nucleus
-from decoding.vllm.requests import Temperatures, read_request
+from decoding.vllm.fallbacks import fell_back
+from decoding.vllm.requests import UNLIMITED, Temperatures, read_admitted
 from decoding.vllm.styles import Chosen, Layer, LoadedStyles, stops_table
 from decoding.vllm.temperatures import PromptTemperatures
 
@@ -75,34 +76,64 @@ class StyleRows:
             take_in(batch_update, self._rows, self._kept)
 
     def _kept(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> _Styled | None:
-        request = read_request(params)
-        styles = self._styles.resolve(request)
+        styles, own_stops = self._styles.asked(params)
         if not styles:
             return None
-        tail = list((prompt or [])[-self._styles.context :])
-        return _Styled(styles, self._styles.own_stops(styles, request.stop_ids), tail, output)
+        return _Styled(styles, own_stops, list((prompt or [])[-self._styles.context :]), output)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Steers a step, in place: logits float32 [rows, W]."""
+        """Steers a step, in place: logits float32 [rows, W].
+
+        It never raises, since the engine serves others: requests that cannot be steered go on without their styles.
+        """
+        try:
+            return self._steered(logits)
+        except Exception:  # Whatever it is.
+            fell_back("style")
+        self._layers = None
+        try:
+            self._leave_failing(logits)
+            return self._steered(logits)
+        except Exception:
+            fell_back("style")
+            self._rows.clear()
+            return logits
+
+    def _steered(self, logits: Tensor) -> Tensor:
         if not self._rows:
             return logits
-        count = len(logits)
-        if self._layers is None or len(self._layers[0].strength) != count:
-            requests = [self._rows.get(row) for row in range(count)]
-            self._layers = self._styles.layers([request.styles if request else [] for request in requests])
-            table = stops_table([request.own_stops if request else [] for request in requests])
-            self._own_stops = None if table is None else send(table, self._device)
-        return self._styles.add(logits, self._history(count), self._layers, self._own_stops)
+        rows = [self._rows.get(row) for row in range(len(logits))]
+        if not self._layers or len(self._layers[0].strength) != len(rows):
+            self._layers, self._own_stops = self._layers_of(rows)
+        if not self._layers:  # the styled rows are not in this step
+            return logits
+        return self._styles.add(logits, self._history(rows), self._layers, self._own_stops)
 
-    def _history(self, count: int) -> Tensor:
-        """The tokens that can be context, int64 [count, context]; −1 in unstyled rows and before a text's start."""
+    def _layers_of(self, rows: Sequence[_Styled | None]) -> tuple[list[Layer], Tensor | None]:
+        """The layers of rows, and the stops of their own."""
+        layers = self._styles.layers([request.styles if request else [] for request in rows])
+        table = stops_table([request.own_stops if request else [] for request in rows])
+        return layers, None if table is None else send(table, self._device)
+
+    def _history(self, rows: Sequence[_Styled | None]) -> Tensor:
+        """The tokens that can be context, int64 [rows, context]; −1 in unstyled rows and before a text's start."""
         context = self._styles.context
-        histories = [[-1] * context] * count
-        for row, request in self._rows.items():
-            if row < count:
+        histories = [[-1] * context] * len(rows)
+        for row, request in enumerate(rows):
+            if request is not None:
                 tail = (request.prompt_tail + list(request.output[-context:]))[-context:]
                 histories[row] = [-1] * (context - len(tail)) + tail
         return torch.tensor(histories).to(self._device, non_blocking=True)
+
+    def _leave_failing(self, logits: Tensor) -> None:
+        """Leaves out the requests that cannot be steered alone, on a copy of their rows of ``logits``."""
+        for row in [row for row in self._rows if row < len(logits)]:
+            alone = [self._rows[row]]
+            try:
+                self._styles.add(logits[row : row + 1].clone(), self._history(alone), *self._layers_of(alone))
+            except Exception:
+                fell_back("style")
+                del self._rows[row]
 
 
 @dataclass
@@ -162,20 +193,52 @@ class TemperatureRows:
             take_in(batch_update, self._rows, self._kept)
 
     def _kept(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> _Request | None:
-        request = read_request(params)
+        request = read_admitted(params, "temperature")
         if request.temperatures is None:
             return None
         top_p = self._choose.top_p if self._choose is not None and request.takes_top_p else None
         return _Request(request.temperatures, prompt, output, top_p)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Divides the rows of a step by their temperatures and cuts them, in place: logits float32 [rows, W]."""
+        """Divides the rows of a step by their temperatures and cuts them, in place: logits float32 [rows, W].
+
+        It never raises, since the engine serves others: requests whose temperatures cannot be had go on at 1.
+        """
         if not self._rows:
             return logits
-        if self._is_other_phase() or self._temperatures is None or len(self._temperatures) != len(logits):
-            self._temperatures, self._top_p = self._of_rows(len(logits)), self._top_p_of_rows(len(logits))
+        try:
+            self._settle(len(logits))
+        except Exception:  # Whatever it is.
+            fell_back("temperature")
+            self._leave_failing(len(logits))
+        if self._temperatures is None:
+            return logits
         logits.div_(self._temperatures[:, None])
         return logits if self._top_p is None else cut_to_nucleus(logits, self._top_p)
+
+    def _settle(self, count: int) -> None:
+        """Finds what a step's rows have, if it is not as it was."""
+        if self._is_other_phase() or self._temperatures is None or len(self._temperatures) != count:
+            self._temperatures = None
+            self._temperatures, self._top_p = self._of_rows(count), self._top_p_of_rows(count)
+
+    def _leave_failing(self, count: int) -> None:
+        """Leaves out the requests whose temperatures cannot be found for them alone, and finds the others'."""
+        rows, kept = self._rows, {}
+        for row, request in rows.items():
+            request.read, self._rows = None, {0: request}
+            try:
+                self._is_other_phase()
+                self._of_rows(1)
+                kept[row] = request
+            except Exception:
+                fell_back("temperature")
+        self._rows, self._temperatures = kept, None
+        try:
+            self._settle(count)
+        except Exception:
+            fell_back("temperature")
+            self._rows, self._temperatures = {}, None
 
     def _is_other_phase(self) -> bool:
         """Whether any request began or ended thinking. Reads what they wrote, on the host."""
@@ -219,10 +282,15 @@ class TemperatureRows:
 
 
 class BudgetRows:
-    """The budgets that requests ask for, by row. A processor hears of requests, an attention backend asks for rows'."""
+    """The budgets that requests ask for, by row. A processor hears of requests, an attention backend asks for rows'.
+
+    Attributes:
+        longest: tokens that a request can have: nobody's budget is more.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[int, int] = {}
+        self.longest = UNLIMITED
 
     def update(self, batch_update: Any | None) -> None:
         """Takes in a vLLM ``BatchUpdate``."""
@@ -230,7 +298,8 @@ class BudgetRows:
             take_in(batch_update, self._rows, self._kept)
 
     def _kept(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> int | None:
-        return read_request(params).budget
+        budget = read_admitted(params, "chunk selection").budget
+        return None if budget is None else min(budget, self.longest)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Nothing."""

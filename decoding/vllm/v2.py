@@ -11,7 +11,8 @@ from torch import Tensor
 from chunkllm.late import send
 from decoding.temperature.markers import Markers
 from decoding.temperature.nucleus import cut_to_nucleus
-from decoding.vllm.requests import MOST_STYLES_PER_REQUEST, Held, read_request
+from decoding.vllm.fallbacks import fell_back
+from decoding.vllm.requests import MOST_STYLES_PER_REQUEST, PLAIN, Held, Request, read_admitted
 from decoding.vllm.styles import Chosen, Holds, Layer, LoadedStyles, stops_table
 from decoding.vllm.temperatures import PromptTemperatures
 
@@ -39,8 +40,7 @@ class StyleSlots:
 
     def add(self, slot: int, params: Any) -> bool:
         """Puts a request into a slot, over whatever was there. Whether it has a style."""
-        request = read_request(params)
-        chosen = self._styles.resolve(request)
+        chosen, own_stops = self._styles.asked(params)
         self._changed |= bool(chosen) or bool(self._depth[slot])
         self._strength[slot] = 0
         self._own.pop(slot, None)
@@ -49,14 +49,29 @@ class StyleSlots:
         if not chosen:
             return False
         self._chosen[slot] = chosen
-        if own := self._styles.own_stops(chosen, request.stop_ids):
-            self._own[slot] = own
+        if own_stops:
+            self._own[slot] = own_stops
         for depth, each in enumerate(chosen):
             self._prior[slot, depth], self._strength[slot, depth] = each.prior, each.strength
         return True
 
+    def _leave(self, slot: int) -> None:
+        """Has a request go on without its styles."""
+        self._strength[slot], self._depth[slot], self._is_held[slot], self._changed = 0, 0, False, True
+        self._own.pop(slot, None)
+        self._chosen.pop(slot, None)
+
     def flush(self) -> None:
-        """Copies what `add` changed to the device."""
+        """Copies what `add` changed to the device. It never raises."""
+        try:
+            self._send()
+        except Exception:  # Whatever it is.
+            fell_back("style")
+            for slot in list(self._chosen):
+                self._leave(slot)
+            self._send()
+
+    def _send(self) -> None:
         if self._changed:
             self._priors, self._strengths = self._to_device(self._prior), self._to_device(self._strength)
             table = stops_table([self._own.get(slot, []) for slot in range(len(self._depth))])
@@ -79,10 +94,26 @@ class StyleSlots:
     def apply(self, logits: Tensor, ctx: Any) -> Tensor:
         """Steers a step, in place.
 
+        It never raises, since the engine serves others: requests that cannot be steered go on without their styles.
+
         Args:
             logits: float32 [rows, W].
             ctx: vLLM's ``LogitsContext``.
         """
+        try:
+            return self._steered(logits, ctx)
+        except Exception:  # Whatever it is.
+            fell_back("style")
+        try:
+            self._leave_failing(logits, ctx)
+            return self._steered(logits, ctx)
+        except Exception:
+            fell_back("style")
+            for slot in ctx.idx_mapping_np.tolist():
+                self._leave(slot)
+            return logits
+
+    def _steered(self, logits: Tensor, ctx: Any) -> Tensor:
         depth = int(self._depth[ctx.idx_mapping_np].max(initial=0))
         if not depth:
             return logits
@@ -95,6 +126,20 @@ class StyleSlots:
             layers = [layer._replace(holds=self._holds.of(first + i)) for i, layer in enumerate(layers)]
         own = None if self._own_stops is None else self._own_stops[slots].masked_fill(~in_use[:, None], -1)
         return self._styles.add(logits, tokens_before(self._states, slots, ctx, self._back), layers, own)
+
+    def _leave_failing(self, logits: Tensor, ctx: Any) -> None:
+        """Leaves out the requests that cannot be steered alone, on a copy of one of their rows of ``logits``."""
+        slots = ctx.expanded_idx_mapping.tolist()
+        history = tokens_before(self._states, ctx.expanded_idx_mapping.long().clamp(min=0), ctx, self._back)
+        for slot in [slot for slot in ctx.idx_mapping_np.tolist() if self._depth[slot]]:
+            try:
+                row = slots.index(slot)
+                layers = self._styles.layers([self._chosen[slot]])
+                self._styles.add(logits[row : row + 1].clone(), history[row : row + 1], layers)
+            except Exception:
+                fell_back("style")
+                self._leave(slot)
+        self.flush()
 
 
 def tokens_before(states: Any, slots: Tensor, ctx: Any, back: Tensor) -> Tensor:
@@ -162,19 +207,25 @@ class TemperatureSlots:
 
     def add(self, slot: int, params: Any) -> bool:
         """Puts a request into a slot, over whatever was there. Whether its temperatures are set here."""
+        try:
+            return self._add(slot, read_admitted(params, "temperature"))
+        except Exception:  # Whatever it is.
+            fell_back("temperature")
+            return self._add(slot, PLAIN)
+
+    def _add(self, slot: int, request: Request) -> bool:
         self._joined.pop(slot, None)
         self._waiting.pop(slot, None)
-        request = read_request(params)
         wanted = request.temperatures
         if self._phases is not None:
             self._phases.add(slot, None if wanted is None else wanted.think)
         was_ours, self._is_ours[slot] = bool(self._is_ours[slot]), wanted is not None
-        if wanted is not None and wanted.answer is None:  # to be chosen
-            self._joined[slot] = int(self._states.prompt_len.np[slot])
-        elif wanted is not None and wanted.answer is not None:
-            self._temperatures[slot] = wanted.answer
-        elif was_ours:
+        if was_ours:
             self._temperatures[slot] = 1
+        if wanted is not None and wanted.answer is not None:
+            self._temperatures[slot] = wanted.answer
+        elif wanted is not None and self._choose is not None:
+            self._joined[slot] = int(self._states.prompt_len.np[slot])
         self._cut(slot, self._choose.top_p if self._choose is not None and request.takes_top_p else None)
         return wanted is not None
 
@@ -185,11 +236,20 @@ class TemperatureSlots:
             self._top_p[slot] = 1.0 if top_p is None else top_p
 
     def flush(self) -> None:
-        """Sends for the prompts of the requests that joined."""
-        if self._phases is not None:
-            self._phases.flush()
+        """Sends for the prompts of the requests that joined. It never raises: they go on at 1 then."""
         if self._choose is not None:
             self._choose.tell()
+        joined = [*self._joined, *([] if self._phases is None else self._phases.joined)]
+        try:
+            if self._phases is not None:
+                self._phases.flush()
+            self._send_for_prompts()
+        except Exception:  # Whatever it is.
+            fell_back("temperature")
+            for slot in joined:
+                self._add(slot, PLAIN)
+
+    def _send_for_prompts(self) -> None:
         if not self._joined:
             return
         ids = self._states.all_token_ids.gpu
@@ -209,23 +269,40 @@ class TemperatureSlots:
         """
         if not self._is_ours[ctx.idx_mapping_np].any():
             return logits
+        try:
+            temperatures, top_p = self._settings(ctx)
+        except Exception:  # Whatever it is.
+            fell_back("temperature")
+            return logits
+        logits.div_(temperatures[:, None])
+        return logits if top_p is None else cut_to_nucleus(logits, top_p)
+
+    def _settings(self, ctx: Any) -> tuple[Tensor, Tensor | None]:
+        """The temperatures of a step's rows and, if any is cut, their top-p, float32 [rows]."""
         if self._choose is not None and self._waiting:
             self._choose_waiting(self._choose)
         slots = ctx.expanded_idx_mapping.long()
         in_use, slots = slots >= 0, slots.clamp(min=0)  # rows that only pad a CUDA graph's batch have no slot
         temperatures = self._temperatures[slots]
         if self._phases is not None:
-            temperatures = self._phases.mix(temperatures, slots, in_use, ctx)
-        logits.div_(temperatures.where(in_use, 1)[:, None])
-        if not self._is_cut[ctx.idx_mapping_np].any():
-            return logits
-        return cut_to_nucleus(logits, self._top_p[slots].where(in_use, 1))
+            try:
+                temperatures = self._phases.mix(temperatures, slots, in_use, ctx)
+            except Exception:
+                fell_back("temperature")
+                temperatures = temperatures.where(self._phases.think[slots] == 0, 1)
+        is_cut = self._is_cut[ctx.idx_mapping_np].any()
+        return temperatures.where(in_use, 1), self._top_p[slots].where(in_use, 1) if is_cut else None
 
     def _choose_waiting(self, choose: PromptTemperatures) -> None:
-        prompts = [copy.arrived()[place].tolist() for copy, place in self._waiting.values()]
-        for slot, chosen in zip(self._waiting, choose(prompts), strict=True):
-            self._temperatures[slot] = chosen
-        self._waiting.clear()
+        waiting, self._waiting = self._waiting, {}
+        try:
+            prompts = [copy.arrived()[place].tolist() for copy, place in waiting.values()]
+            for slot, chosen in zip(waiting, choose(prompts), strict=True):
+                self._temperatures[slot] = chosen
+        except Exception:  # Whatever it is.
+            fell_back("temperature")
+            for slot in waiting:
+                self._add(slot, PLAIN)
 
 
 class PhaseSlots:
@@ -238,6 +315,10 @@ class PhaseSlots:
         markers: of thinking.
         req_states: vLLM's ``LogitsProcRequestState``.
         drafts: the most tokens that are drafted for a request in a step.
+
+    Attributes:
+        joined: slot -> tokens that its request begins with, since the last `flush`.
+        think: the temperature of each slot for thinking, float32 [slots]; 0 for requests without phases.
     """
 
     def __init__(self, markers: Markers, req_states: Any, drafts: int = 0):
@@ -245,27 +326,27 @@ class PhaseSlots:
         self._states = req_states
         count, device = req_states.max_num_reqs, req_states.device
         self._is_phased = np.zeros(count, bool)
-        self._think = torch.zeros(count, device=device)  # 0 for requests without phases
+        self.think = torch.zeros(count, device=device)
         self._is_thinking = torch.zeros(count + 1, dtype=torch.bool, device=device)  # by committed tokens; one to spare
         # A step commits one token and accepted drafts, and drafts others, behind which rows may stand.
         self._back = torch.arange(markers.length + 2 * drafts - 1, -1, -1, device=device)
-        self._joined: dict[int, int] = {}  # slot -> tokens that its request begins with, since the last `flush`
+        self.joined: dict[int, int] = {}
 
     def add(self, slot: int, think: float | None) -> None:
         """Puts a request into a slot: its temperature for thinking, None for no phases."""
-        self._joined.pop(slot, None)
+        self.joined.pop(slot, None)
         was_phased, self._is_phased[slot] = bool(self._is_phased[slot]), think is not None
         if think is not None:
-            self._joined[slot] = int(self._states.prefill_len.np[slot])
+            self.joined[slot] = int(self._states.prefill_len.np[slot])
         if think is not None or was_phased:
-            self._think[slot] = think or 0.0
+            self.think[slot] = think or 0.0
 
     def flush(self) -> None:
         """Reads what the requests that joined begin with."""
-        for slot, length in self._joined.items():
+        for slot, length in self.joined.items():
             text = self._states.all_token_ids.gpu[slot : slot + 1, :length]
             self._is_thinking[slot : slot + 1] = self._markers.thinking(text)
-        self._joined.clear()
+        self.joined.clear()
 
     def mix(self, temperatures: Tensor, slots: Tensor, in_use: Tensor, ctx: Any) -> Tensor:
         """A step's temperatures, thinking's where rows are thinking.
@@ -287,5 +368,5 @@ class PhaseSlots:
         is_committed = (ctx.expanded_local_pos == 0) & (ctx.pos + 1 >= self._states.prefill_len.gpu[slots])
         spare = len(self._is_thinking) - 1
         self._is_thinking[slots.where(is_committed & in_use, spare)] = is_thinking
-        think = self._think[slots]
+        think = self.think[slots]
         return think.where(is_thinking & (think > 0), temperatures)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import TopPLogitsWarper
+from transformers import LlamaConfig, LlamaForCausalLM, TopPLogitsWarper
 
 from decoding import StylePrior, TemperatureSelector
 from decoding.style.source import load_corpus
@@ -15,6 +15,7 @@ from decoding.temperature.heads import AbilityHead
 from decoding.vllm.styles import LoadedStyles
 from decoding.vllm.temperatures import PromptTemperatures
 from ngram import NGramModel
+from tests.conftest import TEXT, WORDS, make_tokenizer
 from tests.decoding.temperature.thinking import is_thinking
 
 V, WIDTH = 40, 43
@@ -218,3 +219,18 @@ def selector_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("selector")
     TemperatureSelector(encoder, head).save_pretrained(folder)
     return folder
+
+
+def make_tiny(folder):
+    """A model so small that thousands of requests take minutes, and two styles for it, ``a`` and ``b``."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for each in messages %}{{ each['content'] }} {% endfor %}"
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "max_position_embeddings": 1024}
+    config = LlamaConfig(vocab_size=len(tokenizer), **shape, **ends, num_key_value_heads=1, initializer_range=0.4)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, text in (("a", TEXT), ("b", " ".join(WORDS[::-1] * 6))):
+        (folder / f"{name}.txt").write_text(text)
+        train_prior(load_corpus(str(folder / f"{name}.txt")), tokenizer).save(folder / f"{name}.safetensors")

@@ -58,7 +58,8 @@ def checked(arguments, **options):
     [
         (None, ()),
         ({}, ()),
-        ({"other": 1, "kv_transfer_params": {}, "session_id": "x"}, ()),
+        ({"other": 1, "kv_transfer_params": {}, "session_id": "x", "model": 1, "стиль": 1, 3: 4, "x" * 999: 1}, ()),
+        ({"style": ("a", "b"), "lambda": (0.1, 0)}, (("a", 0.1), ("b", 0.0))),
         ({"style": "a"}, (("a", None),)),
         ({"style": "a", "lambda": 0.5}, (("a", 0.5),)),
         ({"style": ["a"], "lambda": 1}, (("a", 1.0),)),
@@ -86,9 +87,18 @@ def test_guards_that_requests_say_stand_in_for_a_styles_own(everything):
     ("arguments", "reason"),
     [
         ({"style": "c"}, "unknown style 'c'; this server has: a, b"),
-        ({"style": 3}, "unknown style 3"),
-        ({"style": {"a": 1}}, "unknown style"),
-        ({"style": ["a", ["b"]]}, "unknown style"),
+        ({"style": 3}, "a style is named by a text, not by 3"),
+        ({"style": ["a", True]}, "a style is named by a text, not by True"),
+        ({"style": {"a": 1}}, "style must be a text, a number or a list of these: it holds a dict"),
+        ({"style": ["a", ["b"]]}, "it holds a list"),
+        ({"style": "a" * 5000}, "style names nothing: it holds a text of 5000 characters"),
+        ({"style": "a", "lambda": [0.1] * 9}, "lambda can hold 8 values at most, not 9"),
+        ({"style": "a", "lambda": 10**5000}, "lambda holds a whole number that is too large"),
+        ({"style": "a", "lambda": [[0.1]]}, "lambda must be .*: it holds a list"),
+        ({"style": "a", "lambda": []}, "same length: 1 and 0"),
+        ({"style": "a", "lambda": math.inf}, "finite number"),
+        ({"style": "a", "entropy_gate": math.inf}, "entropy_gate must be a number above 0, not inf"),
+        ({"style": "a", "max_js": math.nan}, "max_js must be a number"),
         ({"style": ["a", "off"]}, "unknown style 'off'"),
         ({"style": ["a", "b", "a"]}, "style 'a' is named twice"),
         ({"lambda": 0.1}, "lambda without a style"),
@@ -112,6 +122,11 @@ def test_guards_that_requests_say_stand_in_for_a_styles_own(everything):
         ({"style": "a", "λ": 1}, "did you mean 'lambda'"),
         ({"style": "a", "Max-JS": 1}, "did you mean 'max_js'"),
         ({"kvbudget": 3}, "did you mean 'kv_budget'"),
+        ({"KV budget ": 3}, "did you mean 'kv_budget'"),
+        ({"modes": 1}, "did you mean 'mode'"),
+        ({"st\u200byle": "a"}, "did you mean 'style'"),
+        ({"ｓｔｙｌｅ": "a"}, "did you mean 'style'"),
+        ({"styl\u0435": "a"}, "did you mean 'style'"),  # a Cyrillic letter
         ({"policy": "mine"}, 'policy can be "off" alone'),
         ({"selector": 3}, "selector must be the name of the server's, not 3"),
         ({"selector": "mine"}, "selector 'mine' is not this server's, which has 'default' for all requests"),
@@ -157,6 +172,7 @@ def test_requests_may_leave_temperatures_alone(serve, arguments, declared):
         ({"answer_temperature": "auto", "temperature": None}, (None, 1.0)),
         ({"think_temperature": 1e-30, "answer_temperature": 1}, (1.0, 0.01)),
         ({"temperature": 1}, None),
+        ({"temperature": 1e300, "think_temperature": 2**64}, (1e6, 1e6)),  # float32 has no such numbers
     ],
 )
 def test_temperatures_that_requests_ask_for(everything, arguments, wanted):
@@ -230,6 +246,8 @@ def test_the_selectors_top_p_goes_with_phases_whose_answer_is_chosen(everything)
         ({"kv_budget": 4096}, (4096, True)),
         ({"kv_budget": "full"}, (UNLIMITED, True)),
         ({"kv_budget": 9223372036854775808}, (UNLIMITED, True)),
+        ({"kv_budget": 160}, (160, True)),
+        ({"chunks": {"budget": "full"}}, (UNLIMITED, True)),
         ({"chunks": 4096}, (4096, True)),
         ({"chunks": {"budget": 4096, "adapters": None}}, (4096, True)),
         ({"chunks": True}, (None, True)),
@@ -255,6 +273,14 @@ def test_budgets_that_are_refused(everything, budget):
         ({"chunks": -5}, "chunks must be a whole number of tokens above 0, not -5"),
         ({"chunks": "2048"}, "chunks must be a whole number"),
         ({"chunks": {"budget": 99, "adapters": "default"}}, "another budget alone: adapters is the server's"),
+        ({"chunks": {"budget": True}}, "chunks must be a whole number"),
+        ({"chunks": {"budget": [512]}}, "chunks must be a text, a number or a list of these: it holds a list"),
+        *[
+            (arguments, f"kv_budget of {value} tokens leaves nothing to choose: .* of 32 tokens take 128, so .* 160")
+            for value in (1, 159)
+            for arguments in ({"kv_budget": value}, {"chunks": {"budget": value}})
+        ],
+        ({"chunks": 2}, "kv_budget of 2 tokens leaves nothing to choose"),
         ({"chunks": 99, "kv_budget": 99}, "chunks and kv_budget are the same: give one"),
     ],
 )
@@ -268,6 +294,12 @@ def test_a_budget_where_no_chunks_are_selected_is_refused(serve):
         with pytest.raises(DecodingError, match="selects no chunks"):
             checked(arguments)
     assert checked({"chunks": False})
+
+
+@pytest.mark.parametrize("arguments", ["style", [1], 3])
+def test_arguments_that_are_no_mapping_are_refused(everything, arguments):
+    with pytest.raises(DecodingError, match="extra_args must map arguments to values"):
+        checked(arguments)
 
 
 PHASED = {"style": "a", "temperature": "auto", "think_temperature": 1.5, "chunks": 512}
@@ -290,11 +322,11 @@ PHASED = {"style": "a", "temperature": "auto", "think_temperature": 1.5, "chunks
         ({"temperature": "off", "think_temperature": "off"}, 1, [("a", None)], None, 512),
         (None, 0.7, [("a", None)], None, 512),
         (None, 0, [("a", None)], None, 512),
-        ({"kv_budget": 99}, 1, [("a", None)], (None, 1.5), 99),
+        ({"kv_budget": 999}, 1, [("a", None)], (None, 1.5), 999),
         ({"kv_budget": None}, 1, [("a", None)], (None, 1.5), 512),
         ({"chunks": False}, 1, [("a", None)], (None, 1.5), UNLIMITED),
         ({"policy": "off"}, 1, [], None, UNLIMITED),
-        ({"policy": "off", "style": "b", "kv_budget": 99}, 1, [("b", None)], None, 99),
+        ({"policy": "off", "style": "b", "kv_budget": 999}, 1, [("b", None)], None, 999),
     ],
 )
 def test_requests_have_a_servers_policy_unless_they_say_otherwise(serve, arguments, own, styles, temperatures, budget):
@@ -320,6 +352,8 @@ def test_what_belongs_to_the_policys_style_goes_with_it(serve):
         ({"style": "c"}, "DECODING_POLICY: unknown style 'c'"),
         ({"styles": "a"}, "DECODING_POLICY can have style, lambda, .*, not styles"),
         ({"policy": "off"}, "not policy"),
+        ({"chunks": 100}, "DECODING_POLICY: a kv_budget of 100 tokens leaves nothing to choose"),
+        ({"style": {"a": 1}}, "DECODING_POLICY: style must be a text"),
         ({"style": "a", "lambda": 2}, "DECODING_POLICY: λ must lie"),
         ([], "DECODING_POLICY must be a JSON object"),
     ],
