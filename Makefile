@@ -1,5 +1,6 @@
 # make run: environment, default model and corpora, and the first sweep.
 # make test: environments, checks, tests.   make check: the same without vLLM.   make test-vllm: vLLM's part.
+# make test-vllm-newest: what we assume of vLLM, against its newest release's sources.
 # make test-lowest: the tests with every dependency at its floor.
 # make docs: the site, in build/site.
 # make playground, make serve: a page to play on, a server; options in ARGS="…".
@@ -26,9 +27,9 @@ PAIR := --no-print-directory --jobs 2 --output-sync=target
 ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
 # Tests that start engines, the longest first. One process for each: it can have but one engine at a time.
-ENGINES := engine server chunk_engine sweep temperature_engine mistral_tokenizer fuzz together_engine
+ENGINES := engine server parallel_engine chunk_engine sweep temperature_engine mistral_tokenizer fuzz together_engine
 
-.PHONY: run playground serve test test-vllm test-lowest check wheel docs figures bench clean
+.PHONY: run playground serve test test-vllm test-vllm-newest test-lowest check wheel docs figures bench clean
 
 run: .venv/run.done
 	$(BIN)/decoding sweep --lambda 0:1
@@ -51,6 +52,13 @@ test-vllm-rows: .venv-vllm/test.done
 
 $(ENGINES:%=test-vllm-%): test-vllm-%: .venv-vllm/test.done
 	$(ONE_THREAD) $(VLLM_BIN)/python -m pytest tests/serving/test_$*.py
+
+# A wheel of hundreds of MB, of which the sources are read: neither its kernels nor its dependencies are wanted.
+test-vllm-newest:
+	rm -rf build/newest
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest build/newest vllm
+	unzip -q build/newest/vllm-*.whl 'vllm/*.py' -d build/newest
+	VLLM_SOURCES=build/newest $(BIN)/python -m pytest --noconftest tests/serving/test_vllm_surface.py
 
 check: .venv/test.done wheel
 	$(BIN)/ruff format --check .

@@ -11,7 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,27 @@ class ChunkAdapters(nn.Module, ModelHubMixin):
     def scorer(self) -> AdapterScorer:
         """The scorer that reads these adapters."""
         return AdapterScorer(self)
+
+    def of_heads(self, query: slice, kv: slice) -> ChunkAdapters:
+        """The adapters of some heads, for an engine that divides a model's heads among processes.
+
+        They hold the same numbers, not copies, and are not for training.
+
+        Args:
+            query: which of the H query heads.
+            kv: the key-value heads that those read, of the Hkv.
+        """
+        tensors = self.state_dict()
+        parts = {
+            "query": tensors["query"][:, query],
+            "gains": tensors["gains"][:, query],
+            "key": tensors["key"][:, kv],
+        }
+        shape = replace(self.config.shape, heads=parts["query"].shape[1], kv_heads=parts["key"].shape[1])
+        with torch.device("meta"):  # nothing is drawn at random, since everything is replaced
+            adapters = ChunkAdapters(replace(self.config, shape=shape))
+        adapters.load_state_dict({**tensors, **parts}, assign=True)
+        return adapters.requires_grad_(False)
 
     def is_boundary(self, hidden_states: Tensor) -> Tensor:
         """The bottommost layer's output [B, T, hidden_size] -> bool [B, T]."""

@@ -23,9 +23,12 @@ from decoding.policy.values import EMBEDDED
 from decoding.vllm.bottom import refuse_unseen_ends
 from decoding.vllm.budgets import budget_slots
 from decoding.vllm.declaration import CHUNKS_KEY, DeclaredChunks, checked_chunks, checked_room
+from decoding.vllm.ranks import adapters_of_rank, kv_heads, query_heads
 from decoding.vllm.v1 import budget_rows
 
 _NO_WINDOW = (-1, (-1, -1))  # as vLLM's backends say it
+# Plain ones, and those that an attention backend quantizes itself, once it has handed on keys and queries as they were.
+_CACHES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 def asked_for(vllm_config: VllmConfig | None) -> DeclaredChunks | None:
@@ -45,13 +48,14 @@ def refuse_what_is_missing(vllm_config: VllmConfig) -> None:
     Raises:
         DecodingError: says what stands in the way.
     """
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    parallel, kept = vllm_config.parallel_config, vllm_config.cache_config.cache_dtype
     reasons = {
         "speculative decoding": vllm_config.speculative_config is not None,
-        "tensor parallelism": parallel.tensor_parallel_size > 1,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "pipeline parallelism (boundaries are found in the bottom layer's output, which only the first stage has)": (
+            parallel.pipeline_parallel_size > 1
+        ),
         "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-        "a quantized key-value cache": cache.cache_dtype.startswith(("fp8", "int8", "nvfp4", "turboquant")),
+        f"a key-value cache of type {kept} (its blocks hold more than keys and values)": kept not in _CACHES,
         "a key-value connector": vllm_config.kv_transfer_config is not None,
         "micro-batches": parallel.use_ubatching,  # of one step there are several metadata, built side by side
     }
@@ -85,7 +89,7 @@ class LayerGroup:
         self.budget = checked_room(declared.kv_budget, spec.block_size)
         self.tokens = 0  # of the step under way
         saved = opened_adapters(declared.adapters, device)
-        self.adapters = saved if isinstance(saved, ChunkAdapters) else None
+        self.adapters = adapters_of_rank(saved, vllm_config, impls[0]) if isinstance(saved, ChunkAdapters) else None
         if self.adapters is not None:
             refuse_unseen_ends(vllm_config)
         self._config, self._block_size, self._device, self._first = vllm_config, spec.block_size, device, impls[0]
@@ -214,8 +218,8 @@ def _weights(
     ours = {
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,
-        "heads": impl.num_heads,
-        "kv_heads": impl.num_kv_heads,
+        "heads": query_heads(vllm_config, impl).total,
+        "kv_heads": kv_heads(vllm_config, impl).total,
         "head_dim": impl.head_size,
         "scaling": impl.scale,
     }
@@ -245,6 +249,9 @@ def refuse_unusual_attention(impl: Any) -> None:
         "has attention sinks of its own": impl.sinks is not None,
         "has ALiBi": impl.alibi_slopes is not None,
         "shares keys and values between layers": impl.kv_sharing_target_layer_name is not None,
+        "has its queries quantized for its fp8 cache": (
+            impl.kv_cache_dtype.startswith("fp8") and impl.supports_quant_query_input
+        ),
     }
     for reason, is_so in reasons.items():
         if is_so:

@@ -19,6 +19,8 @@ from decoding.vllm.selecting import SelectingBuilder, SelectingImpl, is_selectin
 class ChunkFlashAttentionBackend(FlashAttentionBackend):
     """FlashAttention, with chunk selection if the engine asks for it."""
 
+    supports_kv_cache_update_bypass = False  # since vLLM 0.33 a model may leave keys out, which the selection reads
+
     @staticmethod
     def get_name() -> str:
         """The one name that vLLM knows for backends of others."""

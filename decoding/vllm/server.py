@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,13 +24,12 @@ def serve(model: str, name: str, engine: Mapping[str, Any], arguments: Sequence[
     """
     try:
         from vllm.entrypoints.cli.serve import cmd_init
-        from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
         from vllm.utils.argparse_utils import FlexibleArgumentParser
     except ImportError as error:
         raise DecodingError(f"serving needs vLLM, 0.32 or newer: pip install vllm ({error})") from error
 
     # As vLLM's command line does it. That one cannot be called: it knows one name of vLLM's distribution only.
-    cli_env_setup()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     parser = FlexibleArgumentParser(prog="decoding")
     (command,) = cmd_init()
     command.subparser_init(parser.add_subparsers(dest="subparser"))

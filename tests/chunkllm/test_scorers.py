@@ -173,6 +173,27 @@ def test_trained_adapters_score_by_the_formula_of_their_docstring(place):
         torch.testing.assert_close(got[row], total, atol=1e-5, rtol=1e-4)
 
 
+def test_adapters_of_some_heads_are_those_heads():
+    """Scores are means over heads: those of parts of equal size have the mean that all heads have."""
+    (queries, keys, *rest), adapters = random_case(), trained()
+    state = torch.get_rng_state()
+    parts = [(slice(0, 2), slice(0, 1)), (slice(2, 4), slice(1, 2))]
+    of_parts = [adapters.of_heads(*part) for part in parts]
+    assert torch.equal(torch.get_rng_state(), state)
+    scores = [
+        adapter_scores(of_part, 2, queries[:, query], keys[:, kv], *rest)
+        for of_part, (query, kv) in zip(of_parts, parts, strict=True)
+    ]
+    torch.testing.assert_close(torch.stack(scores).mean(0), adapter_scores(adapters, 2, queries, keys, *rest))
+    assert not torch.allclose(*scores)
+    for of_part in of_parts:
+        assert (of_part.config.shape.heads, of_part.config.shape.kv_heads) == (2, 1)
+        assert not any(weight.requires_grad for weight in of_part.parameters())
+        hidden = torch.randn(1, 5, SHAPE.hidden_size)
+        assert torch.equal(of_part.boundary(hidden), adapters.boundary(hidden))
+    assert adapters.query.requires_grad and adapters.config.shape.heads == H
+
+
 @pytest.mark.parametrize("score", [pooled_scores, lambda *case: adapter_scores(trained(), 0, *case)])
 def test_chunks_that_a_row_lacks_get_0_and_nothing_of_theirs_is_read(score):
     queries, keys, chunk_of, ends, lengths = random_case()

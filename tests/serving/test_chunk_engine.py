@@ -371,7 +371,6 @@ def test_a_step_that_fails_is_plain_vllms_and_the_engine_lives_on(llm, readings,
         ({}, {"kv_budget": 128}, "leaves nothing to choose: the first and the last blocks of 32 tokens take 128"),
         ({}, {"adapters": "default"}, "another model's: its hidden_size is 576, this one's 128"),
         ({}, {"budget": 512}, "an object with adapters, kv_budget"),
-        ({"kv_cache_dtype": "fp8"}, {"kv_budget": 512}, "a quantized key-value cache"),
         ({"model_impl": "transformers"}, {"adapters": "own"}, "do not see the bottom layer's output: leave"),
         # The last: it loads a library that keeps vLLM from starting another engine in the process.
         (

@@ -423,8 +423,8 @@ def test_budgets_go_with_their_place_and_leave_with_their_request(config):
         extra = None if asked is None else {"kv_budget": asked}
         assert not processor.add_request(slot, SamplingParams(extra_args=extra))
     processor.apply_staged_writes()
-    assert budgets.of(np.array([3, 2, 0, 1]), BUDGET).tolist() == [BUDGET, 2**31 - 1, 320, BUDGET]
+    assert budgets.of(np.array([3, 2, 0, 1]), BUDGET).tolist() == [BUDGET, OPTIONS["max_model_len"], 320, BUDGET]
     processor.add_request(0, SamplingParams())
-    assert budgets.of(np.array([0, 2]), BUDGET).tolist() == [BUDGET, 2**31 - 1]
+    assert budgets.of(np.array([0, 2]), BUDGET).tolist() == [BUDGET, OPTIONS["max_model_len"]]
     logits = torch.randn(2, VOCAB)
     assert processor.apply(logits, SimpleNamespace()) is logits
