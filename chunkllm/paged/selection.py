@@ -98,6 +98,9 @@ class PagedSelection:
         device: of everything.
         fixed_shapes: whether shapes must not depend on what tensors hold, so that no step waits for the device: by
             default, except on a CPU, where nothing has to wait and shapes are as small as they can be.
+
+    Attributes:
+        selections: how often a row has chosen anew so far, an int64 scalar on the device.
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class PagedSelection:
         self._defers = False  # a step of few tokens: its keys are taken in with the next
         self._calls = Calls(count)
         self._written: list[Tensor] = []  # blocks of steps that are not taken in
+        self.selections = torch.zeros((), dtype=torch.long, device=device)
 
     def begin(self, step: Step) -> Reading | None:
         """Before a step: takes in the one before, and says what to read in each layer; None for everything.
@@ -321,6 +325,7 @@ class PagedSelection:
         self._has_chosen[slot] = is_known
         self._known[slot] = self._known[slot].masked_fill(~is_known, _NEVER)
         self._ended[slot], self._waited[slot] = False, 0
+        self.selections += (is_known & (slot < self._slots.count)).sum()
 
     def _make_room(self, most: int) -> None:
         """For as many chosen blocks, and for those read behind them."""

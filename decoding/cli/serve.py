@@ -8,8 +8,45 @@ import click
 
 from decoding.cli import options as shared
 
+_OURS = "ours"
 
-@click.command(context_settings={"ignore_unknown_options": True})
+
+def _print_help(ctx: click.Context, param: click.Parameter, wanted: str | None) -> None:
+    if wanted is None or ctx.resilient_parsing:
+        return
+    if wanted == _OURS:
+        click.echo(ctx.get_help())
+        ctx.exit()
+    from decoding.vllm.server import print_help
+
+    print_help(wanted)
+    ctx.exit()
+
+
+class _Serve(click.Command):
+    """Takes -h for --help. As an option of one letter click would find it in vLLM's -dph."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Reads what is given."""
+        return super().parse_args(ctx, ["--help" if each == "-h" else each for each in args])
+
+
+@click.command(
+    cls=_Serve,
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    epilog="Options that are not here are vLLM's, such as --port 8000: --help=all lists them, --help=Frontend those of "
+    "a section, --help=max those with max in their names.",
+)
+@click.option(
+    "--help",
+    is_flag=False,
+    flag_value=_OURS,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_help,
+    metavar="[=all|SECTION|WORD]",
+    help="Shows this text; with a value, vLLM's options.",
+)
 @shared.model
 @click.option(
     "--style",

@@ -22,6 +22,8 @@ from decoding.errors import DecodingError
 from decoding.policy.values import EMBEDDED
 from decoding.vllm.bottom import refuse_unseen_ends
 from decoding.vllm.budgets import budget_slots
+from decoding.vllm.counters import ChunkCounts
+from decoding.vllm.counts import counts_of_rank
 from decoding.vllm.declaration import CHUNKS_KEY, DeclaredChunks, checked_chunks, checked_room
 from decoding.vllm.ranks import adapters_of_rank, kv_heads, query_heads
 from decoding.vllm.v1 import budget_rows
@@ -99,6 +101,7 @@ class LayerGroup:
         rows, engine = vllm_config.scheduler_config.max_num_seqs, vllm_config.instance_id
         self._slots = rows if vllm_config.use_v2_model_runner else None
         self._budgets = budget_rows(engine) if self._slots is None else budget_slots(engine, rows)
+        self._counts = ChunkCounts(len(names), counts_of_rank(vllm_config.parallel_config), device)
         self.selection: PagedSelection | None = None
         self._blocks = 0
         self._has_missed = False  # whether a step could not even begin
@@ -117,6 +120,7 @@ class LayerGroup:
 
     def _allocate(self) -> None:
         """Makes a selection that knows nothing."""
+        selections = None if self.selection is None else self.selection.selections
         self.selection = None  # gone before the next one comes
         first = self._first
         pooled: Scorer = PooledScorer(first.head_size, scaling=first.scale)
@@ -137,6 +141,8 @@ class LayerGroup:
             device=self._device,
             slots=self._slots,
         )
+        if selections is not None:
+            self.selection.selections = selections  # counted on
 
     def begin(self, common: CommonAttentionMetadata) -> Reading | None:
         """What the layers read in a step; None for everything.
@@ -152,6 +158,7 @@ class LayerGroup:
             self._allocate()
         self._has_missed = False
         reading = self.selection.begin(step)
+        self._counts.add(step, reading, self.selection.selections)
         if self.adapters is None:
             self.selection.note_ends(None)
         return reading

@@ -1,19 +1,21 @@
-"""How often each temperature was chosen: counted where an engine samples, served by ``/metrics``.
+"""How the figures of `decoding.vllm.metrics` are counted where an engine works, and served by ``/metrics``.
 
 Prometheus's client knows of one process, and an engine has others than the server. It can join processes by files, if
 that is said before vLLM imports it: so vLLM does with several API servers, and so it is used here then. With one API
-server each process that samples keeps its counts in a file of a folder that the server's process has made, which reads
-them all when it is asked.
+server each process that counts keeps a file in a folder that the server's process has made, which reads them all when
+it is asked.
 """
 
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import multiprocessing
 import os
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -21,60 +23,131 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from decoding.temperature.abilities import ABILITIES
+from decoding.vllm.metrics import METRICS, Metric
 
 logger = logging.getLogger(__name__)
-COUNTS_VARIABLE = "DECODING_TEMPERATURE_COUNTS"
-KINDS = (*ABILITIES, "unknown")
-BORDERS = tuple(tenth / 10 for tenth in range(1, 21))  # upper ends of buckets
+COUNTS_VARIABLE = "DECODING_COUNTS"
 _SHARED_BY_PROMETHEUS = "PROMETHEUS_MULTIPROC_DIR"
-_NAME, _LABEL = "decoding:chosen_temperature", "ability"
-_WHAT = "Temperatures chosen for requests by their prompts, by the prompt's most probable ability."
-_SHAPE = (len(KINDS), len(BORDERS) + 2)  # for each kind its buckets, the last without end, and the sum
+_Series = tuple[str, str | None]  # a metric's name, and its label's value
 
 
 class Counts(Protocol):
-    """Takes what was chosen."""
+    """Takes what is counted."""
 
-    def add(self, kind: str, temperature: float) -> None:
-        """Counts one choice, for a prompt of one of `KINDS`."""
+    def add(self, metric: Metric, value: float = 1.0, label: str | None = None) -> None:
+        """Adds to a counter, or takes a value into a histogram: of the label's value, if the metric has a label."""
 
 
 class FileCounts:
-    """Counts of one process, in a file of the folder."""
+    """Counts of one process, in a file of the folder: a line of JSON that names the series, then their numbers.
+
+    A series begins when it is first counted. The file is then written anew, which happens as often as there are series.
+    """
 
     def __init__(self, folder: Path):
-        self._table = np.memmap(folder / f"{os.getpid()}.counts", np.float64, "w+", shape=_SHAPE)
+        self._path = folder / f"{os.getpid()}.counts"
+        self._places: dict[_Series, slice] = {}
+        self._numbers = np.zeros(0)
 
-    def add(self, kind: str, temperature: float) -> None:  # noqa: D102
-        row = self._table[KINDS.index(kind)]
-        row[np.searchsorted(BORDERS, temperature)] += 1
-        row[-1] += temperature
+    def add(self, metric: Metric, value: float = 1.0, label: str | None = None) -> None:  # noqa: D102
+        place = self._places.get((metric.name, label)) or self._begin(metric, label)
+        numbers = self._numbers[place]
+        if metric.borders:
+            numbers[np.searchsorted(metric.borders, value)] += 1
+        numbers[-1] += value
+
+    def _begin(self, metric: Metric, label: str | None) -> slice:
+        end = len(self._numbers)
+        places = {**self._places, (metric.name, label): slice(end, end + metric.size)}
+        head = json.dumps(list(places)).encode()
+        head = head.ljust(-(-(len(head) + 1) // 8) * 8 - 1) + b"\n"  # numbers lie where a number can be read at once
+        new = self._path.with_suffix(".new")  # moved to its place, so that nobody reads half a file
+        new.write_bytes(head + self._numbers.tobytes() + bytes(8 * metric.size))
+        new.replace(self._path)
+        self._numbers = np.asarray(np.memmap(self._path, np.float64, "r+", len(head)))
+        self._places = places
+        return places[metric.name, label]
+
+
+def read_counts(path: Path) -> dict[_Series, np.ndarray]:
+    """What a process counted: for each series a counter's value, or a histogram's buckets and its sum."""
+    head, _, numbers = path.read_bytes().partition(b"\n")
+    series = [(name, label) for name, label in json.loads(head)]
+    ends = np.cumsum([METRICS[name].size for name, _ in series])[:-1]
+    return dict(zip(series, np.split(np.frombuffer(numbers), ends), strict=True))
 
 
 class PrometheusCounts:
     """Counts of one process, in a file of Prometheus's client."""
 
     def __init__(self) -> None:
-        from prometheus_client import Histogram
+        self._collectors: dict[str, Any] = {}
 
-        self._histogram = Histogram(_NAME, _WHAT, [_LABEL], buckets=BORDERS)
+    def add(self, metric: Metric, value: float = 1.0, label: str | None = None) -> None:  # noqa: D102
+        collector = self._collectors.get(metric.name)
+        if collector is None:
+            collector = self._collectors[metric.name] = _collector(metric)
+        series = collector if label is None else collector.labels(label)
+        (series.observe if metric.borders else series.inc)(value)
 
-    def add(self, kind: str, temperature: float) -> None:  # noqa: D102
-        self._histogram.labels(kind).observe(temperature)
+
+def _collector(metric: Metric) -> Any:
+    from prometheus_client import Counter, Histogram
+
+    labels = [] if metric.label is None else [metric.label]
+    if metric.borders:
+        return Histogram(metric.name, metric.what, labels, buckets=metric.borders)
+    return Counter(metric.name, metric.what, labels)
+
+
+class Counting:
+    """Hands on what is counted, and raises nothing: figures are not worth an engine. The first error ends it.
+
+    Args:
+        counts: where to; None for nowhere.
+    """
+
+    def __init__(self, counts: Counts | None = None):
+        self._counts = counts
+
+    def __bool__(self) -> bool:
+        """Whether anything is counted."""
+        return self._counts is not None
+
+    def add(self, metric: Metric, value: float = 1.0, label: str | None = None) -> None:
+        """As `Counts.add`."""
+        if self._counts is not None:
+            try:
+                self._counts.add(metric, value, label)
+            except Exception:
+                self.end()
+
+    def end(self) -> None:
+        """Counts no more, and logs the exception that is being handled."""
+        logger.exception("what requests ask for is no longer counted")
+        self._counts = None
+
+
+NOWHERE = Counting()
 
 
 @cache
-def counts_of_process() -> Counts | None:
-    """Where this process counts what it chooses; None where nobody reads it."""
-    try:
-        if _SHARED_BY_PROMETHEUS in os.environ:
-            return PrometheusCounts()
-        folder = os.environ.get(COUNTS_VARIABLE)
-        return None if folder is None else FileCounts(Path(folder))
-    except Exception:  # An engine without figures is better than none.
-        logger.exception("chosen temperatures are not counted")
-        return None
+def counts_of_process() -> Counting:
+    """Where this process counts; nowhere if nobody reads it."""
+    if _SHARED_BY_PROMETHEUS in os.environ:
+        return Counting(PrometheusCounts())
+    folder = os.environ.get(COUNTS_VARIABLE)
+    return NOWHERE if folder is None else Counting(FileCounts(Path(folder)))
+
+
+def counts_of_rank(parallel_config: Any) -> Counting:
+    """Where a worker counts requests: the first of those that sample, since the others see the same ones.
+
+    Args:
+        parallel_config: vLLM's.
+    """
+    workers, alike = parallel_config.world_size, parallel_config.tensor_parallel_size
+    return counts_of_process() if parallel_config.rank % workers == workers - alike else NOWHERE
 
 
 class FolderCollector:
@@ -88,18 +161,29 @@ class FolderCollector:
         return []
 
     def collect(self) -> Iterator[Any]:
-        """One histogram, with those kinds that came."""
-        from prometheus_client.core import HistogramMetricFamily
-        from prometheus_client.utils import floatToGoString
+        """All metrics, with those values of labels that came."""
+        totals: defaultdict[_Series, Any] = defaultdict(float)
+        for path in self._folder.glob("*.counts"):
+            for series, numbers in read_counts(path).items():
+                totals[series] = totals[series] + numbers
+        for metric in METRICS.values():
+            yield _family(metric, {label: numbers for (name, label), numbers in totals.items() if name == metric.name})
 
-        tables = [np.fromfile(path, np.float64).reshape(_SHAPE) for path in self._folder.glob("*.counts")]
-        family = HistogramMetricFamily(_NAME, _WHAT, labels=[_LABEL])
-        for kind, row in zip(KINDS, sum(tables, np.zeros(_SHAPE)), strict=True):
-            if row.any():
-                ends = map(floatToGoString, (*BORDERS, np.inf))
-                buckets = list(zip(ends, row[:-1].cumsum().tolist(), strict=True))
-                family.add_metric([kind], buckets, float(row[-1]))
-        yield family
+
+def _family(metric: Metric, totals: dict[str | None, np.ndarray]) -> Any:
+    from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+    from prometheus_client.utils import floatToGoString
+
+    kind = HistogramMetricFamily if metric.borders else CounterMetricFamily
+    family = kind(metric.name, metric.what, labels=[] if metric.label is None else [metric.label])
+    for label, numbers in totals.items():
+        labels = [] if label is None else [label]
+        if metric.borders:
+            ends = map(floatToGoString, (*metric.borders, np.inf))
+            family.add_metric(labels, list(zip(ends, numbers[:-1].cumsum().tolist(), strict=True)), float(numbers[-1]))
+        else:
+            family.add_metric(labels, float(numbers[-1]))
+    return family
 
 
 def publish() -> None:
@@ -117,4 +201,4 @@ def publish() -> None:
         REGISTRY.register(FolderCollector(Path(folder)))
         os.environ[COUNTS_VARIABLE] = folder
     except Exception:  # A server without figures is better than none.
-        logger.exception("chosen temperatures do not show in /metrics")
+        logger.exception("what requests ask for does not show in /metrics")

@@ -40,6 +40,7 @@ from decoding.vllm.declaration import (
     DeclaredStyle,
     checked_chunks,
 )
+from decoding.vllm.metrics import NONE
 from decoding.vllm.policies import ServedPolicy, opened_policy
 from decoding.vllm.requests import OFF
 
@@ -163,8 +164,8 @@ def _saved_adapters(source: str | PathLike) -> str:
 
 
 def _style(name: str, spec: str) -> str:
-    if name == OFF:
-        raise DecodingError(f'a style cannot be called "{OFF}", with which requests ask for none')
+    if name in (OFF, NONE):
+        raise DecodingError(f'a style cannot be called "{name}", which says that a request has none')
     try:
         source = StyleSource.parse(spec)
         if source.is_text:

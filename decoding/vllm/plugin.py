@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from decoding.errors import DecodingError
 from decoding.vllm.counts import publish
-from decoding.vllm.declaration import TEMPERATURE_VARIABLE
+from decoding.vllm.declaration import CHUNKS_VARIABLE, STYLES_VARIABLE, TEMPERATURE_VARIABLE
 
 CPU_BACKEND = "decoding.vllm.cpu_attention.ChunkCPUAttentionBackend"
 CUDA_BACKEND = "decoding.vllm.flash_attention.ChunkFlashAttentionBackend"
@@ -19,7 +19,7 @@ CUDA_BACKEND = "decoding.vllm.flash_attention.ChunkFlashAttentionBackend"
 def register() -> None:
     """Registers the attention backends that select chunks. They do nothing of their own unless an engine asks for it.
 
-    Where temperatures are declared, ``/metrics`` shows which are chosen.
+    Where something is declared, ``/metrics`` shows what is asked for.
 
     On a CPU, vLLM knows one backend, which ours stands in for. On CUDA, ours is ``CUSTOM``, unless another plugin's is.
     """
@@ -27,7 +27,7 @@ def register() -> None:
         register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
     elif not AttentionBackendEnum.CUSTOM.is_overridden():
         register_backend(AttentionBackendEnum.CUSTOM, CUDA_BACKEND)
-    if TEMPERATURE_VARIABLE in os.environ:
+    if {STYLES_VARIABLE, TEMPERATURE_VARIABLE, CHUNKS_VARIABLE} & set(os.environ):
         publish()
 
 

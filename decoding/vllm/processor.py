@@ -18,6 +18,7 @@ from decoding.errors import DecodingError
 from decoding.temperature.markers import Markers, markers_of
 from decoding.tokens import ends_of_sequence
 from decoding.vllm.budgets import BudgetSlots, budget_slots
+from decoding.vllm.counts import counts_of_rank
 from decoding.vllm.declaration import (
     TEMPERATURE_VARIABLE,
     DeclaredStyle,
@@ -97,10 +98,10 @@ class StyleLogitsProcessor(_Processor):
         return False
 
     def _rows_of(self, vllm_config: VllmConfig, device: torch.device) -> StyleRows:
-        return StyleRows(_styles_of(vllm_config, device), device)
+        return StyleRows(_styles_of(vllm_config, device), device, counts_of_rank(vllm_config.parallel_config))
 
     def _slots_of(self, vllm_config: VllmConfig, states: Any) -> StyleSlots:
-        return StyleSlots(_styles_of(vllm_config, states.device), states)
+        return StyleSlots(_styles_of(vllm_config, states.device), states, counts_of_rank(vllm_config.parallel_config))
 
 
 class TemperatureLogitsProcessor(_Processor):
@@ -191,6 +192,5 @@ def _temperatures_of(vllm_config: VllmConfig, device: torch.device) -> tuple[Pro
     markers = None if phases is None else markers_of(tokenizer, *phases)
     if selector is None:
         return None, markers
-    parallel = vllm_config.parallel_config
-    is_first = parallel.rank % parallel.tensor_parallel_size == 0  # the others choose the same
-    return load_temperatures(selector, tokenizer, config.hf_text_config, str(device), is_first), markers
+    counts = counts_of_rank(vllm_config.parallel_config)
+    return load_temperatures(selector, tokenizer, config.hf_text_config, str(device), counts), markers

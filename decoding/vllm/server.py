@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from decoding.errors import DecodingError
@@ -22,22 +23,44 @@ def serve(model: str, name: str, engine: Mapping[str, Any], arguments: Sequence[
     Raises:
         DecodingError: vLLM is not installed, or chunk selection cannot have the attention backend that is asked for.
     """
+    parser, command = _parser_and_command()
+    args = parser.parse_args(["serve", model, *arguments])
+    _take_in(args, engine)
+    args.served_model_name = args.served_model_name or [name]
+    command.validate(args)
+    command.cmd(args)
+
+
+def print_help(what: str) -> None:
+    """Prints vLLM's options.
+
+    Args:
+        what: "all" of them, those of a section, such as "Frontend", or those with a word in their names.
+
+    Raises:
+        DecodingError: vLLM is not installed.
+    """
+    parser, _ = _parser_and_command()
+    with suppress(SystemExit):  # with which argparse ends behind a help text
+        parser.parse_args(["serve", f"--help={what}"])
+
+
+def _parser_and_command() -> tuple[Any, Any]:
+    """vLLM's own, of ``serve``.
+
+    As vLLM's command line makes them. That one cannot be called: it knows one name of vLLM's distribution only.
+    """
     try:
         from vllm.entrypoints.cli.serve import cmd_init
         from vllm.utils.argparse_utils import FlexibleArgumentParser
     except ImportError as error:
         raise DecodingError(f"serving needs vLLM, 0.32 or newer: pip install vllm ({error})") from error
 
-    # As vLLM's command line does it. That one cannot be called: it knows one name of vLLM's distribution only.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's command line does
     parser = FlexibleArgumentParser(prog="decoding")
     (command,) = cmd_init()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
-    args = parser.parse_args(["serve", model, *arguments])
-    _take_in(args, engine)
-    args.served_model_name = args.served_model_name or [name]
-    command.validate(args)
-    command.cmd(args)
+    return parser, command
 
 
 def _take_in(args: Any, engine: Mapping[str, Any]) -> None:

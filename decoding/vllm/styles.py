@@ -73,6 +73,7 @@ class LoadedStyles:
         stop_ids: more ids that end a text than the priors know of.
 
     Attributes:
+        names: of the styles.
         context: how many tokens back a prior looks.
     """
 
@@ -84,6 +85,7 @@ class LoadedStyles:
         device: torch.device | str,
         stop_ids: Sequence[int] = (),
     ):
+        self.names = names
         self._index = {name: i for i, name in enumerate(names)}
         self._lambdas: list[float] = []
         self._held: list[Held] = []

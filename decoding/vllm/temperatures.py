@@ -19,8 +19,9 @@ from decoding.models import without_weights
 from decoding.temperature.abilities import size_class
 from decoding.temperature.prompts import PromptFrame
 from decoding.temperature.selector import Policy, TemperatureSelector, read_texts
-from decoding.vllm.counts import KINDS, Counts, counts_of_process
+from decoding.vllm.counts import NOWHERE, Counting
 from decoding.vllm.declaration import DeclaredSelector
+from decoding.vllm.metrics import KINDS, TEMPERATURE
 
 logger = logging.getLogger(__name__)
 _requests = logging.getLogger(f"vllm.{__name__}")  # below vLLM's, whose handler and VLLM_LOGGING_LEVEL it has
@@ -60,7 +61,7 @@ class PromptTemperatures:
         model_size: str,
         policy: Policy | None = None,
         remembered: int = _REMEMBERED,
-        counts: Counts | None = None,
+        counts: Counting = NOWHERE,
     ):
         self._selector = selector
         self._frame = frame
@@ -87,7 +88,7 @@ class PromptTemperatures:
         while len(self._chosen) > self._remembered:
             self._chosen.popitem(last=False)
         temperatures = [each.temperature for each in chosen]
-        if chosen and (self._counts is not None or _requests.isEnabledFor(logging.DEBUG)):
+        if chosen and (self._counts or _requests.isEnabledFor(logging.DEBUG)):
             kinds = torch.stack([each.kind for each in chosen])
             self._untold.append(Arriving(torch.stack((torch.stack(temperatures), kinds.float()))))
             if not kinds.is_cuda:
@@ -98,15 +99,10 @@ class PromptTemperatures:
         """Logs and counts what was chosen since the last call. On a device that has arrived a step later."""
         arrived = [pair for each in self._untold for pair in each.get().T.tolist()]
         self._untold.clear()
-        try:
-            for temperature, kind in arrived:
-                value, name = round(temperature, 4), KINDS[int(kind)]
-                _requests.debug("temperature %g for a request of kind %s", value, name)
-                if self._counts is not None:
-                    self._counts.add(name, value)
-        except Exception:  # Figures are not worth an engine.
-            logger.exception("chosen temperatures are no longer counted")
-            self._counts = None
+        for temperature, kind in arrived:
+            value, name = round(temperature, 4), KINDS[int(kind)]
+            _requests.debug("temperature %g for a request of kind %s", value, name)
+            self._counts.add(TEMPERATURE, value, name)
 
     def _choices(self, texts: Sequence[str]) -> list[_Choice]:
         vectors = read_texts(self._selector, texts)
@@ -130,7 +126,7 @@ def _key(prompt: Sequence[int] | None) -> bytes:
 
 
 def load_temperatures(
-    declared: DeclaredSelector, tokenizer: Any, config: Any, device: str, is_counting: bool = True
+    declared: DeclaredSelector, tokenizer: Any, config: Any, device: str, counts: Counting = NOWHERE
 ) -> PromptTemperatures:
     """Opens a declared selector, once in a process.
 
@@ -139,7 +135,7 @@ def load_temperatures(
         tokenizer: the model's.
         config: transformers' configuration of the model, for its size if none is declared.
         device: where prompts are read.
-        is_counting: whether this process counts what it chooses.
+        counts: where it counts what it chooses.
 
     Raises:
         DecodingError: no tokenizer, a selector that is missing or damaged, or settings that it does not have.
@@ -147,7 +143,7 @@ def load_temperatures(
     if tokenizer is None:
         raise DecodingError("the temperature selector reads prompts with the model's tokenizer: do not skip its start")
     size = declared.model_size or model_size_of(config)
-    selector, counts = _opened(declared.selector, device), counts_of_process() if is_counting else None
+    selector = _opened(declared.selector, device)
     temperatures = PromptTemperatures(selector, PromptFrame(tokenizer), size, declared.policy, counts=counts)
     logger.info("loaded a temperature selector: %s, for a %s model", declared.selector or "the embedded one", size)
     return temperatures

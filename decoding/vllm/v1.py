@@ -14,6 +14,8 @@ from torch import Tensor
 from chunkllm.late import send
 from decoding.temperature.markers import Markers
 from decoding.temperature.nucleus import cut_to_nucleus
+from decoding.vllm.counters import StyleCounts
+from decoding.vllm.counts import NOWHERE, Counting
 from decoding.vllm.fallbacks import fell_back
 from decoding.vllm.requests import UNLIMITED, Temperatures, read_admitted
 from decoding.vllm.styles import Chosen, Layer, LoadedStyles, stops_table
@@ -60,10 +62,12 @@ class StyleRows:
     Args:
         styles: the priors.
         device: of the logits.
+        counts: where requests are counted.
     """
 
-    def __init__(self, styles: LoadedStyles, device: torch.device):
+    def __init__(self, styles: LoadedStyles, device: torch.device, counts: Counting = NOWHERE):
         self._styles = styles
+        self._counts = StyleCounts(styles.names, counts)
         self._device = device
         self._rows: dict[int, _Styled] = {}
         self._layers: list[Layer] | None = None  # of the rows as they stand; None if they changed
@@ -77,6 +81,8 @@ class StyleRows:
 
     def _kept(self, params: Any, prompt: Sequence[int] | None, output: Sequence[int]) -> _Styled | None:
         styles, own_stops = self._styles.asked(params)
+        if not output:  # else it comes back
+            self._counts.add(styles)
         if not styles:
             return None
         return _Styled(styles, own_stops, list((prompt or [])[-self._styles.context :]), output)

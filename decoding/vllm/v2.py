@@ -11,6 +11,8 @@ from torch import Tensor
 from chunkllm.late import send
 from decoding.temperature.markers import Markers
 from decoding.temperature.nucleus import cut_to_nucleus
+from decoding.vllm.counters import StyleCounts
+from decoding.vllm.counts import NOWHERE, Counting
 from decoding.vllm.fallbacks import fell_back
 from decoding.vllm.requests import MOST_STYLES_PER_REQUEST, PLAIN, Held, Request, read_admitted
 from decoding.vllm.styles import Chosen, Holds, Layer, LoadedStyles, stops_table
@@ -23,10 +25,12 @@ class StyleSlots:
     Args:
         styles: the priors.
         req_states: vLLM's ``LogitsProcRequestState``.
+        counts: where requests are counted.
     """
 
-    def __init__(self, styles: LoadedStyles, req_states: Any):
+    def __init__(self, styles: LoadedStyles, req_states: Any, counts: Counting = NOWHERE):
         self._styles = styles
+        self._counts = StyleCounts(styles.names, counts)
         self._states = req_states
         size = (req_states.max_num_reqs, MOST_STYLES_PER_REQUEST)
         self._prior, self._strength = np.zeros(size, np.int64), np.zeros(size, np.float32)
@@ -41,6 +45,8 @@ class StyleSlots:
     def add(self, slot: int, params: Any) -> bool:
         """Puts a request into a slot, over whatever was there. Whether it has a style."""
         chosen, own_stops = self._styles.asked(params)
+        if self._states.prefill_len.np[slot] == self._states.prompt_len.np[slot]:  # else it comes back
+            self._counts.add(chosen)
         self._changed |= bool(chosen) or bool(self._depth[slot])
         self._strength[slot] = 0
         self._own.pop(slot, None)

@@ -1,65 +1,106 @@
-"""Chosen temperatures, counted in one process and read in another."""
+"""Counted in one process and read in another."""
 
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from decoding.vllm import counts
-from decoding.vllm.counts import BORDERS, KINDS, FileCounts, FolderCollector
-from decoding.vllm.temperatures import PromptTemperatures
-from tests.serving.conftest import FakeFrame, fake_temperature
+from decoding.vllm.counts import FileCounts, FolderCollector, PrometheusCounts, read_counts
+from decoding.vllm.metrics import METRICS, REQUESTS, TEMPERATURE, TOKENS_HELD
 
 prometheus_client = pytest.importorskip("prometheus_client", reason="vLLM brings it")
+VALUES = (0.1, 0.4, 0.4, 2.5)
 
 
 def samples(folder):
-    (family,) = FolderCollector(folder).collect()
-    return {(each.name.partition("temperature")[2], *each.labels.values()): each.value for each in family.samples}
+    families = FolderCollector(folder).collect()
+    return {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
 
 
-def test_counts_of_several_processes_are_one_histogram(tmp_path, monkeypatch):
+def test_counts_of_several_processes_are_added_up(tmp_path, monkeypatch):
     assert samples(tmp_path) == {}
     for process in (1, 2):
         monkeypatch.setattr("os.getpid", lambda process=process: process)
         mine = FileCounts(tmp_path)
-        for value in (0.1, 0.4, 0.4, 2.5):
-            mine.add("CT", value)
-        mine.add("unknown", 0.7)
+        for value in VALUES:  # series begin one after the other, between values of those before
+            mine.add(TEMPERATURE, value, "CT")
+            mine.add(REQUESTS, 1, f"speeches of {process}")
+        mine.add(TEMPERATURE, 0.7, "unknown")
+        mine.add(TOKENS_HELD, 1000)
+        mine.add(TOKENS_HELD, 24)
     found = samples(tmp_path)
-    wanted = {border: 2 * sum(value <= border for value in (0.1, 0.4, 0.4, 2.5)) for border in BORDERS}
-    assert {le: found["_bucket", "CT", str(le)] for le in BORDERS} == wanted
-    assert found["_bucket", "CT", "+Inf"] == found["_count", "CT"] == 8
-    assert found["_sum", "CT"] == pytest.approx(6.8)
-    assert (found["_count", "unknown"], found["_sum", "unknown"]) == (2, 1.4)
-    assert {key[1] for key in found} == {"CT", "unknown"}
+    name = TEMPERATURE.name
+    wanted = {border: 2 * sum(value <= border for value in VALUES) for border in TEMPERATURE.borders}
+    assert {le: found[f"{name}_bucket", "CT", str(le)] for le in TEMPERATURE.borders} == wanted
+    assert found[f"{name}_bucket", "CT", "+Inf"] == found[f"{name}_count", "CT"] == 8
+    assert found[f"{name}_sum", "CT"] == pytest.approx(6.8)
+    assert (found[f"{name}_count", "unknown"], found[f"{name}_sum", "unknown"]) == (2, 1.4)
+    assert {key[1] for key in found if key[0].startswith(name)} == {"CT", "unknown"}
+    assert [found["decoding:requests_total", f"speeches of {process}"] for process in (1, 2)] == [4, 4]
+    assert found["decoding:chunk_tokens_held_total",] == 2 * 1024
 
 
-def test_it_is_the_histogram_that_prometheus_makes(tmp_path):
-    registry = prometheus_client.CollectorRegistry()
+def test_files_can_be_read_at_any_time(tmp_path):
+    mine, held = FileCounts(tmp_path), {}
+    draw = np.random.default_rng(0)
+    labels = [None, "ä\n", "λ", "{}", *map(str, range(20))]
+    for _ in range(300):
+        metric, label = draw.choice(list(METRICS)), labels[draw.integers(len(labels))]
+        mine.add(METRICS[metric], float(draw.random()), label)
+        held[metric, label] = held.get((metric, label), 0) + 1
+        (file,) = tmp_path.iterdir()
+        found = read_counts(file)
+        assert set(found) == set(held)
+        for series, numbers in found.items():
+            if METRICS[series[0]].borders:
+                assert numbers[:-1].sum() == held[series]
+
+
+def test_they_are_the_metrics_that_prometheus_makes(tmp_path, monkeypatch):
+    registry, own = prometheus_client.CollectorRegistry(), prometheus_client.CollectorRegistry()
     registry.register(FolderCollector(tmp_path))
-    own = prometheus_client.CollectorRegistry()
-    about = {"labelnames": ["ability"], "buckets": BORDERS, "registry": own}
-    histogram = prometheus_client.Histogram("decoding:chosen_temperature", counts._WHAT, **about)
-    mine = FileCounts(tmp_path)
-    for kind, value in (("MT", 0.3), ("MT", 1.0), ("CR", 2.0)):
-        mine.add(kind, value)
-        histogram.labels(kind).observe(value)
+    collector = counts._collector
+
+    def made(metric):
+        each = collector(metric)
+        prometheus_client.REGISTRY.unregister(each)
+        own.register(each)
+        return each
+
+    monkeypatch.setattr(counts, "_collector", made)
+    for mine in (FileCounts(tmp_path), PrometheusCounts()):
+        for metric in METRICS.values():
+            for label in ("a", 'b "c"') if metric.label else (None,):
+                for value in (0.3, 1.0, 2.0):
+                    mine.add(metric, value, label)
 
     def lines(each):
         text = prometheus_client.generate_latest(each).decode().splitlines()
         return sorted(line for line in text if "_created" not in line)
 
     assert lines(registry) == lines(own)
+    assert sum(line.startswith("# HELP") for line in lines(own)) == len(METRICS)
+
+
+def test_metrics_are_named_as_prometheus_wants_them():
+    for metric in METRICS.values():
+        assert metric.name.startswith("decoding:")
+        assert not metric.name.endswith(("_total", "_count", "_sum", "_bucket"))
+        assert metric.what.endswith(".")
+        assert list(metric.borders) == sorted(set(metric.borders))
 
 
 ASKED = """
 import multiprocessing, os, pathlib
 from decoding.vllm import counts
+from decoding.vllm.metrics import REQUESTS, TEMPERATURE
 
 def engine():
     counts.publish()  # that of an engine's process leaves its parent's folder as it is
-    counts.counts_of_process().add("MT", 0.4)
+    counts.counts_of_process().add(TEMPERATURE, 0.4, "MT")
+    counts.counts_of_process().add(REQUESTS, 2, "mine")
 
 if __name__ == "__main__":
     counts.publish()
@@ -87,39 +128,5 @@ def test_a_server_shows_what_its_engines_process_counts(tmp_path, monkeypatch, i
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert 'decoding:chosen_temperature_bucket{ability="MT",le="0.4"} 1.0' in result.stdout, result.stderr
     assert 'decoding:chosen_temperature_bucket{ability="MT",le="0.3"} 0.0' in result.stdout
+    assert 'decoding:requests_total{style="mine"} 2.0' in result.stdout
     assert not list(tmp_path.glob("decoding-counts-*"))  # removed at its end
-
-
-class Listing:
-    def __init__(self):
-        self.added = []
-
-    def add(self, kind, temperature):
-        self.added.append((kind, temperature))
-
-
-def test_every_request_counts_also_of_prompts_that_are_remembered(selector):
-    listing = Listing()
-    choose = PromptTemperatures(selector, FakeFrame(), "medium", counts=listing)
-    choose([[1, 2], [3], None])
-    choose([[3]])
-    choose([])
-    values = [fake_temperature(prompt) for prompt in ([1, 2], [3], [3])]
-    kinds = [KINDS[int(8 * value) % 6] for value in values]
-    assert listing.added == [*zip(kinds[:2], values[:2], strict=True), ("unknown", 1.75), (kinds[2], values[2])]
-
-
-def test_what_cannot_be_counted_stops_no_engine(selector, monkeypatch, caplog):
-    class Full:
-        def add(self, kind, temperature):
-            raise OSError("no space left on device")
-
-    choose = PromptTemperatures(selector, FakeFrame(), "medium", counts=Full())
-    assert float(choose([[3]])[0]) == fake_temperature([3])
-    assert "no longer counted" in caplog.text
-    assert float(choose([[4]])[0]) == fake_temperature([4])
-    monkeypatch.setenv(counts.COUNTS_VARIABLE, "/not/there")
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    assert counts.counts_of_process.__wrapped__() is None
-    monkeypatch.delenv(counts.COUNTS_VARIABLE)
-    assert counts.counts_of_process.__wrapped__() is None

@@ -1,21 +1,26 @@
 """The server over loopback, as a client sees it."""
 
+import itertools
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
 
 from decoding import Policy, StylePrior, TemperatureSelector, generate
-from decoding.models import DEFAULT_MODEL, load_tokenizer
+from decoding.models import DEFAULT_MODEL, load_tokenizer, resolve_model
 from decoding.style.training import name_and_file
 from experiments.long_context.evaluate import passkey_prompt
+from tests.serving.test_grafana import OF_VLLM
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")
 openai = pytest.importorskip("openai")
@@ -208,37 +213,116 @@ def test_two_temperatures_are_a_400(client, temperature, asked):
     assert sample(client, 1, **AUTO)
 
 
-def chosen_temperatures(client):
-    """What ``/metrics`` has of them: for each kind the cumulated counts of the buckets, their sum, and how many."""
+def figures(client, prefix="decoding:"):
+    """What ``/metrics`` has under a prefix, by the names of samples with their labels."""
     text = urlopen(str(client.base_url).replace("/v1/", "/metrics"), timeout=10).read().decode()
-    assert "vllm:num_requests_running" in text
-    found = {}
-    for line in text.splitlines():
-        if line.startswith("decoding:chosen_temperature"):
-            name, value = line.rsplit(" ", 1)
-            found[name.removeprefix("decoding:chosen_temperature")] = float(value)
-    return found
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(prefix)]
+    return {name.removeprefix(prefix): float(value) for name, value in lines if "_created" not in name}
+
+
+def rise(before, after):
+    return {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
 
 
 def test_what_is_chosen_shows_in_the_servers_figures_and_its_log(client, selector_folder, log):
     selector = TemperatureSelector.from_pretrained(selector_folder)
     (explained,) = selector.explain([POEM])
     kind, value = explained.ability, explained.temperature
-    before = chosen_temperatures(client)
+    before = figures(client, "decoding:chosen_temperature")
     for _ in range(3):  # the second and third prompt are remembered, and count all the same
         sample(client, 1, **AUTO)
     sample(client, 0.5)
     unknown = {"vllm_xargs": {"policy": "off", "temperature": "auto", "temperature_top_p": False}}
     options = {"prompt": [load_tokenizer().eos_token_id], "max_tokens": 1, "temperature": 1}
     client.completions.create(model=DEFAULT_MODEL, extra_body=unknown, **options)
-    after = chosen_temperatures(client)
-    rise = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name)}
-    assert rise[f'_count{{ability="{kind}"}}'] == 3
-    assert rise[f'_sum{{ability="{kind}"}}'] == pytest.approx(3 * value)
-    assert rise[f'_bucket{{ability="{kind}",le="{value:g}"}}'] == 3
-    assert f'_bucket{{ability="{kind}",le="{value - 0.1:.1f}"}}' not in rise
-    assert rise['_count{ability="unknown"}'] == 1
+    found = rise(before, figures(client, "decoding:chosen_temperature"))
+    assert found[f'_count{{ability="{kind}"}}'] == 3
+    assert found[f'_sum{{ability="{kind}"}}'] == pytest.approx(3 * value)
+    assert found[f'_bucket{{ability="{kind}",le="{value:g}"}}'] == 3
+    assert f'_bucket{{ability="{kind}",le="{value - 0.1:.1f}"}}' not in found
+    assert found['_count{ability="unknown"}'] == 1
     assert f"temperature {value:g} for a request of kind {kind}" in log.read_text()
+
+
+def test_requests_count_by_their_styles(client):
+    before = figures(client)
+    for style, value in ((None, None), ("king-james", 0.3), ("king-james", 0.8), ("speeches", 0)):
+        complete(client, style, value, max_tokens=2)
+    complete(client, ["king-james", "speeches"], [0.2, 0.05], max_tokens=2, n=2, temperature=1)  # two texts
+    asking(client, None, max_tokens=2)  # the policy's
+    with pytest.raises(openai.BadRequestError):
+        complete(client, "nobody", 0.1)
+    found = rise(before, figures(client))
+    names = ("king-james", "speeches", "none")
+    assert [found[f'requests_total{{style="{name}"}}'] for name in names] == [5, 2, 2]
+    assert [found[f'lambda_count{{style="{name}"}}'] for name in names[:2]] == [5, 2]
+    assert found['lambda_sum{style="king-james"}'] == pytest.approx(0.3 + 0.8 + 2 * 0.2 + GUARDED["λ"])
+    assert found['lambda_bucket{le="0.25",style="king-james"}'] == 2
+    assert found['lambda_bucket{le="0.3",style="king-james"}'] == 3
+    assert found['lambda_bucket{le="0.05",style="speeches"}'] == 2
+    assert not [name for name in found if name.startswith(("chunk", "fallbacks"))]
+    assert not [name for name in found if name.startswith("lambda") and 'style="none"' in name]
+
+
+def test_tokens_read_of_tokens_held_are_those_behind_the_budget(client):
+    """1,800 tokens, of which a fifth is read, for the seven tokens that follow the first one."""
+    prompt = passkey_prompt(load_tokenizer(), 1800, 0.3, "52917")
+    held = len(load_tokenizer()(prompt)["input_ids"])
+    before = figures(client)
+    asking(client, {"style": "off"}, prompt=prompt, max_tokens=8)
+    after = figures(client)
+    found = rise(before, after)
+    assert found["chunk_tokens_held_total"] == 7 * held + sum(range(1, 8))
+    # Each step as many blocks of 32 as fit the budget, the last of them not yet full.
+    assert 7 * (384 - 2 * 32) < found["chunk_tokens_read_total"] <= 7 * 384
+    assert 1 <= found["chunk_selections_total"] <= 7
+    asking(client, {"style": "off"}, max_tokens=8)  # short ones do not count
+    asking(client, {"style": "off", "kv_budget": "full"}, prompt=prompt, max_tokens=8)
+    assert not [name for name in rise(after, figures(client)) if name.startswith("chunk")]
+
+
+def test_vllms_metrics_that_the_board_shows_are_there(client):
+    complete(client, max_tokens=3)
+    there = {f"vllm:{name.partition('{')[0]}" for name in figures(client, "vllm:")}
+    assert there >= OF_VLLM
+
+
+BENCHMARK = re.search(
+    r"```sh\n(for round .*?vllm bench serve .*?)```",
+    (Path(__file__).parents[2] / "docs" / "vllm.md").read_text(encoding="utf-8"),
+    re.DOTALL,
+)
+
+
+RUN = """
+import argparse, json, sys
+from vllm.benchmarks.serve import add_cli_args, main
+for line in json.loads(sys.argv[1]):
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    main(parser.parse_args(line))
+"""
+
+
+def test_the_benchmark_in_the_docs_runs(client, tmp_path):
+    """Its lines as they stand, of one round, with as many requests as a test can wait for."""
+    (tmp_path / "vllm").write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    (tmp_path / "vllm").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    asked = subprocess.run(["bash", "-ec", BENCHMARK[1]], env=environment, capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in asked.stdout.splitlines() if line.startswith("[")]
+    assert {tuple(line[:2]) for line in lines} == {("bench", "serve")}
+    assert len(lines) == 9
+    before, few = figures(client), {"--random-input-len": "40", "--random-output-len": "4", "--num-prompts": "3"}
+    few |= {"--max-concurrency": "3", "--num-warmups": "1"}
+    of_server = ["--port", str(client.base_url.port), "--tokenizer", resolve_model(DEFAULT_MODEL)]
+    fewer = [[few.get(name, word) for name, word in itertools.pairwise(line)][1:] + of_server for line in lines[:3]]
+    result = subprocess.run([sys.executable, "-c", RUN, json.dumps(fewer)], capture_output=True, text=True)
+    assert len(re.findall(r"Successful requests: +3\s", result.stdout)) == 3, result.stderr
+    assert len(re.findall(r"Failed requests: +0\s", result.stdout)) == 3
+    found = rise(before, figures(client))
+    assert found['lambda_bucket{le="0.1",style="king-james"}'] == 4  # three, and one to warm up
+    assert sum(value for name, value in found.items() if name.startswith("chosen_temperature_count")) >= 4
 
 
 def test_passkeys_are_found_among_selected_chunks(client):
