@@ -249,7 +249,9 @@ def engine_of(cache="auto", **parallel):
     """As much of vLLM's configuration as says which engine it is."""
     sizes = {"tensor": 2, "pipeline": 1, "decode_context": 1, "prefill_context": 1} | parallel
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(**{f"{kind}_parallel_size": size for kind, size in sizes.items()}),
+        parallel_config=SimpleNamespace(
+            **{f"{kind}_parallel_size": size for kind, size in sizes.items()}, use_ubatching=False
+        ),
         cache_config=SimpleNamespace(cache_dtype=cache),
         speculative_config=None,
         kv_transfer_config=None,
