@@ -138,7 +138,7 @@ def test_tokens_read_are_those_of_rows_that_are_over_their_budget(steps_at_once,
     lengths = torch.tensor([100, 50, 300, 200, 20, 0])
     is_prompt = torch.tensor([False, False, True, False, False, False])
     budgets = torch.tensor([64, 64, 64, 128, 64, 64])
-    step = Step(lengths[:, None], lengths, torch.arange(7), 6, is_prompt, budgets)
+    step = Step(lengths[:, None], lengths, torch.arange(7), 6, is_prompt, budgets, 300)
     read = torch.stack([torch.tensor([60 + layer, 50, 300, 200, 20, 0]) for layer in range(layers)])
     selections = torch.zeros((), dtype=torch.long)
     for number in range(96):
@@ -181,7 +181,9 @@ def test_selections_are_counted_where_nothing_waits_for_the_device(fixed_shapes)
     for held, count in [(0, 100), *((100 + i, 1) for i in range(24))]:
         query_start = torch.tensor([0, count])
         budgets = torch.tensor([BUDGET])
-        step = Step(table, torch.tensor([held + count]), query_start, count, torch.tensor([count > 1]), budgets)
+        step = Step(
+            table, torch.tensor([held + count]), query_start, count, torch.tensor([count > 1]), budgets, held + count
+        )
         reading = selection.begin(step)
         with NoLooking():
             chunks.add(step, reading, selection.selections)

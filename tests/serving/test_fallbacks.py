@@ -3,6 +3,7 @@
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,7 +95,7 @@ def test_unreadable_requests_are_plain_on_v1(priors, styles, choose, params, cou
     assert_same_distribution(got[1], steered(priors, [("plain", 0.2)], PROMPT, scores[1]))
     got = temperature_rows.apply(scores.clone())
     assert torch.equal(got, scores / torch.tensor([[1.0], [fake_temperature(PROMPT)]]))
-    assert budget_rows.tensor(3, 2048, CPU).tolist() == [UNLIMITED, 512, 2048]
+    assert budget_rows.of(np.arange(3), 2048).tolist() == [UNLIMITED, 512, 2048]
     assert counts == {"style": 1, "temperature": 1, "chunk selection": 1}
 
 
@@ -281,4 +282,4 @@ def test_budgets_are_no_more_than_a_request_can_have():
     rows.longest = 4096
     params = [sampling({"kv_budget": value}) for value in (512, 2**63, "full")]
     rows.update(batch_update(added=[(row, each, PROMPT, []) for row, each in enumerate(params)]))
-    assert rows.tensor(3, 2048, CPU).tolist() == [512, 4096, 4096]
+    assert rows.of(np.arange(3), 2048).tolist() == [512, 4096, 4096]
