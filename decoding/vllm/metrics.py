@@ -13,9 +13,7 @@ class Metric(NamedTuple):
     name: str  # without the _total that Prometheus's client appends to a counter's
     what: str  # its help text
     label: str | None = None  # by which it is told apart, if by any
-    borders: tuple[
-        float, ...
-    ] = ()  # upper ends of a histogram's buckets, but for the last, without end; () for a counter
+    borders: tuple[float, ...] = ()  # upper ends of a histogram's buckets, but for the last; () for a counter
 
     @property
     def size(self) -> int:

@@ -87,6 +87,17 @@ def random_arguments(rng, priors):
     return {"style": names, "lambda": lambdas, **guards}, list(zip(names, lambdas, strict=True)), guards
 
 
+@pytest.fixture(scope="module")
+def in_this_process():
+    """Engines run in the test's process, with small caches and nothing declared."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
+            patch.setenv(name, value)
+        for name in ("DECODING_STYLES", "DECODING_TEMPERATURE", "DECODING_CHUNKS"):
+            patch.delenv(name, raising=False)
+        yield
+
+
 @pytest.fixture
 def saved(tmp_path, tokenizer, style_file):
     prior = train_prior(load_corpus(str(style_file)), tokenizer)

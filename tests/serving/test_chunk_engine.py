@@ -25,7 +25,7 @@ from decoding.vllm import engine_args, fallbacks
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")
 VLLMValidationError = pytest.importorskip("vllm.exceptions").VLLMValidationError
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("in_this_process")]
 
 BLOCK, VOCAB = 32, 300
 BUDGET = 256
@@ -42,16 +42,6 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
-            patch.setenv(name, value)
-        for name in ("DECODING_STYLES", "DECODING_TEMPERATURE", "DECODING_CHUNKS"):
-            patch.delenv(name, raising=False)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import random
-import signal
-import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -238,7 +236,7 @@ GOOD = [
 def server(tmp_path_factory, selector_folder):
     pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")
     httpx = pytest.importorskip("httpx")
-    from tests.serving.test_server import free_port, wait_until_healthy
+    from tests.serving.test_server import free_port, serving
 
     folder, port = tmp_path_factory.mktemp("fuzz"), free_port()
     make_tiny(folder)
@@ -248,22 +246,13 @@ def server(tmp_path_factory, selector_folder):
     command += ["--max-model-len", "1024", "--enforce-eager", "--dtype", "float32", "--served-model-name", "tiny"]
     command += ["--max-num-seqs", "16", "--disable-uvicorn-access-log", "--enable-scale-out"]
     log = folder / "log.txt"
-    with log.open("w") as output:
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    try:
-        wait_until_healthy(process, port, log)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            SERVED["selector"] = str(selector_folder)
-            yield SimpleNamespace(client=client, log=log, process=process)
-        assert process.poll() is None, "the server died"
-        assert "vLLM goes on without it" not in log.read_text()
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+    with (
+        serving(command, port, log) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
+    ):
+        SERVED["selector"] = str(selector_folder)
+        yield SimpleNamespace(client=client, log=log, process=process)
+    assert "vLLM goes on without it" not in log.read_text()
 
 
 def ask(server, given, path="/v1/completions", **options):

@@ -20,7 +20,7 @@ from decoding.style.training import name_and_file
 from decoding.vllm import engine_args
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.usefixtures("in_this_process")]
 
 BLOCK, BUDGET, RANKS = 32, 256, 2
 ENGINE = {"dtype": "float32", "disable_log_stats": True, "enforce_eager": True, "max_model_len": 1024}
@@ -106,16 +106,6 @@ def keep_everything(worker):
 
 def undo(worker):
     patch.undo()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process():
-    with pytest.MonkeyPatch.context() as of_module:
-        for name, value in {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
-            of_module.setenv(name, value)
-        for name in ("DECODING_STYLES", "DECODING_TEMPERATURE", "DECODING_CHUNKS"):
-            of_module.delenv(name, raising=False)
-        yield
 
 
 @pytest.fixture(scope="module")

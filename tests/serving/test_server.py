@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -61,12 +62,19 @@ def client(log, policy):
     command = [sys.executable, "-m", "decoding", "serve", "--policy", str(policy), "--style", f"speeches={presidents}"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8", "--enforce-eager"]
     command += ["--max-model-len", "2048", "--dtype", "float32"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "DEBUG"}
+    with serving(command, port, log, VLLM_LOGGING_LEVEL="DEBUG"):
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+@contextmanager
+def serving(command, port, log, **environment):
+    """A server that answers, which is not to die meanwhile."""
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | environment
     with log.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         wait_until_healthy(server, port, log)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+        yield server
         assert server.poll() is None, "the server died"
     finally:
         server.send_signal(signal.SIGINT)
