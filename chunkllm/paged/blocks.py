@@ -36,23 +36,22 @@ class Tokens(NamedTuple):
     last: Tensor
 
 
-def tokens_of_step(block_table: Tensor, lengths: Tensor, query_start: Tensor, block_size: int, count: int) -> Tokens:
+def tokens_of_step(lengths: Tensor, query_start: Tensor, places: Tensor, block_size: int) -> Tokens:
     """Finds where the tokens of a step belong.
 
     Args:
-        block_table: int [R, N], the blocks of each row.
         lengths: int [R], tokens of each row, those of this step included.
         query_start: int [R + 1], where each row's tokens begin among those of the step.
+        places: int [T], block · block size + place in the block, of each token.
         block_size: tokens of a block.
-        count: T, known to the host.
     """
+    count = len(places)
     begin, stop = query_start[:-1].long(), query_start[1:].long()
     rows = torch.arange(len(begin), device=begin.device)
     row = rows.repeat_interleave(stop - begin, output_size=count)
     token = torch.arange(count, device=begin.device)
     position = token - stop[row] + lengths.long()[row]
-    block = block_table[row, position // block_size].long()
-    return Tokens(row, position, block, token == begin[row], stop - 1)
+    return Tokens(row, position, (places // block_size).long(), token == begin[row], stop - 1)
 
 
 class Pieces(NamedTuple):
@@ -103,6 +102,8 @@ class BlockSummaries:
         lengths: int64 [blocks + 1, M], tokens of each piece that is whole, 0 where there is none. Pieces of a block
             follow each other from its first token on. The block behind the last takes what belongs nowhere.
         features: L tensors [Hkv, blocks + 1, M, F].
+        nowhere: that last block.
+        summed: float32 [S], tokens of each slot's piece that has not ended.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class BlockSummaries:
         self._layers = layers
         self._fixed_shapes = fixed_shapes
         self._block_size = block_size
-        self._nowhere = blocks
+        self.nowhere = blocks
         pieces = -(-block_size // _TOKENS_PER_PIECE)
         self.tokens_per_piece = block_size // pieces
         one = torch.zeros(1, kv_heads, 1, head_dim, device=device)
@@ -134,7 +135,7 @@ class BlockSummaries:
         self.features = [torch.zeros(shape, dtype=kept, device=device) for _ in layers]
         # Means, and sums of squares about them.
         self._moments = torch.zeros(len(layers), slots, kv_heads, 2 * head_dim, device=device)
-        self._summed = torch.zeros(slots, device=device)
+        self.summed = torch.zeros(slots, device=device)
 
     def cut(self, tokens: Tokens, ends: Tensor, row_slot: Tensor, is_new: Tensor) -> Pieces:
         """Cuts the tokens of a step into pieces, and takes in how long those are that end.
@@ -149,7 +150,7 @@ class BlockSummaries:
         offset = tokens.position % self._block_size
         is_fresh = offset == 0
         is_unknown = is_fresh | (tokens.is_first & is_new[tokens.row])
-        self.lengths[torch.where(is_unknown, tokens.block, self._nowhere)] = 0
+        self.lengths[torch.where(is_unknown, tokens.block, self.nowhere)] = 0
         token = torch.arange(len(offset), device=offset.device)
         begin = torch.where(is_fresh | tokens.is_first, token, 0).cummax(0).values  # of the token's row and block
         before = ends.cumsum(0) - ends.long()
@@ -169,11 +170,11 @@ class BlockSummaries:
         goes_on = tokens.is_first[first] & ~is_fresh[first]
         slot = row_slot[row]
         is_whole = is_end[end] & (sizes > 0)
-        earlier = torch.where(goes_on, self._summed[slot], 0)
+        earlier = torch.where(goes_on, self.summed[slot], 0)
         running = of_token[tokens.last]
         pieces = Pieces(
             of_token=of_token,
-            block=torch.where(is_whole, tokens.block[end], self._nowhere),
+            block=torch.where(is_whole, tokens.block[end], self.nowhere),
             number=number[end],
             slot=slot,
             earlier=earlier,
@@ -186,8 +187,8 @@ class BlockSummaries:
         # Not `tokens`: of a piece whose beginning nobody summed, the length is known all the same.
         started = torch.where(goes_on, self.lengths[pieces.block].sum(1), offset[first])
         self.lengths[pieces.block, pieces.number] = offset[end] + 1 - started
-        self.lengths[self._nowhere] = 0
-        self._summed[row_slot] = pieces.tokens[running] * ~is_whole[running]
+        self.lengths[self.nowhere] = 0
+        self.summed[row_slot] = pieces.tokens[running] * ~is_whole[running]
         return pieces
 
     def _most_pieces(self, tokens: int, rows: int) -> int:
@@ -196,7 +197,7 @@ class BlockSummaries:
 
     def forget(self, row_slot: Tensor, is_new: Tensor) -> None:
         """Empties the slots, int64 [R], of rows that are new there, bool [R]."""
-        self._summed[row_slot] = self._summed[row_slot].masked_fill(is_new, 0)
+        self.summed[row_slot] = self.summed[row_slot].masked_fill(is_new, 0)
 
     def discard(self, blocks: Tensor) -> None:
         """Nothing is known of these blocks, int64 [T], until they are written anew."""

@@ -14,22 +14,24 @@ class Calls:
 
     Attributes:
         is_open: whether a step is under way. What comes while none is belongs nowhere.
+        wants_keys: whether keys and queries are owed for it.
     """
 
     def __init__(self, layers: int):
         self._once = [1] * layers
-        self.is_open = False
+        self.is_open = self.wants_keys = False
 
-    def open(self) -> None:
+    def open(self, wants_keys: bool) -> None:
         """A step begins."""
         self._ends = 0
         self._keys, self._queries = ([0] * len(self._once) for _ in range(2))
-        self.is_open = True
+        self._owed = self._once if wants_keys else list(self._keys)
+        self.is_open, self.wants_keys = True, wants_keys
 
     def close(self) -> bool:
         """The step under way ends; returns whether all of it came, and none of it twice."""
-        is_whole = self.is_open and self._ends == 1 and self._keys == self._once == self._queries
-        self.is_open = False
+        is_whole = self.is_open and self._ends == 1 and self._keys == self._owed == self._queries
+        self.is_open = self.wants_keys = False
         return is_whole
 
     def note_ends(self) -> None:

@@ -9,15 +9,18 @@ reads no block but its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from chunkllm.errors import ChunkError
+from chunkllm.late import send
 from chunkllm.paged.blocks import BlockSummaries, Pieces, Tokens, tokens_of_step
 from chunkllm.paged.calls import Calls
+from chunkllm.paged.held import HeldTokens
 from chunkllm.paged.slots import FoundSlots, GivenSlots, Rows, Slots
 from chunkllm.scorers import Scorer, chunk_scores
 from chunkllm.selection import divide
@@ -29,16 +32,17 @@ _NEVER = -(1 << 40)  # tokens known, of a row that holds blocks that nobody summ
 class Step(NamedTuple):
     """What an engine is about to compute, for R rows (requests) with T tokens in all.
 
+    Tensors are on the device. Arrays hold what the host knows.
+
     Attributes:
         block_table: int [R, N], the blocks of each row.
         lengths: int [R], tokens of each row, those of this step included.
         query_start: int [R + 1], where each row's tokens begin among the step's.
-        tokens: T, known to the host.
+        places: int [T], where in the cache each token's key goes: block · block size + place in the block.
+        sizes: int64 [R], the row's tokens in this step; 0 for rows that only pad.
         is_prompt: bool [R], whether the row's prompt is still being read.
         budgets: int64 [R], tokens that the row reads at most, on average over layers; rows with no more read all.
-        longest: tokens of the longest row, or more: what the host knows. What is computed is as wide as that.
-        may_select: False if the host knows that no row is longer than its budget.
-        most_long: rows that are longer than their budgets, or more, if the host knows.
+        most: int64 [R], tokens of each row, or more. What is computed is as wide as the largest.
         slots: int64 [R], the row's place in the engine's table of requests, its own as long as the request is there;
             None if the engine does not say. With several rows of one request, these read everything.
     """
@@ -46,13 +50,17 @@ class Step(NamedTuple):
     block_table: Tensor
     lengths: Tensor
     query_start: Tensor
-    tokens: int
-    is_prompt: Tensor
-    budgets: Tensor
-    longest: int
-    may_select: bool = True
-    most_long: int | None = None
-    slots: Tensor | None = None
+    places: Tensor
+    sizes: np.ndarray
+    is_prompt: np.ndarray
+    budgets: np.ndarray
+    most: np.ndarray
+    slots: np.ndarray | None = None
+
+    @property
+    def most_long(self) -> int:
+        """Rows that are longer than their budgets, or more."""
+        return int((self.most > self.budgets).sum())
 
 
 class Reading(NamedTuple):
@@ -76,9 +84,13 @@ class PagedSelection:
     rows do at a time, those first that have waited longest; so many that none waits for more tokens than a piece of a
     chunk has on average (16, or a block if that is shorter). Until then a row reads what it read before.
 
+    Rows that are not near their budgets *rest*: of them nothing is kept but where chunks end, and a step of such rows
+    alone wants no keys and no queries (`wants_keys`). When a row comes near, its keys are read again from the cache.
+
     If a step lacks a call or has one twice, the next `begin` raises, and that step is to be read in full, without any
     calls. All slots are forgotten then, and so are the blocks that the two steps wrote: a row reads everything until it
-    has as many new queries as the scorer wants, and for good if one of its full blocks has no summary.
+    has as many new queries as the scorer wants. Where keys cannot be read again, it does so for good if one of its full
+    blocks has no summary.
 
     Args:
         scorer: scores chunks.
@@ -92,6 +104,8 @@ class PagedSelection:
         rows: that a step can have.
         row_blocks: N, that a row can have.
         slots: places in the engine's table of requests, if it tells each row's; else rows are found by their blocks.
+        read_keys: reads the cache: keys [n, block size, Hkv, D] of a layer, by its number, and int64 [n] blocks. None
+            if that cannot be done: then no row rests. With fixed shapes none does either if the engine tells no slots.
         sinks: first tokens, a chunk of their own.
         local: last tokens that always stay, with the rest of their blocks.
         dtype: of keys and queries.
@@ -122,6 +136,7 @@ class PagedSelection:
         dtype: torch.dtype,
         device: torch.device,
         fixed_shapes: bool | None = None,
+        read_keys: Callable[[int, Tensor], Tensor] | None = None,
     ):
         self._scorer, self._layers = scorer, layers
         self._weights = weights.to(device)
@@ -130,6 +145,7 @@ class PagedSelection:
         self._fixed_shapes = device.type != "cpu" if fixed_shapes is None else fixed_shapes
         # Rows can be left out of a step and come back: twice as many slots keep what is known of them.
         self._slots: Slots = FoundSlots(2 * rows, device) if slots is None else GivenSlots(slots, device)
+        can_rest = read_keys is not None and not (self._fixed_shapes and slots is None)
         slots = self._slots.count + 1  # the last takes what belongs nowhere
         self.summaries = BlockSummaries(
             scorer,
@@ -143,6 +159,10 @@ class PagedSelection:
             device=device,
             fixed_shapes=self._fixed_shapes,
         )
+        self._held: HeldTokens | None = None
+        if can_rest and read_keys is not None:
+            self._held = HeldTokens(self.summaries, read_keys, len(layers), block_size, sinks, self._fixed_shapes)
+        self._awake_slots: dict[int, int] = {}  # of the step before, and tokens of each row there, or more
         count = len(layers)
         queries = torch.zeros(count, slots * scorer.queries, heads, head_dim, dtype=dtype, device=device)
         self._queries = list(queries)
@@ -163,15 +183,19 @@ class PagedSelection:
         self._written: list[Tensor] = []  # blocks of steps that are not taken in
         self.selections = torch.zeros((), dtype=torch.long, device=device)
 
+    @property
+    def wants_keys(self) -> bool:
+        """Whether the step under way wants each layer's keys and queries; else it wants `note_ends` alone."""
+        return self._calls.wants_keys
+
     def begin(self, step: Step) -> Reading | None:
         """Before a step: takes in the one before, and says what to read in each layer; None for everything.
 
         Raises:
             ChunkError: the step before had a gap, or this one's slots are missing.
         """
-        tokens = tokens_of_step(step.block_table, step.lengths, step.query_start, self._block_size, step.tokens)
         has_gap = not self._calls.close() and bool(self._written)
-        self._written.append(tokens.block)
+        self._written.append(step.places // self._block_size)
         if has_gap:
             self._forget_gap()
             raise ChunkError(
@@ -179,34 +203,92 @@ class PagedSelection:
             )
         self._take_in()
         del self._written[:-1]
-        lengths = step.lengths.long()
-        sizes = (step.query_start[1:] - step.query_start[:-1]).long()
-        slot, is_new = self._slots.assign(self._rows_of(step, lengths, sizes))
-        self._forget(slot, is_new)
-        is_step = (sizes == 1) & ~step.is_prompt & (slot < self._slots.count)
-        self._has_chosen[slot] &= is_step
-        is_long = is_step & (lengths > step.budgets)
-        may_select = step.may_select and step.most_long != 0
-        reading = self._read(step, slot, is_long, lengths) if may_select else None
-        self._expect(tokens, slot, is_new, sizes)
-        self._calls.open()
+        self._places = step.places
+        is_awake = self._are_awake(step)
+        wants_keys, reading = bool(is_awake.any()), None
+        if wants_keys:
+            reading = self._begin_awake(step, is_awake)
+        else:
+            self._rest()
+        self._calls.open(wants_keys)
         return reading
 
-    def _rows_of(self, step: Step, lengths: Tensor, sizes: Tensor) -> Rows:
+    def _are_awake(self, step: Step) -> np.ndarray:
+        """Rows of which more is kept, bool [R]: before they may select, the scorer wants some queries."""
+        if self._held is None:
+            return np.ones(len(step.most), bool)
+        return (step.sizes > 0) & (step.most + self._scorer.queries > step.budgets)
+
+    def _rest(self) -> None:
+        """A step of rows that rest: what others knew, their blocks may have, too."""
+        self.summaries.discard(self._written[-1])
+        self._slots.forget()
+        self._awake_slots.clear()
+
+    def _begin_awake(self, step: Step, is_awake: np.ndarray) -> Reading | None:
+        device = self._weights.device
+        awake, is_prompt = send(is_awake, device), send(step.is_prompt, device)
+        tokens = tokens_of_step(step.lengths, step.query_start, step.places, self._block_size)
+        lengths = step.lengths.long()
+        sizes = (step.query_start[1:] - step.query_start[:-1]).long()
+        slot, is_new = self._slots.assign(self._rows_of(step, lengths, sizes, awake, is_prompt))
+        self._forget(slot, is_new)
+        if not is_awake.all():
+            resting, nowhere = ~awake[tokens.row], self.summaries.nowhere
+            self.summaries.discard(torch.where(resting, tokens.block, nowhere))
+            tokens = tokens._replace(block=torch.where(resting, nowhere, tokens.block))
+        is_new = self._catch_up(step, is_awake, slot, is_new, lengths - sizes)
+        is_step = (sizes == 1) & ~is_prompt & (slot < self._slots.count)
+        self._has_chosen[slot] &= is_step
+        reading = None
+        if step.most_long:
+            budgets = send(step.budgets, device)
+            reading = self._read(step, slot, is_step & (lengths > budgets), lengths, budgets)
+        self._expect(tokens, slot, is_new, sizes)
+        return reading
+
+    def _rows_of(self, step: Step, lengths: Tensor, sizes: Tensor, awake: Tensor, is_prompt: Tensor) -> Rows:
         held = lengths - sizes
         last = (torch.stack((held, lengths), 1) - 1).clamp(min=0) // self._block_size
         block, next_block = step.block_table.gather(1, last).long().unbind(1)
-        return Rows(held, sizes, block, next_block, step.is_prompt, step.slots)
+        given = None if step.slots is None else send(step.slots, awake.device)
+        return Rows(held, sizes, block, next_block, is_prompt, awake, given)
 
     def _forget(self, slot: Tensor, is_new: Tensor) -> None:
         self.summaries.forget(slot, is_new)
         for state in (self._known, self._ended, self._has_chosen, self._waited):
             state[slot] = state[slot].masked_fill(is_new, 0)
 
+    def _catch_up(self, step: Step, is_awake: np.ndarray, slot: Tensor, is_new: Tensor, held: Tensor) -> Tensor:
+        """Takes in what new rows hold already. Returns which rows, bool [R], begin their slots with this step."""
+        if self._held is None:
+            return is_new
+        wanted = is_new & (held > 0) & (slot < self._slots.count)
+        rows = self._may_be_new(step, is_awake) if self._fixed_shapes else wanted.nonzero()[:, 0].tolist()
+        for row in rows:
+            blocks = step.block_table[row, : -(-int(step.most[row]) // self._block_size)].long()
+            self._held.take_in(blocks, held[row], torch.where(wanted[row], slot[row], self._slots.count))
+        is_caught = np.isin(np.arange(len(is_awake)), rows)
+        return is_new & ~(send(is_caught, is_new.device) & wanted) if rows else is_new
+
+    def _may_be_new(self, step: Step, is_awake: np.ndarray) -> list[int]:
+        """Rows that rested before or were not there, as far as the host knows: of prompts it knows all lengths."""
+        assert step.slots is not None
+        rows = is_awake.nonzero()[0].tolist()
+        before = [self._awake_slots.get(int(step.slots[row])) for row in rows]
+        self._awake_slots = {int(step.slots[row]): int(step.most[row]) for row in rows}
+        return [
+            row
+            for row, most in zip(rows, before, strict=True)
+            if most is None or (step.is_prompt[row] and most != step.most[row] - step.sizes[row])
+        ]
+
     def _forget_gap(self) -> None:
         """Some calls of a step are missing: whatever may depend on them is forgotten."""
         for blocks in self._written:
             self.summaries.discard(blocks)
+            if self._held is not None:
+                self._held.forget(blocks)
         self._written.clear()
         self._undivided.clear()
         self._pieces = None
@@ -236,6 +318,13 @@ class PagedSelection:
         """Takes in where chunks end, bool [T]; None if nobody looks for that: then they end with their blocks."""
         if not self._calls.is_open:
             return
+        if ends is not None and self._held is not None:
+            self._held.note(self._places, ends)
+        if self._calls.wants_keys:
+            self._cut(ends)
+        self._calls.note_ends()
+
+    def _cut(self, ends: Tensor | None) -> None:
         position = self._tokens.position
         is_sink_end = position == self._sinks - 1
         ends = is_sink_end if ends is None else ends | is_sink_end
@@ -244,11 +333,10 @@ class PagedSelection:
         for layer, keys in self._undivided:
             self.summaries.add(self._pieces, keys[None], range(layer, layer + 1))
         self._undivided.clear()
-        self._calls.note_ends()
 
     def add_keys(self, layer: int, keys: Tensor) -> None:
         """Takes in the keys [T, Hkv, D], post-RoPE, of the layer with this number among the L."""
-        if not self._calls.is_open:
+        if not self._calls.wants_keys:
             return
         if self._defers:
             self._pending_of_layer[layer].narrow(0, 0, len(self._tokens.row)).copy_(keys)
@@ -260,7 +348,7 @@ class PagedSelection:
 
     def add_queries(self, layer: int, queries: Tensor) -> None:
         """Takes in the queries [T, H, D], post-RoPE."""
-        if not self._calls.is_open:
+        if not self._calls.wants_keys:
             return
         if not self._takes_every_query:  # else they are in order
             queries = queries.index_select(0, self._query_tokens)
@@ -274,8 +362,8 @@ class PagedSelection:
             self.summaries.add(self._pieces, self._pending[:, :count], range(len(self._layers)))
         self._pieces = None
 
-    def _read(self, step: Step, slot: Tensor, is_long: Tensor, lengths: Tensor) -> Reading | None:
-        table = step.block_table[:, : -(-step.longest // self._block_size)]
+    def _read(self, step: Step, slot: Tensor, is_long: Tensor, lengths: Tensor, budgets: Tensor) -> Reading | None:
+        table = step.block_table[:, : -(-int(step.most.max()) // self._block_size)]
         is_known = self._known[slot] >= self._scorer.queries
         is_due = is_long & is_known & (self._ended[slot] | ~self._has_chosen[slot])
         if self._fixed_shapes:
@@ -286,7 +374,7 @@ class PagedSelection:
             rows = is_due.nonzero()[:, 0]
         if len(rows):
             nowhere = self._slots.count  # for rows that fill up a fixed number
-            self._choose(table[rows], step.budgets[rows], torch.where(is_due, slot, nowhere)[rows], lengths[rows])
+            self._choose(table[rows], budgets[rows], torch.where(is_due, slot, nowhere)[rows], lengths[rows])
         is_long = is_long & self._has_chosen[slot]
         if not self._fixed_shapes and not is_long.any():
             return None
@@ -299,7 +387,7 @@ class PagedSelection:
         """
         rows = len(step.lengths)
         most = max(_LEAST_AT_ONCE, -(-rows // self.summaries.tokens_per_piece))
-        return min(most, rows if step.most_long is None else step.most_long)
+        return min(most, step.most_long)
 
     def _choose(self, table: Tensor, budgets: Tensor, slot: Tensor, lengths: Tensor) -> None:
         """Chooses the blocks of K rows anew, for the queries of their last tokens; table is int [K, N]."""

@@ -25,6 +25,7 @@ class Rows(NamedTuple):
         block: int64 [R], the block that holds the last token before this step; any where there is none.
         next_block: int64 [R], the block that holds the last token of this step.
         is_prompt: bool [R], whether the row's prompt is still being read.
+        is_awake: bool [R], whether the row is to have a slot. Others are only there to write blocks.
         given: int64 [R], the row's place in the engine's table of requests; None if the engine does not say.
     """
 
@@ -33,6 +34,7 @@ class Rows(NamedTuple):
     block: Tensor
     next_block: Tensor
     is_prompt: Tensor
+    is_awake: Tensor
     given: Tensor | None
 
 
@@ -40,7 +42,7 @@ class Slots(Protocol):
     """Finds the slots of rows.
 
     Attributes:
-        count: S. Slot S takes the rows that have none: those that only pad, and those that cannot be told apart.
+        count: S. Slot S takes the rows that have none: those that only pad, that rest, or that cannot be told apart.
     """
 
     count: int
@@ -80,6 +82,8 @@ class GivenSlots:
         if rows.given is None:
             raise ChunkError("the slots of a step are missing: give them, or leave out the number of slots")
         has_one = (rows.sizes > 0) & (rows.given >= 0) & (rows.given < self.count)
+        self._length[torch.where(has_one & ~rows.is_awake, rows.given, self.count)] = -1
+        has_one &= rows.is_awake
         slot = torch.where(has_one, rows.given, self.count)
         self._rows[slot] = 0
         self._rows.index_add_(0, slot, torch.ones_like(slot))
@@ -115,7 +119,9 @@ class FoundSlots:
 
     def assign(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """See `Slots`."""
-        row, is_there = torch.arange(len(rows.held), device=rows.held.device), rows.sizes > 0
+        row, is_there = torch.arange(len(rows.held), device=rows.held.device), rows.is_awake & (rows.sizes > 0)
+        rests = ~rows.is_awake & (rows.sizes > 0)  # nobody else goes on in a block that such a row writes
+        self._length.masked_fill_(((self._block[:, None] == rows.next_block) & rests).any(1), -1)
         same = (self._block == rows.block[:, None]) & (self._length == rows.held[:, None])
         same &= ((rows.held > 0) & is_there)[:, None]
         same &= row[:, None] == (same * (2 - rows.is_prompt[:, None].long())).argmax(0)

@@ -15,7 +15,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from chunkllm import ChunkAdapters, ChunkCalibration, ChunkError, PooledScorer, Scorer
 from chunkllm.calibration import open_saved
-from chunkllm.late import send
 from chunkllm.paged.selection import PagedSelection, Reading, Step
 from chunkllm.selection import DEFAULT_LOCAL, DEFAULT_SINKS, layer_weights
 from decoding.errors import DecodingError
@@ -95,6 +94,7 @@ class LayerGroup:
         if self.adapters is not None:
             refuse_unseen_ends(vllm_config)
         self._config, self._block_size, self._device, self._first = vllm_config, spec.block_size, device, impls[0]
+        self._attention = [context[name] for name in names]
         self._layers = [extract_layer_index(name) for name in names]
         weights = torch.ones(len(names))
         self._weights = weights if saved is None else _weights(saved, self._layers, vllm_config, self._first)
@@ -140,9 +140,19 @@ class LayerGroup:
             dtype=self._config.model_config.dtype,
             device=self._device,
             slots=self._slots,
+            read_keys=self._read_keys if self._can_read_keys() else None,
         )
         if selections is not None:
             self.selection.selections = selections  # counted on
+
+    def _can_read_keys(self) -> bool:
+        """Whether the cache gives keys back as they were written."""
+        return all(each.impl.can_read_keys(each, self._block_size) for each in self._attention)
+
+    def _read_keys(self, layer: int, blocks: Tensor) -> Tensor:
+        """Keys [n, block size, Hkv, D] of int64 [n] blocks, from the cache of a layer of the group."""
+        attention = self._attention[layer]
+        return attention.impl.read_keys(attention, blocks)
 
     def begin(self, common: CommonAttentionMetadata) -> Reading | None:
         """What the layers read in a step; None for everything.
@@ -163,24 +173,28 @@ class LayerGroup:
             self.selection.note_ends(None)
         return reading
 
+    @property
+    def wants_keys(self) -> bool:
+        """Whether the step under way wants keys and queries; else it wants the bottom layer's output alone."""
+        return self.selection is not None and self.selection.wants_keys
+
     def _step_of(self, common: CommonAttentionMetadata) -> Step:
         places = self._places(common)
         if common.is_prefilling is None or places is None:
             raise DecodingError("vLLM does not say whose the rows of a step are, or which are prompts")
-        rows, device = common.num_reqs, common.block_table_tensor.device
+        rows = common.num_reqs
         self.tokens = int(common.query_start_loc_cpu[rows])  # without those that only pad a CUDA graph's batch
-        budgets, most = self._budgets.of(places, self.budget), common.seq_lens_cpu_upper_bound
+        most = common.seq_lens_cpu_upper_bound
         return Step(
             block_table=common.block_table_tensor[:rows],
             lengths=common.seq_lens[:rows],
             query_start=common.query_start_loc[: rows + 1],
-            tokens=self.tokens,
-            is_prompt=send(common.is_prefilling[:rows], device),
-            budgets=send(budgets, device),
-            longest=common.max_seq_len,
-            may_select=common.max_seq_len > int(budgets.min()),
-            most_long=None if most is None else int((most[:rows].numpy() > budgets).sum()),
-            slots=None if self._slots is None else send(places, device),
+            places=common.slot_mapping[: self.tokens],
+            sizes=np.diff(common.query_start_loc_cpu[: rows + 1].numpy()),
+            is_prompt=common.is_prefilling[:rows].numpy(),
+            budgets=self._budgets.of(places, self.budget),
+            most=np.full(rows, common.max_seq_len) if most is None else most[:rows].numpy().astype(np.int64),
+            slots=None if self._slots is None else places,
         )
 
     def _places(self, common: CommonAttentionMetadata) -> np.ndarray | None:

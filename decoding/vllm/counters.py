@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chunkllm.late import Arriving
+from chunkllm.late import Arriving, send
 from chunkllm.paged.selection import Reading, Step
 from decoding.vllm.counts import Counting
 from decoding.vllm.metrics import LAMBDA, NONE, REQUESTS, SELECTIONS, TOKENS_HELD, TOKENS_READ
@@ -71,14 +71,16 @@ class ChunkCounts:
         if not self._counts:
             return
         try:
-            if step.may_select:
+            if step.most_long:
                 self._add_up(step, reading)
                 self._send_in_time(selections)
         except Exception:
             self._counts.end()
 
     def _add_up(self, step: Step, reading: Reading | None) -> None:
-        held = step.lengths * ((step.lengths > step.budgets) & ~step.is_prompt)
+        device = step.lengths.device
+        is_long = step.lengths > send(step.budgets, device)
+        held = step.lengths * (is_long & ~send(step.is_prompt, device))
         read = held * self._layers if reading is None else (reading.lengths * (held > 0)).sum(0)
         self._sums += torch.stack((held.sum(), read.sum()))
         self._steps += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
@@ -32,7 +33,30 @@ class ChunkCPUAttentionBackend(CPUAttentionBackend):
         return _Builder
 
 
-class _Impl(SelectingImpl, CPUAttentionBackendImpl): ...
+class _Impl(SelectingImpl, CPUAttentionBackendImpl):
+    _order: Tensor | None = None  # where in a block each number of a head's keys stands
+
+    def can_read_keys(self, attention: Any, block_size: int) -> bool:
+        """As they were, unless the cache is quantized. In which order is the processor's affair: some are written."""
+        if self.is_fp8_kv_cache:
+            return False
+        numbers = torch.arange(block_size * self.head_size)
+        low, high = (self._written(attention, digits, block_size) for digits in (numbers % 256, numbers // 256))
+        self._order = (low + 256 * high).long().argsort()  # bfloat16 has no more than 256 whole numbers in a row
+        some = torch.rand(len(numbers)).to(attention.kv_cache_torch_dtype)
+        return torch.equal(self._written(attention, some, block_size)[self._order], some.float())
+
+    def _written(self, attention: Any, keys: Tensor, block_size: int) -> Tensor:
+        """What a block with these keys of a head, [block size · D], is like in the cache, float32."""
+        keys = keys.to(attention.kv_cache_torch_dtype).view(block_size, 1, self.head_size)
+        cache = keys.new_zeros(1, 1, block_size, 2 * self.head_size)
+        self.do_kv_cache_update(attention, keys, keys, cache, torch.arange(block_size))
+        return cache.flatten()[: keys.numel()].float()
+
+    def read_keys(self, attention: Any, blocks: Tensor) -> Tensor:
+        """A block holds, for each head, its keys and its values."""
+        keys = attention.kv_cache[blocks].flatten(2)[:, :, self._order]
+        return keys.unflatten(2, (-1, self.head_size)).transpose(1, 2)
 
 
 class _Builder(SelectingBuilder, CPUAttentionMetadataBuilder):

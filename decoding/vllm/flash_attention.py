@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -37,7 +39,14 @@ class ChunkFlashAttentionBackend(FlashAttentionBackend):
         return _Builder
 
 
-class _Impl(SelectingImpl, FlashAttentionImpl): ...
+class _Impl(SelectingImpl, FlashAttentionImpl):
+    def can_read_keys(self, attention: Any, block_size: int) -> bool:
+        """As they were, unless the cache is quantized."""
+        return not is_quantized_kv_cache(self.kv_cache_dtype)
+
+    def read_keys(self, attention: Any, blocks: Tensor) -> Tensor:
+        """A block holds [Hkv, block size, keys and values]."""
+        return attention.kv_cache[blocks][..., : self.head_size].transpose(1, 2)
 
 
 class _Builder(SelectingBuilder, FlashAttentionMetadataBuilder):

@@ -31,10 +31,12 @@ class ChunkStep:
     Attributes:
         group: who selects.
         of_layers: each layer's metadata, or none if all is read.
+        wants_keys: whether keys and queries are to be taken in.
     """
 
     group: LayerGroup
     of_layers: Sequence[Any] = ()
+    wants_keys: bool = True
     _taken: set[int] = field(default_factory=set)  # layers
     _has_states: bool = False
     _has_failed: bool = False
@@ -93,7 +95,8 @@ class SelectingBuilder:
             if not group.has_room():
                 return None
             reading = group.begin(common)
-            return ChunkStep(group, () if reading is None else self.of_layers(metadata, reading))
+            of_layers = () if reading is None else self.of_layers(metadata, reading)
+            return ChunkStep(group, of_layers, group.wants_keys)
         except Exception:
             fell_back(_PART)
             return None
@@ -126,6 +129,14 @@ class SelectingImpl:
         if config is not None and declared is not None and declared.adapters is not None:
             watch_bottom_layer(config, self)
 
+    def can_read_keys(self, attention: Any, block_size: int) -> bool:
+        """Whether `read_keys` gives what was written, in a cache with blocks of so many tokens."""
+        raise NotImplementedError
+
+    def read_keys(self, attention: Any, blocks: Tensor) -> Tensor:
+        """Keys [n, block size, Hkv, D] of int64 [n] blocks of the cache of this attention's layer."""
+        raise NotImplementedError
+
     def forward(
         self,
         layer: Any,
@@ -140,7 +151,7 @@ class SelectingImpl:
     ) -> Tensor:
         """vLLM's, over the blocks that were selected."""
         step: ChunkStep | None = getattr(attn_metadata, "chunks", None)
-        if step is not None and self.number >= 0:
+        if step is not None and step.wants_keys and self.number >= 0:
             step.take_in(self.number, key, query)
             if step.of_layers:
                 attn_metadata = step.of_layers[self.number]

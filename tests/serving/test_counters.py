@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,15 +137,17 @@ def test_tokens_read_are_those_of_rows_that_are_over_their_budget(steps_at_once,
     listing, layers = Listing(), 4
     chunks = ChunkCounts(layers, Counting(listing), torch.device("cpu"), steps_at_once)
     lengths = torch.tensor([100, 50, 300, 200, 20, 0])
-    is_prompt = torch.tensor([False, False, True, False, False, False])
-    budgets = torch.tensor([64, 64, 64, 128, 64, 64])
-    step = Step(lengths[:, None], lengths, torch.arange(7), 6, is_prompt, budgets, 300)
+    is_prompt = np.array([False, False, True, False, False, False])
+    budgets = np.array([64, 64, 64, 128, 64, 64])
+    ones, most = np.ones(6, int), lengths.numpy()
+    step = Step(lengths[:, None], lengths, torch.arange(7), torch.arange(6), ones, is_prompt, budgets, most)
     read = torch.stack([torch.tensor([60 + layer, 50, 300, 200, 20, 0]) for layer in range(layers)])
     selections = torch.zeros((), dtype=torch.long)
     for number in range(96):
         selections += number % 3 == 0
         reading = None if number == 5 else Reading(read[:, :, None], read)
-        chunks.add(step._replace(may_select=number != 7), reading, selections)  # one is not looked at
+        most = step.most * (number != 7)
+        chunks.add(step._replace(most=most), reading, selections)  # one is not looked at
     held, seen = (listing.of(each)[None] for each in (TOKENS_HELD, TOKENS_READ))
     assert (held, seen) == (300 * counted, 300 + 261.5 * (counted - 1))
     assert listing.of(SELECTIONS) == {None: chosen}
@@ -179,10 +182,15 @@ def test_selections_are_counted_where_nothing_waits_for_the_device(fixed_shapes)
     chunks = ChunkCounts(L, Counting(listing), torch.device("cpu"), 4)
     table, selection = torch.arange(20, dtype=torch.int32)[None], engine.selection
     for held, count in [(0, 100), *((100 + i, 1) for i in range(24))]:
-        query_start = torch.tensor([0, count])
-        budgets = torch.tensor([BUDGET])
         step = Step(
-            table, torch.tensor([held + count]), query_start, count, torch.tensor([count > 1]), budgets, held + count
+            table,
+            torch.tensor([held + count]),
+            torch.tensor([0, count]),
+            torch.arange(held, held + count),
+            np.array([count]),
+            np.array([count > 1]),
+            np.array([BUDGET]),
+            np.array([held + count]),
         )
         reading = selection.begin(step)
         with NoLooking():

@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from chunkllm.paged.selection import PagedSelection, Step, local_blocks
@@ -26,6 +27,8 @@ class Request:
     ended: bool = False  # a piece, since the last selection
     waited: int = 0  # steps, for a selection
     slot: int = -1
+    rested: bool = False  # in its last step
+    quiet: int = 0  # steps of the engine before that in which all rested
     blocks: list = field(default_factory=list)
     chosen: list | None = None  # of each layer, blocks by number
 
@@ -33,16 +36,19 @@ class Request:
 class Engine:
     """Keys, queries and ends of chunks follow from tokens; blocks are given, shared, taken back and reused.
 
-    With ``slots``, so many requests have places in a table, which are taken back and reused in any order.
+    With ``slots``, so many requests have places in a table, which are taken back and reused in any order. With
+    ``rests`` the selection can read keys again, and rows rest that are not near their budgets.
     """
 
-    def __init__(self, blocks, seed=0, fixed_shapes=False, rows=ROWS, slots=None):
+    def __init__(self, blocks, seed=0, fixed_shapes=False, rows=ROWS, slots=None, rests=False):
         draw = torch.Generator().manual_seed(seed)
         self.keys = torch.randn(L, V, HKV, D, generator=draw)
         self.queries = torch.randn(L, V, H, D, generator=draw)
         self.ends = torch.rand(V, generator=draw) < 0.15
         self.scorer = PooledScorer(D, queries=M)
-        self.fixed_shapes = fixed_shapes
+        self.fixed_shapes, self.rests = fixed_shapes, rests and not (fixed_shapes and slots is None)
+        self.cache = torch.full((L, blocks, BLOCK, HKV, D), torch.nan)
+        self.quiet = 0  # steps in which all rested
         self.choose = random.Random(seed)
         self.selection = PagedSelection(
             self.scorer,
@@ -61,6 +67,7 @@ class Engine:
             dtype=torch.float32,
             device=torch.device("cpu"),
             fixed_shapes=fixed_shapes,
+            read_keys=(lambda layer, blocks: self.cache[layer, blocks]) if rests else None,
         )
         self.free = list(range(blocks))
         self.owners = {}  # block -> number of requests
@@ -72,7 +79,7 @@ class Engine:
     def admit(self, request):
         """Takes over full blocks that hold the same beginning; at least one token is left to compute."""
         request.blocks, request.held, request.known = [], 0, 0
-        request.chosen, request.ended, request.waited = None, False, 0
+        request.chosen, request.ended, request.waited, request.quiet = None, False, 0, self.quiet
         if self.slots is not None:
             request.slot = self.free_slots.pop(self.choose.randrange(len(self.free_slots)))
         while (request.held + BLOCK) < len(request.tokens):
@@ -92,7 +99,7 @@ class Engine:
             self.free_slots.append(request.slot)
             self.left[request.slot] = (
                 Request(request.tokens, 0, 0, request.held, request.known, request.ended),
-                (request.blocks[-1] if request.blocks else None),
+                (request.blocks[-1] if request.blocks and not request.rested else None),
             )
         for block in request.blocks:
             self.owners[block] -= 1
@@ -114,6 +121,13 @@ class Engine:
         rows = batch + [(None, 0)] * padding
         sizes = torch.tensor([count for _, count in rows])
         lengths = torch.tensor([request.held + count if request else 0 for request, count in rows])
+        limit = 0 if self.rests and self.fixed_shapes else self.choose.choice([0, 0, 40])
+        most = np.array([min(int(n) + limit, ROW_BLOCKS * BLOCK) if n else 0 for n in lengths])
+        self.places = [
+            request.blocks[at // BLOCK] * BLOCK + at % BLOCK
+            for request, count in batch
+            for at in range(request.held, request.held + count)
+        ]
         starts = torch.cat((torch.zeros(1, dtype=torch.long), sizes.cumsum(0)))
         table = torch.zeros(len(rows), ROW_BLOCKS, dtype=torch.int32)
         for row, (request, _) in enumerate(batch):
@@ -122,16 +136,35 @@ class Engine:
             table,
             lengths.int(),
             starts.int(),
-            int(sizes.sum()),
-            torch.tensor([request is not None and request.held < request.prompt for request, _ in rows]),
-            torch.tensor([request.budget if request else 0 for request, _ in rows]),
-            longest=min(int(lengths.max()) + self.choose.choice([0, 0, 40]), ROW_BLOCKS * BLOCK),
+            torch.tensor(self.places),
+            sizes.numpy(),
+            np.array([request is not None and request.held < request.prompt for request, _ in rows]),
+            np.array([request.budget if request else 0 for request, _ in rows]),
+            most,
         )
         if self.slots is not None:
             given = [request.slot if request else self.choose.randint(-1, self.slots - 1) for request, _ in rows]
-            step = step._replace(slots=torch.tensor(given))
+            step = step._replace(slots=np.array(given))
         ids = [token for request, count in batch for token in request.tokens[request.held : request.held + count]]
-        return step, torch.tensor(ids)
+        self.ids = torch.tensor(ids)
+        if self.rests:
+            self.rest(batch, most)
+        return step, self.ids
+
+    def rest(self, batch, most):
+        """Slots of rows that rest know nothing, and after a step in which all do, none does."""
+        for (request, _), n in zip(batch, most, strict=False):
+            request.rested = bool(n + M <= request.budget)
+            if request.rested:
+                self.left.pop(request.slot, None)
+        all_rest = all(request.rested for request, _ in batch)
+        for request, _ in batch:
+            if request.quiet != self.quiet:  # it was left out then
+                request.known, request.chosen = 0, None
+            request.quiet = self.quiet + all_rest
+        if all_rest:
+            self.quiet += 1
+            self.left.clear()
 
     def tell(self, ids):
         """The calls that a step owes."""
@@ -143,6 +176,7 @@ class Engine:
 
     def done(self, batch):
         """The step was computed."""
+        self.cache.flatten(1, 2)[:, self.places] = self.keys[:, self.ids]
         for request, count in batch:
             request.held += count
             request.known += count

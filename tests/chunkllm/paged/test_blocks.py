@@ -16,7 +16,6 @@ def test_features_do_not_depend_on_how_a_text_is_cut_into_steps(first, second, s
     draw = torch.Generator().manual_seed(seed)
     total = first + second + 1
     keys, ends = torch.randn(L, total, HKV, D, generator=draw), torch.rand(total, generator=draw) < 0.2
-    table = torch.arange(10)[None]
 
     def summarised(sizes):
         summaries = BlockSummaries(
@@ -26,7 +25,7 @@ def test_features_do_not_depend_on_how_a_text_is_cut_into_steps(first, second, s
         at = 0
         for size in sizes:
             start = torch.tensor([0, size])
-            tokens = tokens_of_step(table, torch.tensor([at + size]), start, BLOCK, size)
+            tokens = tokens_of_step(torch.tensor([at + size]), start, torch.arange(at, at + size), BLOCK)
             pieces = summaries.cut(tokens, ends[at : at + size], torch.tensor([0]), torch.tensor([at == 0]))
             summaries.add(pieces, keys[:, at : at + size], range(L))
             at += size
@@ -58,9 +57,10 @@ def test_summaries_of_keys_with_a_large_bias_are_those_of_float64(dtype, fixed_s
         device=torch.device("cpu"),
         fixed_shapes=fixed_shapes,
     )
-    table, at = torch.arange(1, 7)[None], 0
+    at = 0
     for size in sizes:
-        tokens = tokens_of_step(table, torch.tensor([at + size]), torch.tensor([0, size]), BLOCK, size)
+        places = BLOCK + torch.arange(at, at + size)
+        tokens = tokens_of_step(torch.tensor([at + size]), torch.tensor([0, size]), places, BLOCK)
         pieces = made.cut(tokens, torch.zeros(size, dtype=torch.bool), torch.tensor([0]), torch.tensor([at == 0]))
         made.add(pieces, keys[None, at : at + size], range(1))
         at += size

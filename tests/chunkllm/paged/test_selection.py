@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,23 +20,25 @@ def engine(monkeypatch):
     return made
 
 
+@pytest.mark.parametrize("rests", [False, True])
 @pytest.mark.parametrize("slots", [None, ROWS])
 @pytest.mark.parametrize(("pieces", "fixed_shapes"), [(1, False), (2, False), (4, False), (2, True)])
 @pytest.mark.parametrize("seed", range(4))
-def test_requests_that_come_and_go_get_what_each_would_get_alone(engine, pieces, fixed_shapes, slots, seed):
-    engine = engine(pieces, blocks=46, seed=seed, fixed_shapes=fixed_shapes, slots=slots)
+def test_requests_that_come_and_go_get_what_each_would_get_alone(engine, pieces, fixed_shapes, slots, rests, seed):
+    engine = engine(pieces, blocks=46, seed=seed, fixed_shapes=fixed_shapes, slots=slots, rests=rests)
     seen = []
     check = checker(pieces, seen)
     schedule = Schedule(engine, random.Random(seed), rows=ROWS, requests=40)
     schedule.run(lambda batch: engine.step(batch, check))
     assert schedule.preempted and schedule.shared and len(seen) > 200
     assert sum(seen) / len(seen) < 0.9
+    assert engine.quiet > 5 if engine.rests else not engine.quiet
 
 
 @pytest.mark.parametrize(("pieces", "fixed_shapes"), [(1, False), (1, True), (2, True)])
-@pytest.mark.parametrize("rows", [64, 256])
-def test_of_many_rows_each_gets_what_it_would_get_alone(engine, pieces, fixed_shapes, rows):
-    engine = engine(pieces, blocks=7 * rows, fixed_shapes=fixed_shapes, rows=rows, slots=rows)
+@pytest.mark.parametrize(("rows", "rests"), [(64, False), (64, True), (256, True)])
+def test_of_many_rows_each_gets_what_it_would_get_alone(engine, pieces, fixed_shapes, rows, rests):
+    engine = engine(pieces, blocks=7 * rows, fixed_shapes=fixed_shapes, rows=rows, slots=rows, rests=rests)
     seen, sizes = [], []
     check = checker(pieces, seen)
 
@@ -81,23 +84,25 @@ class NoLooking(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("slots", [None, ROWS])
-def test_with_fixed_shapes_nothing_waits_for_the_device(engine, slots):
-    engine = engine(blocks=40, fixed_shapes=True, slots=slots)
+@pytest.mark.parametrize("begins_with", [100, 30])  # tokens of the first step
+@pytest.mark.parametrize(("slots", "rests"), [(None, False), (ROWS, False), (ROWS, True)])
+def test_with_fixed_shapes_nothing_waits_for_the_device(engine, slots, rests, begins_with):
+    engine = engine(blocks=40, fixed_shapes=True, slots=slots, rests=rests)
     selection = engine.selection
     table = torch.arange(20, dtype=torch.int32)[None]
-    selected = []
-    for held, count in [(0, 100), *((100 + i, 1) for i in range(20))]:
+    selected, steps = [], [(0, begins_with), *((begins_with + i, 1) for i in range(40))]
+    for held, count in steps:
         ids = torch.randint(0, V, (count,))
         step = Step(
             table,
             torch.tensor([held + count]),
             torch.tensor([0, count]),
-            count,
-            torch.tensor([count > 1]),
-            torch.tensor([BUDGET]),
-            longest=held + count,
-            slots=None if slots is None else torch.tensor([1]),
+            torch.arange(held, held + count),
+            np.array([count]),
+            np.array([count > 1]),
+            np.array([BUDGET]),
+            np.array([held + count]),
+            slots=None if slots is None else np.array([1]),
         )
         keys, queries, ends = engine.keys[:, ids], engine.queries[:, ids], engine.ends[ids]
         with NoLooking():
@@ -107,5 +112,8 @@ def test_with_fixed_shapes_nothing_waits_for_the_device(engine, slots):
                 selection.add_queries(layer, queries[layer])
                 if layer == 0:
                     selection.note_ends(ends)
-        selected.append(int(reading.lengths[0]) < held + count)
-    assert selected == [False] + [True] * 20
+        engine.cache.flatten(1, 2)[:, held : held + count] = keys
+        selected.append(reading is not None and int(reading.lengths.sum()) < L * (held + count))
+    is_long = [count == 1 and held + 1 > BUDGET + BLOCK for held, count in steps]  # so much that blocks are left out
+    assert not any(got and held + count <= BUDGET for got, (held, count) in zip(selected, steps, strict=True))
+    assert all(got or not wanted for got, wanted in zip(selected, is_long, strict=True)) and sum(is_long) > 10

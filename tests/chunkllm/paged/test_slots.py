@@ -12,11 +12,13 @@ CPU, S = torch.device("cpu"), 6
 def rows(*of_rows, given=True):
     """Rows of (slot, tokens held, tokens of the step, block of the last held, block of the last of the step)."""
     slot, held, sizes, block, next_block = torch.tensor(of_rows).unbind(1)
-    return Rows(held, sizes, block, next_block, torch.zeros(len(of_rows), dtype=torch.bool), slot if given else None)
+    is_prompt = torch.zeros(len(of_rows), dtype=torch.bool)
+    return Rows(held, sizes, block, next_block, is_prompt, ~is_prompt, slot if given else None)
 
 
-def assigned(slots, *of_rows):
-    slot, is_new = slots.assign(rows(*of_rows))
+def assigned(slots, *of_rows, resting=()):
+    given = rows(*of_rows)
+    slot, is_new = slots.assign(given._replace(is_awake=torch.tensor([i not in resting for i in range(len(of_rows))])))
     return list(zip(slot.tolist(), is_new.tolist(), strict=True))
 
 
@@ -62,6 +64,23 @@ def test_rows_that_share_a_slot_get_none_and_it_is_forgotten():
     both = assigned(slots, (1, 9, 1, 40, 40), (2, 9, 1, 41, 41), (1, 10, 2, 40, 40))
     assert both == [nowhere, (2, False), nowhere]
     assert assigned(slots, (1, 12, 1, 40, 40), (2, 10, 1, 41, 41)) == [(1, True), (2, False)]
+
+
+@pytest.mark.parametrize("kind", [GivenSlots, FoundSlots])
+def test_rows_that_rest_get_no_slot_and_nobody_goes_on_where_one_was(kind):
+    """The request was preempted, and another has its place and its block by now, with as many tokens."""
+    slots, nowhere = kind(S, CPU), (S, True)
+    (first, _), (second, _) = assigned(slots, (1, 0, 5, 0, 10), (2, 0, 6, 0, 11))
+    assert assigned(slots, (1, 2, 2, 10, 10), (2, 6, 1, 11, 11), resting=[0]) == [nowhere, (second, False)]
+    ((_, is_new), (_, goes_on)) = assigned(slots, (1, 5, 1, 10, 10), (2, 7, 1, 11, 11))
+    assert is_new and not goes_on
+
+
+def test_rows_that_only_pad_take_nobodys_block():
+    slots = FoundSlots(S, CPU)
+    ((first, _),) = assigned(slots, (0, 0, 5, 0, 10))
+    padding = (0, 0, 0, 10, 10)
+    assert assigned(slots, padding, (0, 5, 1, 10, 10), resting=[0]) == [(S, True), (first, False)]
 
 
 def test_slots_that_are_not_given_are_an_error():

@@ -1,5 +1,6 @@
 """What a step computes and keeps follows from its rows and what they hold, not from an engine's limits."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,11 +65,12 @@ def written(lengths, rows=4, limit=512, fixed_shapes=True, given=True, steps=4):
             table,
             now.int(),
             torch.arange(count + 1, dtype=torch.int32),
-            count,
-            torch.zeros(count, dtype=torch.bool),
-            torch.full((count,), BUDGET),
-            longest=int(now.max()),
-            slots=torch.arange(count) if given else None,
+            table[:, 0].long() * BLOCK,  # what is written does not matter here
+            np.ones(count, int),
+            np.zeros(count, bool),
+            np.full(count, BUDGET),
+            now.numpy(),
+            slots=np.arange(count) if given else None,
         )
         with Written() as counted:
             selection.begin(step)
