@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ngram.encoding import NEVER, RUN_BITS, SMALL_BIAS, SMALL_VOCAB
 from ngram.errors import NGramError
 from ngram.smoothing import Estimates
-from ngram.tables import MOST_NGRAMS, NEVER, RUN_BITS, SMALL_BIAS, SMALL_VOCAB, Shape, Tables
+from ngram.tables import MOST_NGRAMS, Shape, Tables
 
 _AT_A_TIME = 1 << 17
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ngram import arpa, storage
 from ngram.counts import count_ngrams, documents_as_arrays
+from ngram.encoding import NEVER
 from ngram.errors import NGramError
 from ngram.layout import SortedNGrams, tables_from_estimates
 from ngram.smoothing import Smoothing, estimate
-from ngram.tables import MAX_ORDER, NEVER, Tables, add_log_prior
+from ngram.tables import MAX_ORDER, Tables, add_log_prior
 
 Oov = Literal["spread", "unk", "exclude"]
 _POSITIONS_AT_A_TIME = 1 << 17

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from ngram.encoding import SMALL_VOCAB
 from ngram.errors import NGramError
 from ngram.layout import pack_nodes
-from ngram.tables import MAX_ORDER, SMALL_VOCAB, Tables
+from ngram.tables import MAX_ORDER, Tables
 
 FORMAT = "decoding-ngram/1"
 _ROUNDING = 1e-4

@@ -30,19 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ngram.encoding import NEVER, RUN_BITS, SMALL_BIAS
+from ngram.kernels import uses_triton
 from ngram.search import search
 from ngram.walk import Walk, shares_of
 
-NEVER = -1e30
-"""Log-probability of what cannot occur. Finite, so that a weight of 0 leaves scores as they are (0 · −inf is NaN)."""
 NO_KEY = torch.iinfo(torch.int64).max
 MAX_ORDER = 6
 MOST_NGRAMS = 2**31 - 1
 """Longer than one token, all orders together: positions among them are int32."""
-SMALL_VOCAB = 1 << 16
-SMALL_BIAS = 1 << 15
-RUN_BITS = 4
-"""Nodes stand in runs of 2^4; a node's first continuation is kept as its distance from the run's first one."""
 MOST_ROWS_WALKED = 64
 TENSORS = ("unigram", "seen", "nodes", "runs", "backoff_book", "book_starts", "words", "deltas")
 
@@ -344,6 +340,10 @@ def add_log_prior(
     Returns:
         ``out``, of the shape and dtype of ``scores``. Computed in float32 (float64 if ``scores`` are).
     """
+    if uses_triton(scores.device):
+        from ngram import prior_kernel
+
+        return prior_kernel.add_log_prior(tables, scores, history, strength, mixture, prior=prior, shift=shift, out=out)
     if scores.dtype in (torch.float16, torch.bfloat16):
         wide = scores.float()
         return add_log_prior(tables, wide, history, strength, mixture, prior=prior, shift=shift).to(scores.dtype)

@@ -159,6 +159,7 @@ def at_hand(things, tmp_path, monkeypatch):
     """What the snippets take for granted: their own, since they may change it."""
     folder = shutil.copytree(things, tmp_path / "things")
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("DECODING_KERNELS", "auto")
     monkeypatch.setattr("decoding.style.background.openings", lambda: ("the captain", "rain fell"))
     tokenizer = named(make_tokenizer(), "tiny")
     gpt2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, bos_token_id=1, eos_token_id=1)
