@@ -5,6 +5,12 @@ Counted on the host, which makes the calls; so nothing waits for a device.
 
 from __future__ import annotations
 
+from chunkllm.errors import ChunkError
+
+
+class GapError(ChunkError):
+    """A step lacked a call, or had one twice."""
+
 
 class Calls:
     """Counts the calls of the step under way.

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chunkllm.errors import ChunkError
 from chunkllm.late import send
 from chunkllm.paged.blocks import BlockSummaries, Pieces, Tokens, tokens_of_step
-from chunkllm.paged.calls import Calls
+from chunkllm.paged.calls import Calls, GapError
 from chunkllm.paged.held import HeldTokens
 from chunkllm.paged.slots import FoundSlots, GivenSlots, Rows, Slots
 from chunkllm.scorers import Scorer, chunk_scores
@@ -192,13 +191,14 @@ class PagedSelection:
         """Before a step: takes in the one before, and says what to read in each layer; None for everything.
 
         Raises:
-            ChunkError: the step before had a gap, or this one's slots are missing.
+            GapError: the step before had a gap.
+            ChunkError: this one's slots are missing.
         """
         has_gap = not self._calls.close() and bool(self._written)
         self._written.append(step.places // self._block_size)
         if has_gap:
             self._forget_gap()
-            raise ChunkError(
+            raise GapError(
                 "a step had a gap: note where chunks end, and add keys and queries of each layer, once in every step"
             )
         self._take_in()

@@ -23,24 +23,13 @@ from decoding.vllm.bottom import refuse_unseen_ends
 from decoding.vllm.budgets import budget_slots
 from decoding.vllm.counters import ChunkCounts
 from decoding.vllm.counts import counts_of_rank
-from decoding.vllm.declaration import CHUNKS_KEY, DeclaredChunks, checked_chunks, checked_room
+from decoding.vllm.declaration import asked_for, checked_room
 from decoding.vllm.ranks import adapters_of_rank, kv_heads, query_heads
 from decoding.vllm.v1 import budget_rows
 
 _NO_WINDOW = (-1, (-1, -1))  # as vLLM's backends say it
 # Plain ones, and those that an attention backend quantizes itself, once it has handed on keys and queries as they were.
 _CACHES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
-
-
-def asked_for(vllm_config: VllmConfig | None) -> DeclaredChunks | None:
-    """What an engine's ``additional_config={"chunkllm": {…}}`` asks for, if it does.
-
-    Raises:
-        DecodingError: unknown or impossible settings.
-    """
-    additional = None if vllm_config is None else vllm_config.additional_config
-    asked = additional.get(CHUNKS_KEY) if isinstance(additional, dict) else None
-    return None if asked is None else checked_chunks(asked)
 
 
 def refuse_what_is_missing(vllm_config: VllmConfig) -> None:
@@ -105,6 +94,7 @@ class LayerGroup:
         self.selection: PagedSelection | None = None
         self._blocks = 0
         self._has_missed = False  # whether a step could not even begin
+        self.has_failed = False  # the step under way, and is counted
         self.has_room()  # if that can be: what does not fit should be known at the start
 
     def has_room(self) -> bool:
@@ -158,7 +148,7 @@ class LayerGroup:
         """What the layers read in a step; None for everything.
 
         Raises:
-            ChunkError: the step before was not taken in as a whole.
+            GapError: the step before was not taken in as a whole.
             DecodingError: vLLM does not say which rows are prompts, or whose they are.
         """
         assert self.selection is not None

@@ -206,6 +206,20 @@ def declared_chunks() -> DeclaredChunks | None:
     return None if text is None else checked_chunks(_parsed(CHUNKS_VARIABLE, text))
 
 
+def asked_for(vllm_config: Any | None) -> DeclaredChunks | None:
+    """What an engine's ``additional_config={"chunkllm": {…}}`` asks for, if it does.
+
+    Args:
+        vllm_config: vLLM's ``VllmConfig``.
+
+    Raises:
+        DecodingError: as `checked_chunks`.
+    """
+    additional = None if vllm_config is None else vllm_config.additional_config
+    asked = additional.get(CHUNKS_KEY) if isinstance(additional, dict) else None
+    return None if asked is None else checked_chunks(asked)
+
+
 def checked_chunks(settings: Any) -> DeclaredChunks:
     """Settings of chunk selection, from outside.
 

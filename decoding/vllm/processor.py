@@ -52,6 +52,8 @@ class _Processor(V1LogitsProcessor, V2LogitsProcessor):
             name = f"{type(self).__module__}:{type(self).__name__}"
             raise DecodingError(f"declare this processor with the engine: --logits-processors {name}")
         check_policy(SamplingParams())
+        if vllm_config.diffusion_config is not None:
+            raise DecodingError("a model that writes by diffusion is sampled in a way of its own, without processors")
         if isinstance(device_or_states, torch.device):
             self._rows = self._rows_of(vllm_config, device_or_states)
         else:

@@ -13,10 +13,12 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from chunkllm.paged.calls import GapError
 from chunkllm.paged.selection import Reading
 from decoding.errors import DecodingError
 from decoding.vllm.bottom import stop_watching, watch_bottom_layer
-from decoding.vllm.chunks import LayerGroup, asked_for, refuse_unusual_attention, without_windows
+from decoding.vllm.chunks import LayerGroup, refuse_unusual_attention, without_windows
+from decoding.vllm.declaration import asked_for
 from decoding.vllm.fallbacks import fell_back
 
 _PART = "chunk selection"
@@ -64,7 +66,7 @@ class ChunkStep:
     def _fail(self) -> None:
         """While an exception is handled. The rest of the step reads everything, and the selection will see the gap."""
         self._has_failed, self.of_layers = True, ()
-        fell_back(_PART)
+        _count_failure(self.group)
 
 
 class SelectingBuilder:
@@ -91,15 +93,19 @@ class SelectingBuilder:
         return metadata
 
     def _step(self, group: LayerGroup, metadata: Any, common: CommonAttentionMetadata) -> ChunkStep | None:
+        is_counted, group.has_failed = group.has_failed, False
         try:
             if not group.has_room():
                 return None
             reading = group.begin(common)
             of_layers = () if reading is None else self.of_layers(metadata, reading)
             return ChunkStep(group, of_layers, group.wants_keys)
+        except GapError:
+            if not is_counted:  # when it came to be
+                _count_failure(group)
         except Exception:
-            fell_back(_PART)
-            return None
+            _count_failure(group)
+        return None
 
     def of_layers(self, metadata: Any, reading: Reading) -> list[Any]:
         """The metadata of each layer."""
@@ -158,6 +164,12 @@ class SelectingImpl:
         return super().forward(  # type: ignore[misc]
             layer, query, key, value, kv_cache, attn_metadata, output, *args, **options
         )
+
+
+def _count_failure(group: LayerGroup) -> None:
+    """While an exception is handled."""
+    group.has_failed = True
+    fell_back(_PART)
 
 
 def is_selecting() -> bool:

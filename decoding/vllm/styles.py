@@ -42,7 +42,7 @@ class Asked(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """At most one prior for each row of a batch; a request's second style stands in a second layer."""
+    """At most one prior for each row of a batch. A request's last style stands in the last layer, whoever has more."""
 
     prior: int | Tensor  # one for all rows, or int64 [rows]
     strength: Tensor  # λ, float32 [rows], 0 for rows without one
@@ -162,8 +162,8 @@ class LoadedStyles:
     def layers(self, rows: Sequence[Sequence[Chosen]]) -> list[Layer]:
         """What `resolve` gave for each row of a batch, as layers."""
         return [
-            self._layer([row[depth] if depth < len(row) else None for row in rows])
-            for depth in range(max(map(len, rows), default=0))
+            self._layer([row[-1 - behind] if behind < len(row) else None for row in rows])
+            for behind in reversed(range(max(map(len, rows), default=0)))
         ]
 
     def _layer(self, rows: Sequence[Chosen | None]) -> Layer:
@@ -177,27 +177,39 @@ class LoadedStyles:
             holds = of_rows.of(send(torch.arange(len(rows)), self._device))
         return Layer(used[0].prior if is_one else send(priors, self._device), send(strength, self._device), holds)
 
-    def add(self, logits: Tensor, history: Tensor, layers: Sequence[Layer], own_stops: Tensor | None = None) -> Tensor:
+    def add(
+        self,
+        logits: Tensor,
+        history: Tensor,
+        layers: Sequence[Layer],
+        own_stops: Tensor | None = None,
+        several: Tensor | None = None,
+    ) -> Tensor:
         """Adds every layer's priors to ``logits`` in place, up to a number that is the same for a whole row.
 
         The guards of a request's second style look at what its first one left. Where a layer cannot be added, none is:
-        one by itself has looked at everything before it writes, and what several have written is taken back.
+        one by itself has looked at everything before it writes, and what those before the last have written is taken
+        back.
 
         Args:
             logits: float32 [rows, W].
             history: int64 [rows, context], −1 where there is no token.
             layers: from `layers`, or a runner's own.
             own_stops: from `stops_table`, of each row, int64 [rows, K]; None where no row has any.
+            several: the rows with more than one style, int64 [S], of which a copy is kept meanwhile; None for all.
         """
         if not logits.is_contiguous():  # vLLM cuts off what its vocabulary has to fill up
-            return logits.copy_(self.add(logits.contiguous(), history, layers, own_stops))
+            return logits.copy_(self.add(logits.contiguous(), history, layers, own_stops, several))
         ends = None if own_stops is None else self._ends(logits, own_stops)
-        before = logits.clone() if len(layers) > 1 else logits
+        before = None
+        if len(layers) > 1:
+            before = logits.clone() if several is None else logits[several]
         try:
             for layer in layers:
                 self._add(logits, history, layer)
         except Exception:
-            logits.copy_(before)
+            if before is not None:
+                logits[slice(None) if several is None else several] = before
             raise
         if own_stops is not None and ends is not None:
             moved = (self._ends(logits, own_stops)[1] - ends[1]).nan_to_num_(0)  # −inf less −inf

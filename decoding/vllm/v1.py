@@ -72,6 +72,7 @@ class StyleRows:
         self._rows: dict[int, _Styled] = {}
         self._layers: list[Layer] | None = None  # of the rows as they stand; None if they changed
         self._own_stops: Tensor | None = None  # likewise
+        self._several: Tensor | None = None  # likewise
 
     def update(self, batch_update: Any | None) -> None:
         """Takes in a vLLM ``BatchUpdate``."""
@@ -110,16 +111,21 @@ class StyleRows:
             return logits
         rows = [self._rows.get(row) for row in range(len(logits))]
         if not self._layers or len(self._layers[0].strength) != len(rows):
-            self._layers, self._own_stops = self._layers_of(rows)
+            self._layers, self._own_stops, self._several = self._layers_of(rows)
         if not self._layers:  # the styled rows are not in this step
             return logits
-        return self._styles.add(logits, self._history(rows), self._layers, self._own_stops)
+        return self._styles.add(logits, self._history(rows), self._layers, self._own_stops, self._several)
 
-    def _layers_of(self, rows: Sequence[_Styled | None]) -> tuple[list[Layer], Tensor | None]:
-        """The layers of rows, and the stops of their own."""
+    def _layers_of(self, rows: Sequence[_Styled | None]) -> tuple[list[Layer], Tensor | None, Tensor | None]:
+        """The layers of rows, the stops of their own, and which have several styles."""
         layers = self._styles.layers([request.styles if request else [] for request in rows])
         table = stops_table([request.own_stops if request else [] for request in rows])
-        return layers, None if table is None else send(table, self._device)
+        several = [row for row, request in enumerate(rows) if request and len(request.styles) > 1]
+        return (
+            layers,
+            None if table is None else send(table, self._device),
+            send(torch.tensor(several), self._device) if several else None,
+        )
 
     def _history(self, rows: Sequence[_Styled | None]) -> Tensor:
         """The tokens that can be context, int64 [rows, context]; −1 in unstyled rows and before a text's start."""

@@ -33,7 +33,7 @@ class StyleSlots:
         self._counts = StyleCounts(styles.names, counts)
         self._states = req_states
         size = (req_states.max_num_reqs, MOST_STYLES_PER_REQUEST)
-        self._prior, self._strength = np.zeros(size, np.int64), np.zeros(size, np.float32)
+        self._prior, self._strength = np.zeros(size, np.int64), np.zeros(size, np.float32)  # the last one comes first
         self._depth = np.zeros(req_states.max_num_reqs, np.int64)  # number of styles
         self._is_held = np.zeros(req_states.max_num_reqs, bool)  # otherwise than its styles are by themselves
         self._chosen: dict[int, list[Chosen]] = {}  # of slots with styles
@@ -57,8 +57,8 @@ class StyleSlots:
         self._chosen[slot] = chosen
         if own_stops:
             self._own[slot] = own_stops
-        for depth, each in enumerate(chosen):
-            self._prior[slot, depth], self._strength[slot, depth] = each.prior, each.strength
+        for behind, each in enumerate(reversed(chosen)):
+            self._prior[slot, behind], self._strength[slot, behind] = each.prior, each.strength
         return True
 
     def _leave(self, slot: int) -> None:
@@ -89,8 +89,8 @@ class StyleSlots:
         """What holds the styles of all slots back, one slot behind the other, each with `MOST_STYLES_PER_REQUEST`."""
         held = [Held()] * self._prior.size
         for slot, chosen in self._chosen.items():
-            for depth, each in enumerate(chosen):
-                held[slot * MOST_STYLES_PER_REQUEST + depth] = self._styles.held(each)
+            for behind, each in enumerate(reversed(chosen)):
+                held[slot * MOST_STYLES_PER_REQUEST + behind] = self._styles.held(each)
         return self._styles.holds(held)
 
     def _to_device(self, values: np.ndarray) -> Tensor:
@@ -120,18 +120,23 @@ class StyleSlots:
             return logits
 
     def _steered(self, logits: Tensor, ctx: Any) -> Tensor:
-        depth = int(self._depth[ctx.idx_mapping_np].max(initial=0))
+        depths = self._depth[ctx.idx_mapping_np]
+        depth = int(depths.max(initial=0))
         if not depth:
             return logits
         slots = ctx.expanded_idx_mapping.long()
         in_use, slots = slots >= 0, slots.clamp(min=0)  # rows that only pad a CUDA graph's batch have no slot
         strengths, priors = self._strengths[slots] * in_use[:, None], self._priors[slots]
-        layers = [Layer(priors[:, i], strengths[:, i]) for i in range(depth)]
+        layers = {i: Layer(priors[:, i], strengths[:, i]) for i in reversed(range(depth))}
         if self._holds is not None and self._is_held[ctx.idx_mapping_np].any():
             first = slots * MOST_STYLES_PER_REQUEST
-            layers = [layer._replace(holds=self._holds.of(first + i)) for i, layer in enumerate(layers)]
+            layers = {i: layer._replace(holds=self._holds.of(first + i)) for i, layer in layers.items()}
         own = None if self._own_stops is None else self._own_stops[slots].masked_fill(~in_use[:, None], -1)
-        return self._styles.add(logits, tokens_before(self._states, slots, ctx, self._back), layers, own)
+        several = None
+        if depth > 1 and len(depths) == len(logits):  # with drafts the device alone knows which rows are whose
+            several = send(torch.from_numpy(np.flatnonzero(depths > 1)), self._states.device)
+        history = tokens_before(self._states, slots, ctx, self._back)
+        return self._styles.add(logits, history, list(layers.values()), own, several)
 
     def _leave_failing(self, logits: Tensor, ctx: Any) -> None:
         """Leaves out the requests that cannot be steered alone, on a copy of one of their rows of ``logits``."""

@@ -30,7 +30,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from decoding.vllm import bottom
 from decoding.vllm.bottom import ARCHITECTURES, OPERATOR, refuse_unseen_ends
 from decoding.vllm.chunks import refuse_what_is_missing
-from decoding.vllm.plugin import CUDA_BACKEND, refuse_other_backends
+from decoding.vllm.plugin import CUDA_BACKEND, refuse_other_backends, register
 from decoding.vllm.selecting import refuse_other_layers
 
 pytestmark = pytest.mark.real
@@ -280,5 +280,30 @@ def test_an_engine_with_another_backend_is_refused(monkeypatch):
                 refuse_other_backends(engine(custom))
         register_backend(custom, CUDA_BACKEND)
         refuse_other_backends(engine(custom))
+    finally:
+        custom.clear_override()
+
+
+def test_an_engine_that_would_select_nothing_does_not_start_even_without_our_processor(folder, monkeypatch):
+    """As on CUDA, where vLLM would choose a backend of its own."""
+    _, path = saved(folder, "LlamaForCausalLM")
+    custom = AttentionBackendEnum.CUSTOM
+
+    def start(chunks, **options):
+        additional = {} if chunks is None else {"additional_config": {"chunkllm": chunks}}
+        return EngineArgs(str(path), skip_tokenizer_init=True, dtype="float32", **additional, **options)
+
+    try:
+        monkeypatch.setattr("decoding.vllm.plugin.current_platform", SimpleNamespace(is_cpu=lambda: False))
+        for _ in range(2):  # vLLM loads plugins in each process, and may do so again
+            register()
+        start(None).create_engine_config()
+        start({"kv_budget": 512}, attention_backend="CUSTOM").create_engine_config()
+        with pytest.raises(DecodingError, match='start with attention_backend="CUSTOM", not one of vLLM\'s choice'):
+            start({"kv_budget": 512}).create_engine_config()
+        with pytest.raises(DecodingError, match="kv_budget must be a whole number"):
+            start({"kv_budget": "much"}, attention_backend="CUSTOM").create_engine_config()
+        monkeypatch.setattr("decoding.vllm.plugin.current_platform", SimpleNamespace(is_cpu=lambda: True))
+        start({"kv_budget": 512}).create_engine_config()
     finally:
         custom.clear_override()

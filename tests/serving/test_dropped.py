@@ -9,6 +9,7 @@ from decoding import DecodingError
 from decoding.vllm.dropped import CARRYING, RefuseDropped, refuse_dropped
 
 fastapi = pytest.importorskip("fastapi", reason="it comes with vLLM, and with Gradio")
+pytest.importorskip("python_multipart", reason="likewise")
 STYLE = {"style": "a", "lambda": 0.1}
 
 
@@ -92,13 +93,63 @@ def test_what_is_no_json_object_is_left_to_the_server(body):
     refuse_dropped("/v1/completions", body)
 
 
-def answered(body, pieces=3, method="POST"):
+def form(asked, sound=b"\0\\u00ff"):
+    """A form with a file in it, as clients of vLLM's audio endpoints send it; and its kind."""
+    parts = [f'form-data; name="{name}"\r\n\r\n{value}'.encode() for name, value in asked.items()]
+    parts.insert(1, b'form-data; name="file"; filename="use_beam_search"\r\nContent-Type: audio/wav\r\n\r\n' + sound)
+    body = b"".join(b"--edge\r\nContent-Disposition: " + part + b"\r\n" for part in parts) + b"--edge--\r\n"
+    return body, b"Multipart/form-data; boundary=edge"
+
+
+AUDIO = "/v1/audio/transcriptions"
+MINE = {"vllm_xargs": json.dumps(STYLE)}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"use_beam_search": "false"} | MINE,
+        {"use_beam_search": "true", "vllm_xargs": '{"other": 1}'},
+        {"use_beam_search": "true", "vllm_xargs": "no JSON"},
+        {"vllm_xargs": '{"steer_stop": true}'},
+        {"prompt": 'use_beam_search=true, vllm_xargs={"style": "a"}'},
+    ],
+)
+def test_forms_that_are_carried_are_let_through(asked):
+    for sound in (b"", b'name="use_beam_search"\r\n\r\ntrue', bytes(2**21)):
+        refuse_dropped(AUDIO, *form({"model": "x"} | asked, sound))
+
+
+@pytest.mark.parametrize("truth", ["true", "1", "on", "Yes"])
+def test_forms_are_refused_for_what_json_is_refused_for(truth, monkeypatch):
+    with pytest.raises(DecodingError, match="beam search would leave style, lambda out"):
+        refuse_dropped(AUDIO, *form({"model": "x", "use_beam_search": truth} | MINE))
+    with pytest.raises(DecodingError, match="/v1/other would leave style, lambda out"):
+        refuse_dropped("/v1/other", *form({"model": "x"} | MINE))
+    with pytest.raises(DecodingError, match="lambda cannot be true or false"):
+        refuse_dropped(AUDIO, *form({"model": "x", "vllm_xargs": '{"style": "a", "lambda": true}'}))
+    monkeypatch.setenv("DECODING_POLICY", '{"style": "a"}')
+    with pytest.raises(DecodingError, match="beam search would leave this server's policy out"):
+        refuse_dropped(AUDIO, *form({"model": "x", "use_beam_search": truth}))
+
+
+@pytest.mark.parametrize("kind", [b"multipart/form-data", b"multipart/form-data; boundary=other", b"text/plain"])
+def test_what_is_no_form_is_left_to_the_server(kind):
+    refuse_dropped(AUDIO, form({"model": "x", "use_beam_search": "true"} | MINE)[0], kind)
+
+
+def answered(body, kind=b"application/json", path="/v1/completions", pieces=3, method="POST"):
     """The status and the text of what an app behind the middleware answers, which reads its body first."""
     app = fastapi.FastAPI()
 
     @app.api_route("/v1/completions", methods=["POST", "PUT"])
     async def complete(asked: dict):
         return {"got": asked}
+
+    @app.post(AUDIO)
+    async def transcribe(file: fastapi.UploadFile, vllm_xargs: str = fastapi.Form()):
+        return {"got": json.loads(vllm_xargs), "bytes": len(await file.read())}
 
     app.add_middleware(RefuseDropped)
     size = -(-len(body) // pieces)
@@ -112,8 +163,8 @@ def answered(body, pieces=3, method="POST"):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": method, "path": "/v1/completions", "query_string": b""}
-    asyncio.run(app(scope | {"headers": [(b"content-type", b"application/json")]}, receive, send))
+    scope = {"type": "http", "method": method, "path": path, "query_string": b""}
+    asyncio.run(app(scope | {"headers": [(b"content-type", kind)]}, receive, send))
     return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent[1:]))
 
 
@@ -121,4 +172,10 @@ def test_the_server_answers_400_with_the_reason_and_gets_all_others_whole():
     good = {"prompt": "x" * 1000, "vllm_xargs": STYLE}
     assert answered(json.dumps(good).encode()) == (200, {"got": good})
     status, answer = answered(json.dumps(good | {"use_beam_search": True}).encode())
+    assert status == 400 and "beam search would leave style, lambda out" in answer["detail"]
+
+
+def test_the_server_answers_forms_likewise():
+    assert answered(*form({"model": "x"} | MINE, b"\0" * 1000), AUDIO) == (200, {"got": STYLE, "bytes": 1000})
+    status, answer = answered(*form({"model": "x", "use_beam_search": "true"} | MINE, b"\0" * 1000), AUDIO)
     assert status == 400 and "beam search would leave style, lambda out" in answer["detail"]

@@ -387,11 +387,11 @@ def rows_of(*rows):
 
 
 def test_rows_become_layers(styles):
-    first, second = styles.layers(rows_of([(2, 0.5)], [], [(2, 0.25), (1, 0.125)]))
+    first, last = styles.layers(rows_of([(2, 0.5)], [], [(2, 0.25), (1, 0.125)]))
     assert first.prior == 2 and first.holds is None
-    assert first.strength.tolist() == [0.5, 0, 0.25]
-    assert second.prior == 1
-    assert second.strength.tolist() == [0, 0, 0.125]
+    assert first.strength.tolist() == [0, 0, 0.25]
+    assert last.prior.tolist() == [2, 0, 1]
+    assert last.strength.tolist() == [0.5, 0, 0.125]
     (mixed,) = styles.layers(rows_of([(2, 0.5)], [], [(1, 0.25)]))
     assert mixed.prior.tolist() == [2, 0, 1]
     assert styles.layers([[], []]) == []

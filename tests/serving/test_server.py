@@ -62,6 +62,7 @@ def client(log, policy):
     command = [sys.executable, "-m", "decoding", "serve", "--policy", str(policy), "--style", f"speeches={presidents}"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "8", "--enforce-eager"]
     command += ["--max-model-len", "2048", "--dtype", "float32"]
+    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with serving(command, port, log, VLLM_LOGGING_LEVEL="DEBUG"):
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
 
@@ -129,6 +130,41 @@ def test_chat_and_streaming(client):
     assert plain != steered == streamed
     chunks = complete(client, "king-james", 0.8, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == complete(client, "king-james", 0.8).choices[0].text
+
+
+TOOL = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 12},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def test_tool_calls_are_steered_and_their_arguments_whole(client):
+    """The text of a city is open, and the grammar is not: what it rules out stays out."""
+    tool = {"type": "function", "function": {"name": "forecast", "parameters": TOOL, "strict": True}}
+    common = {"model": DEFAULT_MODEL, "max_tokens": 96, "tools": [tool]}
+    common |= {"tool_choice": {"type": "function", "function": {"name": "forecast"}}}
+    common["messages"] = [{"role": "user", "content": "What will the weather be like in the city of your choice?"}]
+
+    def called(asked):
+        extra = {"vllm_xargs": {"policy": "off"} | asked}
+        answer = client.chat.completions.create(**common, temperature=0, extra_body=extra)
+        (call,) = answer.choices[0].message.tool_calls
+        assert call.function.name == "forecast"
+        arguments = json.loads(call.function.arguments)
+        assert set(arguments) == {"city", "days"} and isinstance(arguments["city"], str)
+        assert type(arguments["days"]) is int and 1 <= arguments["days"] <= 9
+        return arguments
+
+    plain = called({})
+    assert called({"style": "king-james", "lambda": 0.3, "max_js": "off"}) != plain
+    assert called({"kv_budget": 384}) == plain  # a short conversation is within its budget
+    with pytest.raises(openai.BadRequestError, match="unknown style 'nobody'"):
+        called({"style": "nobody"})
 
 
 def test_thirty_two_at_once_get_what_each_gets_alone(client):

@@ -370,12 +370,29 @@ def test_whatever_goes_wrong_the_step_is_plain_vllms_and_others_select(config, m
     selected.clear()
     served.step(run, lambda: choose.randrange(VOCAB))
     assert reads_everything(model) and not selected.total()  # nor does the next one trust what it knows
+    assert fallbacks.counts[PART] == 1  # and it does not count again
     run_to_the_end(served, run, choose)
     assert not in_prompt or selected["c"] > 30  # its keys were read again from the cache
     long_request(served, "d", seed=9, max_tokens=60)  # in a place that one of them had
     run_to_the_end(served, run, choose)
     assert selected["d"] > 30
-    assert fallbacks.counts[PART] <= 2
+    assert fallbacks.counts[PART] == 1
+
+
+def test_a_step_without_metadata_for_its_layers_counts_once_though_it_leaves_a_gap(config, monkeypatch):
+    choose, model, selected = random.Random(6), Model(monkeypatch), Counter()
+    served = model.serving(config)
+    run = own_blocks_alone(served, model, selected)
+    long_request(served, "a", max_tokens=60)
+    for _ in range(20):
+        served.step(run, lambda: choose.randrange(VOCAB))
+    assert selected["a"]
+    with monkeypatch.context() as patch:
+        patch.setattr("decoding.vllm.selecting.SelectingBuilder.of_layers", lambda *_: 1 / 0)
+        served.step(run, lambda: choose.randrange(VOCAB))
+    assert reads_everything(model) and fallbacks.counts[PART] == 1
+    run_to_the_end(served, run, choose)
+    assert fallbacks.counts[PART] == 1
 
 
 def test_a_step_whose_model_never_ran_is_followed_by_one_that_reads_everything(config, monkeypatch):

@@ -235,6 +235,7 @@ def _is_abstract(node: ast.AST) -> bool:
 BACKEND, V1, V2 = "vllm.v1.attention.backend", "vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu"
 OF_V2, LINEAR = f"{V2}.sample.logits_processor", "vllm.model_executor.layers.linear.QKVParallelLinear"
 STEP = f"{BACKEND}.CommonAttentionMetadata"
+DRAFTED = f"{V2}.spec_decode.rejection_sampler.RejectionSampler"
 CPU, FLASH = "vllm.v1.attention.backends.cpu_attn.CPUAttention", "vllm.v1.attention.backends.flash_attn.FlashAttention"
 ATTENTION = "num_heads head_size scale num_kv_heads sliding_window logits_soft_cap sinks alibi_slopes "
 ATTENTION += "kv_sharing_target_layer_name kv_cache_dtype supports_quant_query_input"
@@ -257,6 +258,7 @@ ASSUMED = [
     Exists("vllm.config.CacheConfig", "cache_dtype block_size num_gpu_blocks", "summaries lie beside the cache"),
     Exists("vllm.config.CompilationConfig", "static_forward_context splitting_ops", "layers by name; our operator"),
     Exists("vllm.config.SchedulerConfig", "max_num_seqs", "the most rows of a step"),
+    Exists("vllm.config.VllmConfig", "diffusion_config", "refused: such models have samplers of their own"),
     Exists("vllm.config.SpeculativeConfig", "num_speculative_tokens", "how many drafts a phase may lie behind"),
     Exists("vllm.config.ParallelConfig", "rank tensor_parallel_size pipeline_parallel_size", "who has which heads"),
     Exists("vllm.config.ParallelConfig", "decode_context_parallel_size prefill_context_parallel_size", "refused"),
@@ -332,12 +334,15 @@ ASSUMED = [
     Exists(f"{OF_V2}.LogitsProcRequestState", "prompt_len prefill_len", "V2: prompts"),
     Exists(f"{OF_V2}.LogitsContext", "expanded_idx_mapping idx_mapping_np", "V2: whose a row is"),
     Exists(f"{OF_V2}.LogitsContext", "expanded_local_pos input_ids pos", "V2: draft tokens"),
+    Says(DRAFTED, "pos, draft_sampled, expanded_local_pos", "V2: likewise where drafts are verified"),
     Exists(f"{V2}.buffer_utils.StagedWriteTensor", "gpu", "V2: histories on the device"),
     Exists(f"{V2}.buffer_utils.UvaBackedTensor", "np gpu", "V2: lengths on both sides"),
     Exists("vllm.SamplingParams", "extra_args temperature top_p top_k min_p stop_token_ids", "what a request asks for"),
     # The server
     Says("vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest", XARGS, "vllm_xargs are extra_args"),
     Says("vllm.entrypoints.openai.completion.protocol.CompletionRequest", XARGS, "vllm_xargs are extra_args"),
+    Says("vllm.entrypoints.speech_to_text.transcription.protocol", "json.loads(xargs)", "in forms they are a text"),
+    Called("vllm.EngineArgs.create_engine_config", "", "an engine in which nothing would be selected is refused there"),
     Called("vllm.entrypoints.cli.serve.cmd_init", "", "`decoding serve` is `vllm serve`"),
     Called("vllm.entrypoints.cli.serve.ServeSubcommand.subparser_init", "subparsers", "its options"),
     Called("vllm.entrypoints.cli.serve.ServeSubcommand.validate", "args", "their check"),

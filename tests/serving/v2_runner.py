@@ -21,7 +21,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu import buffer_utils, model_runner
@@ -30,7 +30,9 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcRequestState
+from vllm.v1.worker.gpu.sample import sampler
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcRequestState, build_custom_logits_processors
+from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 from vllm.v1.worker.gpu.states import RequestState
 
 CPU = torch.device("cpu")
@@ -82,11 +84,49 @@ def _prepare_pos_seq_lens(idx_mapping, starts, computed, positions, lengths):
         lengths[row] = done + end - begin
 
 
-def _combine_sampled(input_ids, idx_mapping, sampled, starts, lengths, prefill_len, *rest):
+def _combine_sampled(
+    input_ids, idx_mapping, sampled, starts, lengths, prefill_len, drafts, logit_starts, num_logits, num_sampled
+):
+    indices = torch.empty(num_logits, dtype=torch.long)
     for row, slot in enumerate(idx_mapping.tolist()):
+        first, end = int(logit_starts[row]), int(logit_starts[row + 1])
+        begin = int(starts[row + 1]) - (end - first)
+        indices[first:end] = torch.arange(begin, begin + end - first)
         if lengths[row] > prefill_len[slot]:
-            input_ids[int(starts[row + 1]) - 1] = sampled[slot, 0]
-    return starts[1 : len(idx_mapping) + 1].long() - 1
+            if lengths[row] - (end - first) >= prefill_len[slot]:
+                input_ids[begin] = sampled[slot, 0]
+            input_ids[begin + 1 : begin + end - first] = drafts[slot, : end - first - 1]
+    return indices
+
+
+def _expand_idx_mapping(idx_mapping, num_logits, starts, most):
+    counts = (starts[1:] - starts[:-1]).long()
+    first = starts[:-1].repeat_interleave(counts, output_size=num_logits)
+    return idx_mapping.repeat_interleave(counts), torch.arange(num_logits, dtype=torch.int32) - first
+
+
+def _gather_drafts(input_ids, positions, indices, slots, places, prefill_len):
+    ids, at = input_ids[indices].clone(), positions[indices]
+    ids[(places > 0) & (at - places < prefill_len[slots])] = -1  # fill up a step that reads a prompt
+    return ids, at
+
+
+def _accept_greedily(
+    logits, draft_logits, drafts, starts, pos, idx_mapping, slots, places, temperature, seed, most, *rest, **options
+):
+    """Of each request the tokens that its scores like best, up to the first that is not its draft; and how many."""
+    best, counts = logits.argmax(-1), []
+    sampled = torch.zeros(len(starts) - 1, most + 1, dtype=torch.long)
+    for row, (first, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
+        sampled[row, : end - first] = best[first:end]
+        counts.append(1 + int((best[first : end - 1] == drafts[first + 1 : end]).long().cumprod(0).sum()))
+    return sampled, torch.tensor(counts, dtype=torch.int32)
+
+
+def _count_sampled(counts, lengths, starts, idx_mapping, prefill_len):
+    is_read = lengths[: len(idx_mapping)] >= prefill_len[idx_mapping]
+    counts = counts.where(is_read, 0)
+    return counts, (starts[1:] - starts[:-1] - counts).where(is_read, 0)
 
 
 def put_plain_kernels(patch):
@@ -98,6 +138,12 @@ def put_plain_kernels(patch):
     patch.setattr(model_runner, "prepare_prefill_inputs", _prepare_prefill_inputs)
     patch.setattr(model_runner, "prepare_pos_seq_lens", _prepare_pos_seq_lens)
     patch.setattr(model_runner, "combine_sampled_and_draft_tokens", _combine_sampled)
+    patch.setattr(model_runner, "expand_idx_mapping", _expand_idx_mapping)
+    patch.setattr(sampler, "gumbel_sample", lambda logits, *rest, **options: logits.argmax(-1))
+    patch.setattr(rejection_sampler, "gather_draft_sampled", _gather_drafts)
+    patch.setattr(rejection_sampler, "rejection_sample", _accept_greedily)
+    for module in (sampler, rejection_sampler):
+        patch.setattr(module, "get_num_sampled_and_rejected", _count_sampled)
 
 
 def configured(model, patch, **options):
@@ -122,9 +168,9 @@ def configured(model, patch, **options):
 
 
 class Runner(model_runner.GPUModelRunner):
-    """What of vLLM's runner comes before and behind a model."""
+    """What of vLLM's runner comes before and behind a model. With vLLM's samplers, unless it has a processor alone."""
 
-    def __init__(self, config, blocks, processor):
+    def __init__(self, config, blocks, processor=None):
         scheduling, length = config.scheduler_config, config.model_config.max_model_len
         self.vllm_config, self.model_config, self.device = config, config.model_config, CPU
         self.cache_config, self.parallel_config = config.cache_config, config.parallel_config
@@ -138,8 +184,8 @@ class Runner(model_runner.GPUModelRunner):
         self.block_tables = BlockTables([spec.block_size], self.max_num_reqs, self.max_num_tokens, [count], CPU)
         self.input_buffers = InputBuffers(self.max_num_reqs, self.max_num_tokens, CPU)
         vocabulary = config.model_config.get_vocab_size()
-        self.req_states = RequestState(self.max_num_reqs, length, self.max_num_tokens, 0, vocabulary, CPU)
-        self.processor = processor(config, LogitsProcRequestState.from_request_state(self.req_states))
+        drafts = config.num_speculative_tokens
+        self.req_states = RequestState(self.max_num_reqs, length, self.max_num_tokens, drafts, vocabulary, CPU)
         nothing = SimpleNamespace(add_request=lambda *_: None, remove_request=lambda *_: None)
         self.model_state = SimpleNamespace(
             **vars(nothing),
@@ -148,11 +194,31 @@ class Runner(model_runner.GPUModelRunner):
             max_model_len=length,
             supports_mm_inputs=False,
         )
-        self.sampler = self.processor
+        if processor is None:
+            self._add_samplers(vocabulary)
+        else:
+            self.sampler = processor(config, LogitsProcRequestState.from_request_state(self.req_states))
         self.prompt_logprobs_worker = self.lora_state = nothing
         self.pooling_runner = self.pp_handler = self.encoder_cache = self.adaptive_verification = None
         self.pcp_manager = self.fast_prefill = self.kv_block_zeroer = None
-        self.is_last_pp_rank, self.use_pp, self.decode_query_len = True, False, 1
+        self.is_last_pp_rank, self.use_pp, self.decode_query_len = True, False, 1 + drafts
+
+    def _add_samplers(self, vocabulary):
+        named = self.model_config.logits_processors
+        custom = build_custom_logits_processors(self.vllm_config, self.req_states, False, named)
+        self.sampler = sampler.Sampler(
+            self.vllm_config, self.max_num_reqs, vocabulary, CPU, self.req_states, custom_logits_processors=custom
+        )
+        speculative = self.vllm_config.speculative_config
+        self.rejection_sampler = rejection_sampler.RejectionSampler(self.sampler, speculative, CPU)
+
+    def sampled(self, batch, logits):
+        """The tokens of each row of a batch, greedily: those that the scores [rows, V] were sampled to."""
+        output = (self.rejection_sampler if batch.num_draft_tokens else self.sampler)(logits, batch)
+        return [
+            ids[:count]
+            for ids, count in zip(output.sampled_token_ids.tolist(), output.num_sampled.tolist(), strict=True)
+        ]
 
     def prepared(self, scheduled):
         """A scheduler's step as a batch, and its attention metadata by layer."""
@@ -180,18 +246,25 @@ class Runner(model_runner.GPUModelRunner):
     def finish(self, batch, sampled):
         """Takes in the tokens that were sampled for the rows of a batch."""
         states = self.req_states
-        for row, slot in enumerate(batch.idx_mapping_np.tolist()):
-            states.num_computed_tokens.gpu[slot] += int(batch.num_scheduled_tokens[row])
-            if sampled[row]:
-                states.all_token_ids.gpu[slot, states.total_len.gpu[slot]] = sampled[row][0]
-                states.total_len.gpu[slot] += 1
-                states.last_sampled_tokens[slot] = sampled[row][0]
+        drafts = batch.num_draft_tokens_per_req
+        for row, (slot, ids) in enumerate(zip(batch.idx_mapping_np.tolist(), sampled, strict=True)):
+            rejected = 0 if drafts is None or not ids else int(drafts[row]) + 1 - len(ids)
+            states.num_computed_tokens.gpu[slot] += int(batch.num_scheduled_tokens[row]) - rejected
+            if ids:
+                begin = int(states.total_len.gpu[slot])
+                states.all_token_ids.gpu[slot, begin : begin + len(ids)] = torch.tensor(ids, dtype=torch.int32)
+                states.total_len.gpu[slot] += len(ids)
+                states.last_sampled_tokens[slot] = ids[-1]
+
+    def draft(self, name, ids):
+        """Drafts for a request's next step, on the device, as a speculator leaves them; −1 for one that is none."""
+        self.req_states.draft_tokens[self.req_states.req_id_to_index[name], : len(ids)] = torch.tensor(ids)
 
 
 class Serving:
     """A scheduler and a runner. ``model`` is called with what a step's tokens are, and its metadata."""
 
-    def __init__(self, config, blocks, processor):
+    def __init__(self, config, blocks, processor=None):
         init_none_hash(sha256)
         self.runner = Runner(config, blocks, processor)
         self.config, size = config, self.runner.block_tables.block_sizes[0]
@@ -208,15 +281,38 @@ class Serving:
 
     def step(self, model, sample):
         """Schedules a step, hands it to a model, and takes in what is sampled. Its batch; None if there was nothing."""
+
+        def sampled(batch, metadata):
+            with set_forward_context(metadata, self.config):
+                model(batch, metadata)
+            ended = batch.seq_lens[: batch.num_reqs].numpy() >= batch.prefill_len_np
+            return [[sample()] if is_ended else [] for is_ended in ended]
+
+        return self._step(sampled)
+
+    def step_with_drafts(self, scores, drafts):
+        """Likewise, with vLLM's samplers, and drafts for the step behind it.
+
+        Args:
+            scores: of a batch, gives the logits [rows, V].
+            drafts: of a request, gives the ids that are drafted for it.
+        """
+        batch = self._step(lambda batch, metadata: self.runner.sampled(batch, scores(batch)))
+        held = [name for name in self.runner.req_states.req_id_to_index if not self.requests[name].is_finished()]
+        drafted = {name: drafts(self.requests[name]) for name in held}
+        for name, ids in drafted.items():
+            self.runner.draft(name, ids)
+        # The host knows how many there are and not which, as with async scheduling.
+        self.scheduler.update_draft_token_ids(DraftTokenIds(held, [[-1] * len(ids) for ids in drafted.values()]))
+        return batch
+
+    def _step(self, sampled_of):
         scheduled = self.scheduler.schedule()
         if not scheduled.total_num_scheduled_tokens:
             self.runner.finish_requests(scheduled)
             return None
         batch, metadata = self.runner.prepared(scheduled)
-        with set_forward_context(metadata, self.config):
-            model(batch, metadata)
-        ended = batch.seq_lens[: batch.num_reqs].numpy() >= batch.prefill_len_np
-        sampled = [[sample()] if is_ended else [] for is_ended in ended]
+        sampled = sampled_of(batch, metadata)
         self.runner.finish(batch, sampled)
         places = {name: row for row, name in enumerate(batch.req_ids)}
         self.scheduler.update_from_output(scheduled, ModelRunnerOutput(batch.req_ids, places, sampled))
