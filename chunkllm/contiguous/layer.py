@@ -310,6 +310,13 @@ class ChunkLayer(CacheLayerMixin):
         )
         return (held - full).exp()
 
+    def step_back(self) -> None:
+        """Takes back the place that was written last, so that a step can be repeated. For measurements."""
+        if self.selected:
+            self._used -= 1
+        else:
+            self.stored -= 1
+
     def everything(self) -> tuple[Tensor, Tensor]:
         """All keys and values, each [B, Hkv, S, D], in the order of their places, selected or not. For measurements."""
         assert self._buffer is not None

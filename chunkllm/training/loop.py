@@ -83,6 +83,35 @@ class TrainingOptions:
             raise ChunkError(f"the weight decay must be at least 0, not {self.weight_decay:g}")
 
 
+def learn(
+    adapters: ChunkAdapters, optimizer: torch.optim.Optimizer, reading: Reading, options: ReadingOptions
+) -> tuple[float, float]:
+    """One step of learning from one reading. Waits for the device.
+
+    Args:
+        adapters: of the model that read; they change.
+        optimizer: of their parameters.
+        reading: on their device.
+        options: how it was read.
+
+    Returns:
+        The losses before the step: of distillation, the mean over layers, and of boundaries.
+    """
+    optimizer.zero_grad()
+    boundary = binary_cross_entropy_with_logits(adapters.boundary(reading.bottom), reading.labels.float())
+    boundary.backward()
+    distilled, scorer, layers = 0.0, adapters.scorer(), adapters.config.shape.full_layers
+    free = reading.boundaries.free(options.sinks, options.local)
+    for layer in layers:
+        lesson = reading.lessons[layer]
+        loss = distillation_loss(lesson_scores(scorer, layer, lesson, reading.boundaries), lesson.target, free)
+        loss.backward()  # layer by layer, so that one layer's activations are held at a time
+        distilled += float(loss.detach()) / len(layers)
+    torch.nn.utils.clip_grad_norm_(adapters.parameters(), 1.0)
+    optimizer.step()
+    return distilled, float(boundary.detach())
+
+
 class Readings:
     """Readings of pieces in a folder, made when first asked for.
 
@@ -259,26 +288,8 @@ class Training:
         rate = min((self.step + 1) / warm, 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * rate
-        self.optimizer.zero_grad()
-        boundary = self._boundary_loss(reading)
-        boundary.backward()
-        distilled, scorer = 0.0, self.adapters.scorer()
-        for layer in self.shape.full_layers:
-            loss = self._distillation_loss(scorer, layer, reading)
-            loss.backward()  # layer by layer, so that one layer's activations are held at a time
-            distilled += float(loss.detach()) / len(self.shape.full_layers)
-        torch.nn.utils.clip_grad_norm_(self.adapters.parameters(), 1.0)
-        self.optimizer.step()
-        return {"step": self.step, "distillation": distilled, "boundary": float(boundary.detach())}
-
-    def _boundary_loss(self, reading: Reading) -> Tensor:
-        return binary_cross_entropy_with_logits(self.adapters.boundary(reading.bottom), reading.labels.float())
-
-    def _distillation_loss(self, scorer: Scorer, layer: int, reading: Reading) -> Tensor:
-        options = self.options.reading
-        lesson, boundaries = reading.lessons[layer], reading.boundaries
-        scores = lesson_scores(scorer, layer, lesson, boundaries)
-        return distillation_loss(scores, lesson.target, boundaries.free(options.sinks, options.local))
+        distilled, boundary = learn(self.adapters, self.optimizer, reading, self.options.reading)
+        return {"step": self.step, "distillation": distilled, "boundary": boundary}
 
     @torch.no_grad()
     def judge(self) -> dict[str, Any]:

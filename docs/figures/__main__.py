@@ -9,7 +9,7 @@ from cogapp import Cog
 from figures.data import DOCS
 
 PAGES = (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")))
-IMPORT = "from figures import cost, front, long_context, lossless, models, style, temperature, vllm"
+IMPORT = "from figures import cost, front, gpu, long_context, lossless, models, style, temperature, vllm"
 
 
 def run(*options: str, pages: Sequence[Path] = PAGES) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from figures import cost, data, long_context, lossless, style, temperature, vllm
+from figures import cost, data, gpu, long_context, lossless, style, temperature, vllm
 
 MODEL, OTHER = "SmolLM2-135M-Instruct", "Qwen2.5-Coder-0.5B-Instruct"
 SMALL = MODEL.lower()
@@ -19,6 +19,7 @@ def table(docs: str = "") -> str:
         f"[Temperature]({docs}temperature_measured.md)": _temperature(),
         f"[Long contexts]({docs}long_context_measured.md)": _long(),
         f"[In vLLM]({docs}vllm_measured.md)": _vllm(),
+        f"[On a GPU]({docs}gpu.md)": gpu.front(),
     }
     heads = ["", "gives", "measured on", "costs", "hurts when"]
     return data.table([heads, *([label, *cells] for label, cells in lines.items())])

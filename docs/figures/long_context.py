@@ -152,14 +152,10 @@ def costs() -> str:
     reading = "reading a prompt of 4,096 tokens and one step more, attached against not"
     offload = "offload at 120,000 tokens: selected keys and values and chunk features on the device, of all"
     on_device = "offload at 120,000 tokens: on the device, of all keys and values (counted)"
-    gpu = "a GPU, llama-3.1-8b, bfloat16, 120,000 tokens, batch 1 and 6: against "
     lines = [
         ["", "measured", "target"],
         bench_line(growth["what"], growth, ratio_of(_seconds("selected", 120_000), _seconds("selected", 8192))[1]),
         bench_line(reading, figure(BENCH, reading)),
         bench_line(on_device, figure(BENCH, offload)),
     ]
-    for name in ("default", "best dense"):
-        found = figure(BENCH, gpu + name)
-        lines.append(bench_line(f"a GPU, Llama-3.1-8B's shape, bfloat16, 120,000 tokens, against {name}", found))
     return table(lines)

@@ -59,6 +59,18 @@ def ratio_of(times: np.ndarray, baseline: np.ndarray) -> tuple[float, str]:
     return median, f"{median:.2f}× [{low:.2f}, {high:.2f}]"
 
 
+def time_of(seconds: np.ndarray, unit: str = "ms") -> tuple[float, str]:
+    """The median of some times, and as text with their quartiles.
+
+    Args:
+        seconds: [rounds].
+        unit: "ms" or "µs".
+    """
+    low, median, high = (np.quantile(seconds, (0.25, 0.5, 0.75)) * {"ms": 1e3, "µs": 1e6}[unit]).tolist()
+    places = 0 if median >= 100 else 1 if median >= 10 else 2
+    return median, f"{median:.{places}f} {unit} [{low:.{places}f}, {high:.{places}f}]"
+
+
 def report(figures: Sequence[Figure], title: str, about: dict[str, Any], out: Path | None) -> None:
     """Prints the table; with ``out``, writes the figures, what they are about and what they ran on as JSON."""
     table = Table("measured", "figure", "target", "met", title=title)

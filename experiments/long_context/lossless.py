@@ -30,6 +30,7 @@ from decoding.errors import DecodingError
 from decoding.models import input_device, load_model, load_tokenizer
 from decoding.style.source import StyleSource
 from decoding.tokens import tokenize
+from experiments.lab.device import device_here, free
 from experiments.lab.figures import Figure, ratio_of, report
 from experiments.long_context.bench import BenchOptions, contents, random_model, selection
 from experiments.long_context.evaluate import read
@@ -215,31 +216,43 @@ class _Script(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).index_fill_(1, token[None].to(scores.device), 0)
 
 
+WAYS = (DEFAULT, DENSE, SELECTED, LOSSLESS)
+
+
 def on_random(
-    options: BenchOptions, acceptance: float, setting: Setting, show: Callable[[str], None]
+    options: BenchOptions,
+    acceptance: float,
+    setting: Setting,
+    show: Callable[[str], None],
+    ways: Sequence[str] = WAYS,
 ) -> Iterator[Record]:
     """What each way does behind random contexts."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = random_model(options, device)
+    model = random_model(options, device_here())
     for batch in options.batches:
         for context in options.contexts:
             text = f"random, batch {batch}"
-            records = {way: Record(text, context, way) for way in (DEFAULT, DENSE, SELECTED, LOSSLESS)}
+            records = {way: Record(text, context, way) for way in ways}
             script = _Script(context + _LAST + setting.tokens + 1, acceptance, model.config.vocab_size)
-            ids = script.tokens[: context + _LAST].expand(batch, -1).to(device)
-            never = partial(_never, batch, context)
+            ids = script.tokens[: context + _LAST].expand(batch, -1).to(model.device)
             for _ in range(setting.rounds):
                 for way, record in records.items():
                     show(f"{options.shape}, {context:,} tokens × {batch}, {way}")
-                    chosen = selection(model, budget=setting.budget, verify=way == LOSSLESS)
-                    states = contents(model, batch, context)
-                    with torch.inference_mode(), filled(way, model, states, chosen, never) as (cache, chunks):
-                        script.cache = cache
-                        clock = _write(model, ids, cache, setting.tokens, logits_processor=[script])
-                        record.seconds.append(clock.seconds)
-                        record.tokens = len(clock.tokens)
-                        _tell(record, chunks)
+                    _write_script(record, model, ids, script, context, setting)
+                    free()  # two caches of long contexts may not fit
             yield from records.values()
+
+
+def _write_script(record: Record, model: Any, ids: Tensor, script: _Script, context: int, setting: Setting) -> None:
+    """Once, in the record's way."""
+    chosen = selection(model, budget=setting.budget, verify=record.way == LOSSLESS)
+    states, never = contents(model, len(ids), context), partial(_never, len(ids), context)
+    with torch.inference_mode(), filled(record.way, model, states, chosen, never) as (cache, chunks):
+        script.cache = cache
+        clock = _write(model, ids, cache, setting.tokens, logits_processor=[script])
+        record.seconds.append(clock.seconds)
+        record.tokens = len(clock.tokens)
+        _tell(record, chunks)
+    script.cache = None
 
 
 def _never(batch: int, length: int, _: Attachment) -> Tensor:

@@ -62,4 +62,5 @@ def _put(cache: Cache, states: Iterable[tuple[Tensor, Tensor]]) -> Cache:
 def _dense(attention: Any, module: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Any, **options: Any) -> Any:
     if query.shape[2] > 1:
         return attention(module, query, keys, values, mask, **options)
-    return grouped_attention(query, keys, values, mask, options["scaling"]), None
+    # No row is padded: a token alone reads everything. A mask would keep FlashAttention out.
+    return grouped_attention(query, keys, values, None, options["scaling"]), None

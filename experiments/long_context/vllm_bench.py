@@ -9,7 +9,7 @@ the model's positions, these are declared to be more: what it writes there is wo
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ def main(
         DecodingError: vLLM is not installed, or the text is too short.
     """
     require_vllm()
-    texts = _texts(model, max(contexts), max(batches))
-    llm = _engine(model, adapters, max(contexts) + STEPS + 2 * BLOCK_SIZE, max(batches))
+    texts = texts_of(model, max(contexts), max(batches))
+    declared = engine_args(chunk_adapters=adapters, kv_budget=BUDGET)
+    llm = engine(model, max(contexts) + STEPS + 2 * BLOCK_SIZE, max(batches), declared)
     times = {
         (batch, context): _measured(llm, [text[:context] for text in texts[:batch]], rounds)
         for context in contexts  # each text's beginning is in the cache when the next context wants it
@@ -79,14 +80,28 @@ def main(
         _draw(times, picture)
 
 
-def _texts(model: str, length: int, count: int) -> list[list[int]]:
+def texts_of(model: str, length: int, count: int) -> list[list[int]]:
+    """So many pieces of real text of so many tokens, none twice.
+
+    Raises:
+        DecodingError: the text is too short.
+    """
     ids = np.concatenate(tokenize(load_corpus(TEXT).documents, load_tokenizer(model)))
     if len(ids) < length * count:
         raise DecodingError(f"{TEXT} has {len(ids):,} tokens: choose shorter contexts or smaller batches")
     return [ids[i * length : (i + 1) * length].tolist() for i in range(count)]
 
 
-def _engine(model: str, adapters: str, length: int, batch: int) -> Any:
+def engine(model: str, length: int, batch: int, declared: Mapping[str, Any], **more: Any) -> Any:
+    """vLLM in this process.
+
+    Args:
+        model: a folder, a hub id, or the default's name.
+        length: of the longest request, in tokens: more positions than the model has are declared.
+        batch: requests of that length which the cache holds on a CPU; on a GPU it has what memory is left.
+        declared: from `decoding.vllm.engine_args`; nothing for vLLM as it is.
+        more: arguments of ``vllm.LLM``.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from transformers import AutoConfig
@@ -105,39 +120,48 @@ def _engine(model: str, adapters: str, length: int, batch: int) -> Any:
         max_num_batched_tokens=4096,
         hf_overrides=longer,
         **({} if on_gpu else {"kv_cache_memory_bytes": cache}),
-        **engine_args(chunk_adapters=adapters, kv_budget=BUDGET),
+        **declared,
+        **more,
     )
 
 
 def _measured(llm: Any, texts: Sequence[list[int]], rounds: int) -> np.ndarray:
     """Seconds of `STEPS` steps, [kinds; rounds]."""
-    _write(llm, texts)  # the prompts into the prefix cache, with their summaries
+    write(llm, texts)  # the prompts into the prefix cache, with their summaries
     seconds = np.zeros((len(_KINDS), rounds))
 
     def stock(turn: int) -> None:
         with without(llm, [CHUNKS]):
-            seconds[0, turn] = _write(llm, texts)
+            seconds[0, turn] = write(llm, texts)
 
     def selecting(turn: int) -> None:
-        seconds[1, turn] = _write(llm, texts)
+        seconds[1, turn] = write(llm, texts)
 
     def short(turn: int) -> None:
         with without(llm, [CHUNKS]):
-            seconds[2, turn] = _write(llm, [text[:_SHORT] for text in texts])
+            seconds[2, turn] = write(llm, [text[:_SHORT] for text in texts])
 
     interleaved([stock, selecting, short], rounds)
     return seconds
 
 
-def _write(llm: Any, texts: Sequence[list[int]]) -> float:
-    """Seconds of `STEPS` steps in which all requests write; prompts are read before."""
+def write(llm: Any, texts: Sequence[list[int]], asked: Sequence[Mapping[str, Any] | None] | None = None) -> float:
+    """Seconds of `STEPS` steps in which all requests write greedily; prompts are read before.
+
+    Args:
+        llm: from `engine`.
+        texts: the requests' prompts.
+        asked: what each asks of us, as ``extra_args``.
+    """
     from vllm import SamplingParams
 
     engine = llm.llm_engine
-    sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=10 * STEPS, detokenize=False)
+    of_all: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": 10 * STEPS, "detokenize": False}
     names = [
-        engine.add_request(f"{i}-{os.urandom(4).hex()}", {"prompt_token_ids": text}, sampling)
-        for i, text in enumerate(texts)
+        engine.add_request(
+            f"{i}-{os.urandom(4).hex()}", {"prompt_token_ids": text}, SamplingParams(**of_all, extra_args=arguments)
+        )
+        for i, (text, arguments) in enumerate(zip(texts, asked or [None] * len(texts), strict=True))
     ]
     writing: set[str] = set()
     while len(writing) < len(texts):

@@ -1,7 +1,7 @@
 """``decoding bench style``: what the style prior costs, as ratios against a baseline in the same process.
 
-Each is the median of the rounds' ratios, with their quartiles in the bracket. Let the machine be idle. Absolute times
-are given for a GPU alone.
+Each is the median of the rounds' ratios, with their quartiles in the bracket. Let the machine be idle.
+``decoding bench gpu`` measures GPUs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from ngram import NGramModel
 from ngram.tables import add_log_prior, mixture_of_orders
 
 BATCH = 8
-GPU_BATCH, GPU_VOCAB = 64, 151_936
 RECOMMENDED = "ratio"
 
 
@@ -62,7 +61,7 @@ def main(corpus: Corpus, model_name: str, out: Path | None, lmplz: Path | None) 
             *(figure for prior in priors.values() for figure in _file(prior)),
         ]
     torch.set_num_threads(threads)
-    figures += [share, *gpu_figures(ids)]
+    figures.append(share)
     title = f"style prior of {corpus.name} ({len(ids):,} tokens)"
     report(figures, title, {"corpus": corpus.name, "tokens": len(ids)}, out)
 
@@ -257,44 +256,3 @@ def _decode_share(model_name: str, tokenizer: Any, prior: NGramModel, documents:
     shares = [100 * generate(i) for i in range(5)]
     share = float(np.median(shares))
     return Figure(what, share, f"{share:.2f} % [{min(shares):.2f}, {max(shares):.2f}]", target, share <= 2)
-
-
-def gpu_figures(ids: np.ndarray) -> list[Figure]:
-    """A step in every mode, in a CUDA graph. Torch is told to raise an error if one waits for the host."""
-    what = f"on a GPU, in a CUDA graph, batch {GPU_BATCH}, V={GPU_VOCAB}"
-    targets = {"paper": "≤ 30 µs, no host sync", RECOMMENDED: "≤ 2× mode paper"}
-    if not torch.cuda.is_available():
-        return [not_measured(f"{what}, mode {mode}", target, "no GPU here") for mode, target in targets.items()]
-    prior = NGramModel.train(ids, GPU_VOCAB, order=3, pad_vocab=True)
-    scores = torch.randn(GPU_BATCH, GPU_VOCAB, device="cuda")
-    history = _histories(ids, GPU_BATCH, 1)[0].cuda()
-    card = torch.cuda.get_device_name()
-    figures, medians = [], []
-    for mode, style in _stylings(prior, GPU_VOCAB).items():
-        times = _graph_microseconds(lambda style=style: style(history, scores))  # type: ignore[misc]
-        median, low, high = np.percentile(times, (50, 25, 75))
-        medians.append(float(median))
-        met = {"paper": medians[0] <= 30, RECOMMENDED: medians[-1] <= 2 * medians[0]}.get(mode)
-        shown = f"{median:.0f} µs [{low:.0f}, {high:.0f}]"
-        figures.append(Figure(f"{what}, mode {mode} ({card})", medians[-1], shown, targets.get(mode, ""), met))
-    return figures
-
-
-def _graph_microseconds(step: Callable[[], Tensor]) -> list[float]:
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    step()
-    torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    times = []
-    for _ in range(200):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return times

@@ -56,7 +56,7 @@ def main(model_name: str, tokens: int, rounds: int, out: Path | None) -> None:
 
 def _throughput(model: str, files: Sequence[str], tokens: int, rounds: int) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
-        names = _copies(files, BATCH, Path(folder))
+        names = copies(files, BATCH, Path(folder))
         engine = _Engine(model, names, tokens)
         nobody, different = [None] * BATCH, list(names)
         works = [
@@ -125,7 +125,7 @@ def _unused(part: str, engine: _Engine, rounds: int) -> Figure:
     return _share(what, without_it, with_it, target)
 
 
-def _copies(files: Sequence[str], count: int, folder: Path) -> dict[str, Path]:
+def copies(files: Sequence[str], count: int, folder: Path) -> dict[str, Path]:
     """``count`` priors in files of their own: of full size, and nothing shared in memory."""
     copies = {f"style-{i}": folder / f"{i}.safetensors" for i in range(count)}
     for i, path in enumerate(copies.values()):

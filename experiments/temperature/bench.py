@@ -14,7 +14,7 @@ from experiments.lab.prompts import DEFAULT_PROMPTS, read_prompts
 from experiments.lab.runs import dtype_of
 
 PROMPT_TOKENS, NEW_TOKENS, BATCH = 128, 64, 16
-_WORDS = (
+WORDS = (
     "Summarize what the travellers saw: the captain said that the sea was black with rain, and the men who had come "
     "down from the hills were still waiting at the harbour when the lamps were lit and the last boat put out. "
 )
@@ -36,7 +36,7 @@ def main(model_name: str, rounds: int, out: Path | None) -> None:
 
 
 def _choosing(model: Any, tokenizer: Any, selector: TemperatureSelector, rounds: int) -> Figure:
-    ids = tokenizer(_WORDS * 8, return_tensors="pt")["input_ids"][:, :PROMPT_TOKENS].to(model.device)
+    ids = tokenizer(WORDS * 8, return_tensors="pt")["input_ids"][:, :PROMPT_TOKENS].to(model.device)
     prompt = tokenizer.decode(ids[0])
     sampling = {"do_sample": True, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "top_k": 0}
 
@@ -53,7 +53,7 @@ def _choosing(model: Any, tokenizer: Any, selector: TemperatureSelector, rounds:
 
 
 def _batching(selector: TemperatureSelector, rounds: int) -> Figure:
-    prompts = [f"{line} {_WORDS}" for line in read_prompts(DEFAULT_PROMPTS)[:BATCH]]
+    prompts = [f"{line} {WORDS}" for line in read_prompts(DEFAULT_PROMPTS)[:BATCH]]
     works = [lambda _: selector.select(prompts), lambda _: [selector.select([prompt]) for prompt in prompts]]
     together, alone = interleaved(works, rounds)
     ratio, shown = ratio_of(together, alone)

@@ -1,0 +1,1 @@
+"""``decoding bench gpu``: everything that is to be known of a GPU, in minutes, by one command."""
