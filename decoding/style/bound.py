@@ -126,16 +126,16 @@ class BoundStyle(LogitsProcessor):
         if self.lambda_ == 0:
             return scores
         tables, mixture, guards, stops, holds_nan = self._placed_for(scores)
-        before = None if stops is None else stops.before(scores)
-        highest = scores if before is None else before.top  # NaN is the highest of all
-        if holds_nan(scores.device, lambda: torch.isnan(highest.amax())):
+        strength = torch.full((len(scores),), self.lambda_, device=scores.device)
+        highest = torch.empty(len(scores), device=scores.device)
+        tokens = history(max(tables.order - 1, 1)).to(scores.device)
+        steered = steer(tables, scores, tokens, strength, mixture, guards, stops, highest=highest)
+        if holds_nan(scores.device, lambda: torch.isnan(highest.amax())):  # NaN is the highest of all
             raise DecodingError(
                 "the scores hold NaN before the style prior: the model or an earlier processor made it; a model in "
                 "float16 may need bfloat16 or float32"
             )
-        strength = torch.full((len(scores),), self.lambda_, device=scores.device)
-        tokens = history(max(tables.order - 1, 1)).to(scores.device)
-        return steer(tables, scores, tokens, strength, mixture, guards, stops, before=before)
+        return steered
 
     def matching_orders(self, input_ids: Tensor) -> list[int]:
         """The highest order in use whose context the prior has, of each row; 1 where it has none.

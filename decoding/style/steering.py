@@ -16,6 +16,7 @@ from torch import Tensor
 from chunkllm.late import send
 from decoding.errors import DecodingError
 from decoding.metrics import LN2
+from ngram.kernels import uses_triton
 from ngram.tables import NEVER, Tables, add_log_prior, counts_on_host, mixture_of_orders
 
 Combine = Literal["matching", "interpolated"]
@@ -208,10 +209,10 @@ def steer(
     guards: Guards | None = None,
     stops: Stops | None = None,
     *,
-    before: BeforeStops | None = None,
     prior: int | Tensor = 0,
     shift: bool = True,
     out: Tensor | None = None,
+    highest: Tensor | None = None,
 ) -> Tensor:
     """scores + λ · d, with d the log prior of every row, as far as its guards let it.
 
@@ -229,13 +230,22 @@ def steer(
         tables, scores, history, strength, mixture, prior, shift, out: as for `ngram.tables.add_log_prior`.
         guards: of the rows, [B, 1] each, or of all of them, [1, 1]; None adds the prior as it is.
         stops: the ids that end a text, with ``leave`` likewise; None steers them as any other.
-        before: ``stops.before(scores)``, where it is known.
+        highest: where to put each row's highest score before, of the ids that end no text, float32 [B]: NaN if one is.
+            Rows with λ = 0 need not be looked at.
 
     Returns:
         Float [B, W], in the dtype of ``scores``. Entries at −inf stay there.
     """
-    if stops is not None and before is None:
-        before = stops.before(scores)
+    if uses_triton(scores.device):
+        from decoding.style import kernels
+
+        return kernels.steer(
+            tables, scores, history, strength, mixture, guards, stops,
+            prior=prior, shift=shift, out=out, highest=highest,
+        )  # fmt: skip
+    before = None if stops is None else stops.before(scores)
+    if highest is not None:
+        highest.copy_(scores.amax(-1) if before is None else before.top[:, 0])
     if guards is None:
         result = add_log_prior(tables, scores, history, strength, mixture, prior=prior, shift=shift, out=out)
         return result if stops is None or before is None else stops.undone(before, result)
