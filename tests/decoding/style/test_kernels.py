@@ -112,7 +112,8 @@ def test_the_kernels_agree_with_the_torch_path(data):
     untouched = strength == 0
     assert torch.equal(got[untouched], scores[untouched])
     assert torch.equal(got == -torch.inf, scores == -torch.inf)
-    # The torch path rounds its share down to 1/4096, the kernels stay within 1/4096 of the exact one. bfloat16: 8 bits.
+    # The torch path rounds its share down to 1/4096, and its bins take away as much again; the kernels stay within
+    # 1/4096 of the exact one. bfloat16: 8 bits.
     moved = (wanted - scores).float().nan_to_num_(0).abs()
     free = by("torch", *arguments, None if guards is None else without_budget(guards), stops, **options)
     whole = (free - scores).float().nan_to_num_(0).abs().maximum(moved)
@@ -120,7 +121,7 @@ def test_the_kernels_agree_with_the_torch_path(data):
     if dtype is torch.bfloat16:
         rounding = 0.02 * scores.float().abs().clamp(max=20) + 0.05 * whole
     off = (got.double() - wanted.double()).nan_to_num_(0).abs()
-    assert (off <= whole * 2 / 4096 + rounding).all()
+    assert (off <= whole * 4 / 4096 + rounding).all()
 
 
 def without_budget(guards):
