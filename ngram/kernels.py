@@ -2,7 +2,7 @@
 
 The environment variable `SWITCH` says which, and is read at every call, so that one process can compare both:
 
-- auto: kernels on NVIDIA cards that Triton compiles for, where it is installed and a first one runs; else PyTorch.
+- auto: kernels on NVIDIA cards that Triton compiles for, where it is installed and a first step is right; else PyTorch.
 - torch: PyTorch.
 - triton: kernels; on a CPU Triton's interpreter runs them, slowly, if TRITON_INTERPRET=1 is set.
 """
@@ -59,10 +59,10 @@ def _is_compiled_for(device: torch.device) -> bool:
         return False
     if not _has_triton():
         return False
-    from ngram import prior_kernel
+    from ngram import kernel_trial
 
     try:
-        prior_kernel.try_on(device)
+        kernel_trial.try_on(device)
     except Exception as error:  # such as: no C compiler, which Triton needs for its launches
         reason = f"Triton cannot run kernels on {device} ({error}): PyTorch's operations add the priors, more slowly"
         warnings.warn(f"{reason}. {SWITCH}=torch does without this message", stacklevel=2)

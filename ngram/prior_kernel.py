@@ -145,17 +145,6 @@ def _empty(scores: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(scores.shape, dtype=dtype, device=scores.device)
 
 
-def try_on(device: torch.device) -> None:
-    """Launches a kernel that does nothing; raises whatever keeps Triton from compiling and launching there."""
-    with torch.cuda.device(device):
-        _do_nothing[(1,)](torch.empty(1, device=device))
-
-
-@triton.jit
-def _do_nothing(nothing):
-    pass
-
-
 @triton.jit
 def tile_of(scores, unigram, at, end, TILE: tl.constexpr):
     """Scores (0 where they are None) and unigram row of the columns from ``at`` on, as far as ``end``."""

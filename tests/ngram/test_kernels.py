@@ -24,6 +24,7 @@ triton = pytest.importorskip("triton", minversion="3.9", reason="no Triton whose
 # Only now: they import Triton.
 prior_kernel = importlib.import_module("ngram.prior_kernel")
 trie_kernel = importlib.import_module("ngram.trie_kernel")
+kernel_trial = importlib.import_module("ngram.kernel_trial")
 
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -370,8 +371,22 @@ def test_auto_uses_kernels_on_cards_that_triton_compiles_for(
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(prior_kernel, "try_on", lambda device: None)
+    monkeypatch.setattr(kernel_trial, "try_on", lambda device: None)
     assert kernels.uses_triton(CUDA) is expected
+
+
+def test_a_trial_passes_where_sums_are_right_and_only_there(monkeypatch):
+    kernel_trial.try_on(CPU)
+    real = prior_kernel.add_log_prior
+
+    def loses_one(tables, *arguments, **options):  # as if a barrier were missing
+        deltas = tables.deltas.clone()
+        deltas[-1] = 0
+        return real(tables._replace(deltas=deltas), *arguments, **options)
+
+    monkeypatch.setattr(prior_kernel, "add_log_prior", loses_one)
+    with pytest.raises(NGramError, match="sums are wrong"):
+        kernel_trial.try_on(CPU)
 
 
 def test_where_a_first_kernel_fails_torch_takes_its_place(switch, monkeypatch):
@@ -381,7 +396,7 @@ def test_where_a_first_kernel_fails_torch_takes_its_place(switch, monkeypatch):
     switch("auto")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(prior_kernel, "try_on", fails)
+    monkeypatch.setattr(kernel_trial, "try_on", fails)
     with pytest.warns(UserWarning, match=r"Triton cannot run kernels on cuda \(Failed to find C compiler\): PyTorch's"):
         assert not kernels.uses_triton(CUDA)
     assert not kernels.uses_triton(CUDA)  # said once
