@@ -6,7 +6,7 @@ An error of a compiler or of a card would else show in texts alone.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,10 @@ def try_on(device: torch.device) -> None:
     history, strength = torch.tensor([[0], [0], [1], [0]]), torch.tensor([1.0, -0.5, 1.0, 0.0])
     wanted = scores + strength[:, None] * (tables.unigram + (history == 0) * tables.backoff_book[1])
     wanted.index_add_(1, tables.words.long(), strength[:, None] * (history == 0) * tables.deltas)
-    there = _Bigrams(*(each.to(device) if isinstance(each, Tensor) else each for each in tables))
+    moved: dict[str, Any] = {
+        name: each.to(device) for name, each in tables._asdict().items() if isinstance(each, Tensor)
+    }
+    there = tables._replace(**moved)
     own, arguments = scores.to(device), (history.to(device), strength.to(device))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         sums = [prior_kernel.add_log_prior(there, own, *arguments) for _ in range(_STEPS)]
