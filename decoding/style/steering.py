@@ -335,21 +335,23 @@ def _share_within(p: Tensor, change: Tensor, max_js: Tensor, impossible: Tensor 
 
 
 def _gathered(p: Tensor, change: Tensor, impossible: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows over a vocabulary as rows over bins of the change: probabilities, and mean changes, float64 [B, BINS].
+    """Rows over a vocabulary as rows over bins of the change: probabilities, and mean changes, float64 [B, BINS + 1].
 
-    Changes are less the highest one. The bins are few, and their differences small: hence float64. Overwrites ``p``.
+    Changes are less the highest one. The bins are few, and their differences small: hence float64. The first one is for
+    what cannot occur afterwards. Overwrites ``p``.
     """
     rows = len(p)
     usual = change if impossible is None or not len(impossible) else change.index_fill(1, impossible, 0)
     low, high = usual.amin(-1, keepdim=True), usual.amax(-1, keepdim=True)
     per_bin = ((high - low) / (BINS - 1)).clamp(min=torch.finfo(torch.float32).tiny)
-    starts = torch.arange(0, rows * BINS, BINS, dtype=torch.int32, device=p.device)[:, None]
-    bins = (change - low).div_(per_bin).clamp_(0, BINS - 1).to(torch.int32).add_(starts).to(torch.int64).view(-1)
-    mass, total = torch.zeros(2, rows * BINS, device=p.device)
+    width = BINS + 1
+    starts = torch.arange(0, rows * width, width, dtype=torch.int32, device=p.device)[:, None]
+    bins = (change - low).div_(per_bin).add_(1).clamp_(0, BINS).to(torch.int32).add_(starts).to(torch.int64).view(-1)
+    mass, total = torch.zeros(2, rows * width, device=p.device)
     mass.scatter_add_(0, bins, p.view(-1))
     total.scatter_add_(0, bins, p.mul_(change).view(-1))
-    means = (total / mass.clamp(min=torch.finfo(torch.float32).tiny)).view(rows, BINS).double()
-    return mass.view(rows, BINS).double(), means - means.amax(-1, keepdim=True)
+    means = (total / mass.clamp(min=torch.finfo(torch.float32).tiny)).view(rows, width).double()
+    return mass.view(rows, width).double(), means - means.amax(-1, keepdim=True)
 
 
 def _divergence(p: Tensor, change: Tensor) -> Tensor:
