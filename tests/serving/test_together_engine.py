@@ -4,14 +4,12 @@ A cell is a request with the method and vLLM's own parameter. It is written twic
 gave, once with what they became, which must be what both say, one after the other.
 """
 
-import json
 import math
 from contextlib import contextmanager
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoConfig, RepetitionPenaltyLogitsProcessor
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from decoding import StylePrior
 from decoding.vllm import engine_args, fallbacks
@@ -68,7 +66,6 @@ def llm(folder):
     declared = engine_args({"a": folder / "a.safetensors"}, phases=("storm", "black"), kv_budget=BUDGET)
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "disable_log_stats": True}
     engine |= {"max_num_seqs": 64, "max_num_batched_tokens": 32768, "max_logprobs": -1, "num_gpu_blocks_override": 1024}
-    engine |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
     yield vllm.LLM(str(folder / "model"), **engine, scheduling_policy="priority", **declared)
     assert not fallbacks.counts  # nothing failed on the way
 
@@ -260,39 +257,3 @@ def test_structured_output_stays_in_its_grammar(llm, method):
     asked = params(METHODS[method], structured_outputs=StructuredOutputsParams(choice=choices), ignore_eos=False)
     (got,) = llm.generate([PROMPT], asked, use_tqdm=False)
     assert got.outputs[0].text.strip() in choices
-
-
-@pytest.fixture(scope="module")
-def lora(folder):
-    """An adapter of the tiny model's projections, by hand."""
-    rank, shape = 4, AutoConfig.from_pretrained(folder / "model")
-    head = shape.hidden_size // shape.num_attention_heads
-    outputs = {"q_proj": shape.hidden_size, "v_proj": head * shape.num_key_value_heads}
-    draw, tensors = torch.Generator().manual_seed(0), {}
-    for layer in range(shape.num_hidden_layers):
-        for name, size in outputs.items():
-            place = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{place}.lora_A.weight"] = torch.randn(rank, shape.hidden_size, generator=draw)
-            tensors[f"{place}.lora_B.weight"] = torch.randn(size, rank, generator=draw)
-    where = folder / "lora"
-    where.mkdir()
-    save_file(tensors, where / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(outputs), "bias": "none"}
-    (where / "adapter_config.json").write_text(json.dumps(config))
-    return where
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_lora_changes_the_models_scores_and_a_method_what_they_become(llm, lora, prior, method):
-    from vllm.lora.request import LoRARequest
-
-    arguments, prompt = METHODS[method], make_tokenizer()(PROMPT)["input_ids"]
-    asked, options = [with_scores(arguments, {})], {"lora_request": LoRARequest("mine", 1, str(lora))}
-    (((_, plain),),) = written(llm, asked, "raw_logits")
-    (((tokens, raw),),) = written(llm, asked, "raw_logits", **options)
-    (((same, got),),) = written(llm, asked, "processed_logprobs", **options)
-    assert tokens == same and len(tokens) == TOKENS
-    assert not torch.allclose(raw[0], plain[0], atol=1e-2)
-    for step in range(TOKENS):
-        wanted = changed(raw[step], tokens[:step], prompt, arguments, {}, prior)
-        torch.testing.assert_close(got[step], wanted, atol=2e-4, rtol=1e-4, msg=f"{method}, step {step}")
