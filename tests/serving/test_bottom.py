@@ -136,10 +136,7 @@ class Recorder:
     def note_bottom_states(self, hidden_states, residual):
         self.states.append(hidden_states.clone() if residual is None else hidden_states + residual)
 
-    def take_in(self, *_):
-        pass
-
-    of_layers = ()
+    wants_keys = False  # nor is anything read but what vLLM reads
 
 
 def states_of(config, model, ids):
