@@ -48,7 +48,7 @@ test:
 test-vllm: $(ENGINES:%=test-vllm-%) test-vllm-rows
 
 test-vllm-rows: .venv-vllm/test.done
-	$(VLLM_BIN)/python -m pytest tests/serving $(ENGINES:%=--ignore=tests/serving/test_%.py)
+	$(ONE_THREAD) $(VLLM_BIN)/python -m pytest tests/serving $(ENGINES:%=--ignore=tests/serving/test_%.py)
 
 $(ENGINES:%=test-vllm-%): test-vllm-%: .venv-vllm/test.done
 	$(ONE_THREAD) $(VLLM_BIN)/python -m pytest tests/serving/test_$*.py

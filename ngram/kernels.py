@@ -30,7 +30,7 @@ def uses_triton(device: torch.device) -> bool:
     Raises:
         NGramError: the switch has no such value, or asks for kernels that cannot run here.
     """
-    choice = os.environ.get(SWITCH, "auto")
+    choice = os.environ.get(SWITCH) or "auto"
     if choice == "torch":
         return False
     if choice == "auto":

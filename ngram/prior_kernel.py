@@ -82,9 +82,8 @@ def add_log_prior(
         NGramError: shapes that do not belong together, or an ``out`` whose columns are not adjacent.
     """
     rows, width = scores.shape
-    priors = prior if isinstance(prior, Tensor) else None
     # A kernel would read what stands behind a tensor that is too short.
-    if {rows, len(history), len(strength), rows if priors is None else len(priors)} != {rows}:
+    if {rows, len(history), len(strength), len(prior) if isinstance(prior, Tensor) else rows} != {rows}:
         raise NGramError(f"each of {rows} rows of scores needs a history, a strength and a prior of its own")
     if tables.unigram.shape[1] != width:
         raise NGramError(f"scores have {width} columns, tables {tables.unigram.shape[1]}: see Tables.widened")
@@ -105,27 +104,8 @@ def add_log_prior(
             result.stride(0),
             width,
             tiles,
-            history,
-            *history.stride(),
-            history.shape[1],
-            strength,
-            strength.stride(0),
-            priors,
-            0 if priors is None else priors.stride(0),
-            0 if isinstance(prior, Tensor) else prior,
-            None if mixture is None else mixture.contiguous(),
-            tables.unigram,
-            tables.nodes,
-            tables.runs,
-            tables.words,
-            tables.deltas,
-            tables.backoff_book,
-            tables.book_starts,
-            tables.vocab_size,
-            len(tables.book_starts),
-            ORDER=tables.order,
-            PLACES=places_of(tables.order),
-            ROUNDS=rounds_of(tables.widest),
+            *arguments_of(tables, history, strength, mixture, prior),
+            **constants_of(tables),
             SHIFT=shift,
             IN_PLACE=result is scores,
             TILE=_TILE,
@@ -133,6 +113,38 @@ def add_log_prior(
             maxnreg=_REGISTERS,
         )
         return result.to(scores.dtype) if narrow else result
+
+
+def arguments_of(
+    tables: _Tables, history: Tensor, strength: Tensor, mixture: Tensor | None, prior: int | Tensor
+) -> tuple[Tensor | int | None, ...]:
+    """What a kernel is told of rows and their priors: its arguments from ``history`` to ``joined``."""
+    priors = prior if isinstance(prior, Tensor) else None
+    return (
+        history,
+        *history.stride(),
+        history.shape[1],
+        strength,
+        strength.stride(0),
+        priors,
+        0 if priors is None else priors.stride(0),
+        0 if isinstance(prior, Tensor) else prior,
+        None if mixture is None else mixture.contiguous(),
+        tables.unigram,
+        tables.nodes,
+        tables.runs,
+        tables.words,
+        tables.deltas,
+        tables.backoff_book,
+        tables.book_starts,
+        tables.vocab_size,
+        len(tables.book_starts),
+    )
+
+
+def constants_of(tables: _Tables) -> dict[str, int]:
+    """What a kernel is compiled for, of tables."""
+    return {"ORDER": tables.order, "PLACES": places_of(tables.order), "ROUNDS": rounds_of(tables.widest)}
 
 
 @cache

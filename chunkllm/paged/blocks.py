@@ -103,7 +103,6 @@ class BlockSummaries:
             follow each other from its first token on. The block behind the last takes what belongs nowhere.
         features: L tensors [Hkv, blocks + 1, M, F].
         nowhere: that last block.
-        summed: float32 [S], tokens of each slot's piece that has not ended.
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class BlockSummaries:
         self.features = [torch.zeros(shape, dtype=kept, device=device) for _ in layers]
         # Means, and sums of squares about them.
         self._moments = torch.zeros(len(layers), slots, kv_heads, 2 * head_dim, device=device)
-        self.summed = torch.zeros(slots, device=device)
+        self._summed = torch.zeros(slots, device=device)  # tokens of those pieces
 
     def cut(self, tokens: Tokens, ends: Tensor, row_slot: Tensor, is_new: Tensor) -> Pieces:
         """Cuts the tokens of a step into pieces, and takes in how long those are that end.
@@ -170,7 +169,7 @@ class BlockSummaries:
         goes_on = tokens.is_first[first] & ~is_fresh[first]
         slot = row_slot[row]
         is_whole = is_end[end] & (sizes > 0)
-        earlier = torch.where(goes_on, self.summed[slot], 0)
+        earlier = torch.where(goes_on, self._summed[slot], 0)
         running = of_token[tokens.last]
         pieces = Pieces(
             of_token=of_token,
@@ -188,7 +187,7 @@ class BlockSummaries:
         started = torch.where(goes_on, self.lengths[pieces.block].sum(1), offset[first])
         self.lengths[pieces.block, pieces.number] = offset[end] + 1 - started
         self.lengths[self.nowhere] = 0
-        self.summed[row_slot] = pieces.tokens[running] * ~is_whole[running]
+        self._summed[row_slot] = pieces.tokens[running] * ~is_whole[running]
         return pieces
 
     def _most_pieces(self, tokens: int, rows: int) -> int:
@@ -197,7 +196,7 @@ class BlockSummaries:
 
     def forget(self, row_slot: Tensor, is_new: Tensor) -> None:
         """Empties the slots, int64 [R], of rows that are new there, bool [R]."""
-        self.summed[row_slot] = self.summed[row_slot].masked_fill(is_new, 0)
+        self._summed[row_slot] = self._summed[row_slot].masked_fill(is_new, 0)
 
     def discard(self, blocks: Tensor) -> None:
         """Nothing is known of these blocks, int64 [T], until they are written anew."""

@@ -24,19 +24,19 @@ class Calls:
     """
 
     def __init__(self, layers: int):
-        self._once = [1] * layers
+        self._layers = layers
         self.is_open = self.wants_keys = False
 
     def open(self, wants_keys: bool) -> None:
         """A step begins."""
         self._ends = 0
-        self._keys, self._queries = ([0] * len(self._once) for _ in range(2))
-        self._owed = self._once if wants_keys else list(self._keys)
+        self._keys, self._queries = ([0] * self._layers for _ in range(2))
         self.is_open, self.wants_keys = True, wants_keys
 
     def close(self) -> bool:
         """The step under way ends; returns whether all of it came, and none of it twice."""
-        is_whole = self.is_open and self._ends == 1 and self._keys == self._owed == self._queries
+        owed = [int(self.wants_keys)] * self._layers
+        is_whole = self.is_open and self._ends == 1 and self._keys == owed == self._queries
         self.is_open = self.wants_keys = False
         return is_whole
 

@@ -22,6 +22,7 @@ class HeldTokens:
         summaries: of the blocks.
         read_keys: keys [n, block size, Hkv, D] of a layer, by its number, and int64 [n] blocks.
         layers: L.
+        slots: S, that rows have. Slot S belongs to nobody.
         block_size: tokens of a block.
         sinks: first tokens, a chunk of their own.
         fixed_shapes: whether shapes must not depend on what tensors hold.
@@ -32,12 +33,14 @@ class HeldTokens:
         summaries: BlockSummaries,
         read_keys: Callable[[int, Tensor], Tensor],
         layers: int,
+        *,
+        slots: int,
         block_size: int,
         sinks: int,
         fixed_shapes: bool,
     ):
         self._summaries, self._read_keys = summaries, read_keys
-        self._layers, self._block_size, self._sinks = layers, block_size, sinks
+        self._layers, self._nobody, self._block_size, self._sinks = layers, slots, block_size, sinks
         self._fixed_shapes = fixed_shapes
         self._ends = torch.zeros(summaries.nowhere + 1, block_size, dtype=torch.bool, device=summaries.lengths.device)
 
@@ -55,27 +58,25 @@ class HeldTokens:
         Args:
             blocks: int64 [N], the row's; those behind its last token do not count.
             held: int64 scalar, its tokens, at least one.
-            slot: int64 scalar, its slot; the last one if nothing is to be done.
+            slot: int64 scalar, its slot; nobody's if nothing is to be done.
         """
         nowhere, size = self._summaries.nowhere, self._block_size
-        number = torch.arange(len(blocks), device=blocks.device)
-        has_summary = (self._summaries.lengths[blocks].sum(1) == size) & (number != (held - 1) // size)
-        is_wanted = (number * size < held) & ~has_summary & (slot < len(self._summaries.summed) - 1)
+        number, last = torch.arange(len(blocks), device=blocks.device), (held - 1) // size
+        has_summary = (self._summaries.lengths[blocks].sum(1) == size) & (number != last)
+        is_wanted = (number <= last) & ~has_summary & (slot < self._nobody)
         if not self._fixed_shapes:
             number = number[is_wanted]
         for some in number.split(_BLOCKS_AT_ONCE):
             is_there = is_wanted[some]
-            is_last = is_there & (some == (held - 1) // size)
-            of_slot = torch.where(is_last.any(), slot, len(self._summaries.summed) - 1)
+            of_slot = torch.where((is_there & (some == last)).any(), slot, self._nobody)
             self._summarise(torch.where(is_there, blocks[some], nowhere), some, held, of_slot)
 
     def _summarise(self, blocks: Tensor, number: Tensor, held: Tensor, slot: Tensor) -> None:
         """Blocks of a row, as if its tokens in them came now. With the row's last one the slot goes on."""
         size, nowhere = self._block_size, self._summaries.nowhere
-        place = torch.arange(size, device=blocks.device)
-        position = (number[:, None] * size + place).flatten()
+        position = (number[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
         is_held = position < held
-        ends = (self._ends[blocks] | (number[:, None] * size + place == self._sinks - 1)).flatten()
+        ends = self._ends[blocks].flatten() | (position == self._sinks - 1)
         block = torch.where(is_held, blocks.repeat_interleave(size), nowhere)
         if not self._fixed_shapes:
             count = int(is_held.sum())

@@ -144,7 +144,7 @@ class PagedSelection:
         self._fixed_shapes = device.type != "cpu" if fixed_shapes is None else fixed_shapes
         # Rows can be left out of a step and come back: twice as many slots keep what is known of them.
         self._slots: Slots = FoundSlots(2 * rows, device) if slots is None else GivenSlots(slots, device)
-        can_rest = read_keys is not None and not (self._fixed_shapes and slots is None)
+        tells_slots = slots is not None
         slots = self._slots.count + 1  # the last takes what belongs nowhere
         self.summaries = BlockSummaries(
             scorer,
@@ -159,8 +159,16 @@ class PagedSelection:
             fixed_shapes=self._fixed_shapes,
         )
         self._held: HeldTokens | None = None
-        if can_rest and read_keys is not None:
-            self._held = HeldTokens(self.summaries, read_keys, len(layers), block_size, sinks, self._fixed_shapes)
+        if read_keys is not None and (tells_slots or not self._fixed_shapes):
+            self._held = HeldTokens(
+                self.summaries,
+                read_keys,
+                len(layers),
+                slots=self._slots.count,
+                block_size=block_size,
+                sinks=sinks,
+                fixed_shapes=self._fixed_shapes,
+            )
         self._awake_slots: dict[int, int] = {}  # of the step before, and tokens of each row there, or more
         count = len(layers)
         queries = torch.zeros(count, slots * scorer.queries, heads, head_dim, dtype=dtype, device=device)
@@ -265,11 +273,13 @@ class PagedSelection:
             return is_new
         wanted = is_new & (held > 0) & (slot < self._slots.count)
         rows = self._may_be_new(step, is_awake) if self._fixed_shapes else wanted.nonzero()[:, 0].tolist()
+        if not rows:
+            return is_new
         for row in rows:
             blocks = step.block_table[row, : -(-int(step.most[row]) // self._block_size)].long()
             self._held.take_in(blocks, held[row], torch.where(wanted[row], slot[row], self._slots.count))
         is_caught = np.isin(np.arange(len(is_awake)), rows)
-        return is_new & ~(send(is_caught, is_new.device) & wanted) if rows else is_new
+        return is_new & ~(send(is_caught, is_new.device) & wanted)
 
     def _may_be_new(self, step: Step, is_awake: np.ndarray) -> list[int]:
         """Rows that rested before or were not there, as far as the host knows: of prompts it knows all lengths."""

@@ -17,8 +17,9 @@ Importing this module imports Triton, and fails where that is not installed: ask
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -28,7 +29,7 @@ from torch import Tensor
 from decoding.errors import DecodingError
 from decoding.style.budget_kernel import PASSES, STATE, SUMS, change_of, search, share_of
 from decoding.style.change_kernel import BEFORE, FACTS, LOOKS, change, look, merged, none_for_nan, of_tiles
-from ngram.prior_kernel import add_log_prior, held_at_once, places_of, rounds_of
+from ngram.prior_kernel import add_log_prior, arguments_of, constants_of, held_at_once
 from ngram.tables import Tables
 
 _TILE, _SMALL_TILE = 4096, 1024
@@ -80,9 +81,10 @@ def steer(
         return add_log_prior(tables, scores, history, strength, mixture, prior=prior, shift=shift, out=out)
     _check(tables, scores, history, strength, guards, stops, prior, out)
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
-    step = _Step(scores, strength, guards, stops)
+    arguments = arguments_of(tables, history, strength, mixture, prior)
+    step = _Step(scores, strength, guards, stops, arguments, {**constants_of(tables), "SHIFT": shift})
     with torch.cuda.device_of(scores) if scores.is_cuda else nullcontext():
-        return step.steered(tables, history, mixture, prior, shift, out, highest)
+        return step.steered(out, highest)
 
 
 def _check(
@@ -110,10 +112,25 @@ def _check(
 
 
 class _Step:
-    """What the launches of one step share."""
+    """What the launches of one step share.
 
-    def __init__(self, scores: Tensor, strength: Tensor, guards: _Guards | None, stops: _Stops | None):
+    Args:
+        scores, strength, guards, stops: as for `steer`.
+        arguments: `ngram.prior_kernel.arguments_of` rows and their priors.
+        constants: that the change is compiled for.
+    """
+
+    def __init__(
+        self,
+        scores: Tensor,
+        strength: Tensor,
+        guards: _Guards | None,
+        stops: _Stops | None,
+        arguments: Sequence[Any],
+        constants: Mapping[str, int],
+    ):
         self.scores, self.strength = scores, strength
+        self.arguments, self.constants = arguments, constants
         self.gate = None if guards is None else guards.entropy_gate
         self.plausibility = None if guards is None else guards.plausibility
         self.budget = None if guards is None else guards.max_js
@@ -126,28 +143,19 @@ class _Step:
         self.grid = (self.rows, self.tiles)
         self.shape = {"TILE": self.tile, "TILES": triton.next_power_of_2(self.tiles)}
 
-    def steered(
-        self,
-        tables: Tables,
-        history: Tensor,
-        mixture: Tensor | None,
-        prior: int | Tensor,
-        shift: bool,
-        out: Tensor | None,
-        highest: Tensor | None,
-    ) -> Tensor:
+    def steered(self, out: Tensor | None, highest: Tensor | None) -> Tensor:
         looks = self._looks() if self.gate is not None or self.plausibility is not None else None
         dtype = self.scores.dtype
         if self.plausibility is None and self.budget is None:
             narrow = dtype in (torch.float16, torch.bfloat16)  # rounded once, at the end
             result = self._empty(torch.float32 if narrow else dtype, self.width) if out is None or narrow else out
-            facts, kept = self._change(tables, history, mixture, prior, shift, looks, result, is_alone=False)
+            facts, kept = self._change(looks, result, is_alone=False)
             self._put_stops_right(result, facts, kept, highest)
             return result.to(dtype) if narrow else result
         result = self._empty(dtype, self.width) if out is None else out
         fits = result is not self.scores and dtype == torch.float32
         moves = result if fits else self._empty(torch.float32, self.width)
-        facts, _ = self._change(tables, history, mixture, prior, shift, looks, moves, is_alone=True)
+        facts, _ = self._change(looks, moves, is_alone=True)
         state, sums = self._searched(moves, facts) if self.budget is not None else (None, None)
         self._apply(moves, facts, state, sums, result, highest)
         return result
@@ -164,22 +172,11 @@ class _Step:
         )  # fmt: skip
         return looks
 
-    def _change(
-        self,
-        tables: Tables,
-        history: Tensor,
-        mixture: Tensor | None,
-        prior: int | Tensor,
-        shift: bool,
-        looks: Tensor | None,
-        out: Tensor,
-        is_alone: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def _change(self, looks: Tensor | None, out: Tensor, is_alone: bool) -> tuple[Tensor, Tensor | None]:
         """The facts of every tile, [B, FACTS or 2, tiles], and the scores before of ids that end a text, [B, K]."""
         count = 0 if self.stops is None else len(self.stops)
         facts = self._empty(torch.float32 if is_alone else out.dtype, FACTS.value if is_alone else 2, self.tiles)
         kept = None if is_alone or self.stops is None else self._empty(out.dtype, count)
-        priors = prior if isinstance(prior, Tensor) else None
         each = triton.cdiv(self.tiles, max(self.programs // self.rows, 1))
         change[(self.rows, triton.cdiv(self.tiles, each))](
             self.scores,
@@ -189,24 +186,7 @@ class _Step:
             self.width,
             self.tiles,
             each,
-            history,
-            *history.stride(),
-            history.shape[1],
-            self.strength,
-            self.strength.stride(0),
-            priors,
-            0 if priors is None else priors.stride(0),
-            0 if isinstance(prior, Tensor) else prior,
-            mixture,
-            tables.unigram,
-            tables.nodes,
-            tables.runs,
-            tables.words,
-            tables.deltas,
-            tables.backoff_book,
-            tables.book_starts,
-            tables.vocab_size,
-            len(tables.book_starts),
+            *self.arguments,
             looks,
             self.gate,
             _step(self.gate),
@@ -218,10 +198,7 @@ class _Step:
             _step(self.leave),
             kept,
             facts,
-            ORDER=tables.order,
-            PLACES=places_of(tables.order),
-            ROUNDS=rounds_of(tables.widest),
-            SHIFT=shift,
+            **self.constants,
             ALONE=is_alone,
             BUDGET=self.budget is not None,
             IN_PLACE=out is self.scores,

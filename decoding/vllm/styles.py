@@ -22,6 +22,7 @@ from decoding.vllm.declaration import DeclaredStyle
 from decoding.vllm.fallbacks import fell_back
 from decoding.vllm.requests import Held, Request, read_request
 from ngram import NGramError
+from ngram.kernels import uses_triton
 from ngram.layout import join
 from ngram.tables import Tables
 
@@ -97,6 +98,7 @@ class LoadedStyles:
         self.context = 1
         if not names:
             return
+        uses_triton(torch.device(device))  # tried, or refused, at an engine's start and not in its first step
         shapes, mixtures = [], []
         for name in names:
             prior = opened(name)

@@ -110,7 +110,7 @@ def _shown(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _beginning_with(what: str, shown: dict[str, str]) -> str:
-    """What was measured of something, whatever its line adds; else why not, if that is known."""
+    """What was measured of something, whatever its line adds."""
     found = next((text for name, text in shown.items() if name.startswith(what)), None)
     return found or NOTHING
 

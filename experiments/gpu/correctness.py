@@ -15,7 +15,7 @@ from chunkllm import ChunkSelection
 from chunkllm.contiguous.reading import Reading
 from chunkllm.models import cache_argument
 from experiments.gpu.record import Record
-from experiments.gpu.ways import TORCH, WAYS, Priors, Steered, Way, about, allowed, furthest, kernels, paths
+from experiments.gpu.ways import TORCH, WAYS, Priors, Steered, Way, about, allowed, as_on_host, judged, kernels, paths
 from experiments.lab.device import no_waiting, replayed
 from experiments.long_context.bench import CHUNK, BenchOptions, random_model, selection
 
@@ -87,12 +87,7 @@ class _Style:
 
     def as_on_host(self, path: str) -> tuple[bool, str]:
         """Against torch's operations there."""
-        here = self._on(self._device)
-        with kernels(path):
-            here()  # the first call may compile
-            with no_waiting(self._device):
-                found = here()
-        return self._judged(found, self._on_host, allowed(self._way))
+        return as_on_host(self._on(self._device), self._way, path, self._on_host, self._device)
 
     def as_called(self, path: str) -> tuple[bool, str]:
         """A graph that was captured with other scores and contexts. Torch's sums have no order on a card."""
@@ -101,11 +96,7 @@ class _Style:
             run = replayed(here, self._device)
             here.scores.copy_(other.scores)
             here.history.copy_(other.history)
-            return self._judged(run(), other(), allowed(self._way) if path == TORCH else 0.0)
-
-    def _judged(self, found: Tensor, wanted: Tensor, bound: float) -> tuple[bool, str]:
-        apart = furthest(found, wanted)
-        return apart <= bound, f"furthest apart {apart:.2g}, allowed {bound:g}"
+            return judged(run(), other(), allowed(self._way) if path == TORCH else 0.0)
 
 
 def random_weights(shape: str, length: int) -> Any:

@@ -12,10 +12,8 @@ from decoding.environment import engines, environment
 from experiments.lab.figures import Figure
 from ngram.storage import write_atomically
 
-RUNNING, DONE, FAILED, TIMED_OUT, NOT_RUN, INTERRUPTED = (
-    *("running", "done", "failed", "timed out"),
-    *("not run", "interrupted"),
-)
+RUNNING, DONE, FAILED = "running", "done", "failed"
+TIMED_OUT, NOT_RUN, INTERRUPTED = "timed out", "not run", "interrupted"
 CARD, TOY = "card", "toy: nothing here is a speed"
 
 

@@ -19,12 +19,11 @@ from experiments.gpu.ways import (
     Steered,
     Way,
     about,
-    allowed,
-    furthest,
+    as_on_host,
     kernels,
     paths,
 )
-from experiments.lab.device import device_seconds, free, no_waiting, replayed
+from experiments.lab.device import device_seconds, free, replayed
 from experiments.lab.figures import Figure, ratio_of, time_of
 
 _TITLES = {TORCH: "torch", TRITON: "kernels"}
@@ -78,17 +77,9 @@ def _check(
     with kernels(TORCH):
         wanted = Steered(way, priors, sizes.checked, torch.device("cpu"))()
     here = Steered(way, priors, sizes.checked, device)
-
-    def compared(path: str) -> tuple[bool, str]:
-        with kernels(path):
-            here()  # the first call may compile
-            with no_waiting(device):
-                result = here()
-        difference = furthest(result, wanted)
-        return difference <= allowed(way), f"furthest apart {difference:.2g}, allowed {allowed(way):g}; no host sync"
-
     for path in found:
-        record.check(_checked(path, way, priors.vocabulary), partial(compared, path))
+        check = partial(as_on_host, here, way, path, wanted, device)
+        record.check(_checked(path, way, priors.vocabulary), check)
 
 
 def _checked(path: str, way: Way, vocabulary: int) -> str:

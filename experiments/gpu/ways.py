@@ -15,6 +15,7 @@ from torch import Tensor
 
 from decoding.style.bound import FIRST_SHARE
 from decoding.style.steering import Guards, GuardSettings, Stops, guards_of, mixture_of, steer, stops_of
+from experiments.lab.device import no_waiting
 from ngram import NGramModel
 from ngram.errors import NGramError
 from ngram.kernels import SWITCH, uses_triton
@@ -178,6 +179,21 @@ def furthest(found: Tensor, wanted: Tensor) -> float:
 def allowed(way: Way) -> float:
     """How far two paths may differ: by rounding; under a budget by a few of the search's steps of 1/4096 too."""
     return 2e-2 if way.guards.max_js is not None else 2e-3
+
+
+def judged(found: Tensor, wanted: Tensor, bound: float) -> tuple[bool, str]:
+    """Whether two results are as near as that, and what was seen."""
+    apart = furthest(found, wanted)
+    return apart <= bound, f"furthest apart {apart:.2g}, allowed {bound:g}"
+
+
+def as_on_host(here: Steered, way: Way, path: str, wanted: Tensor, device: torch.device) -> tuple[bool, str]:
+    """Whether a device computes by a path, without a wait, what torch's operations computed on the host."""
+    with kernels(path):
+        here()  # the first call may compile
+        with no_waiting(device):
+            found = here()
+    return judged(found, wanted, allowed(way))
 
 
 def about(priors: Priors) -> dict[str, Any]:

@@ -417,6 +417,11 @@ def test_without_a_triton_that_is_new_enough(switch, monkeypatch, version):
         kernels.uses_triton(CUDA)
 
 
+def test_an_empty_switch_is_none(switch):
+    switch("")
+    assert not kernels.uses_triton(CPU)
+
+
 def test_the_switch_is_read_at_every_call(switch):
     for choice, expected in (("torch", False), ("triton", True), ("torch", False), ("auto", False)):
         switch(choice)

@@ -66,6 +66,8 @@ def one_process(tmp_path_factory):
         for name in ("DECODING_STYLES", "DECODING_TEMPERATURE", "DECODING_CHUNKS", "DECODING_POLICY"):
             patch.delenv(name, raising=False)
         patch.setattr("torch.accelerator.empty_cache", lambda: None)  # there is none
+        # Each architecture is looked at in a process of its own, which takes ten seconds, lest it starts CUDA here.
+        patch.setattr("vllm.model_executor.models.registry._run_in_subprocess", lambda look: look())
         yield
         cleanup_dist_env_and_memory()
 

@@ -176,22 +176,14 @@ def test_one_worker_of_an_engine_counts(monkeypatch):
 def test_selections_are_counted_where_nothing_waits_for_the_device(fixed_shapes):
     """Without ends of chunks, a row chooses anew behind each block of 8 tokens, and before its first one."""
     pytest.importorskip("hypothesis")
+    from tests.chunkllm.paged.engine import step_of_one
     from tests.chunkllm.paged.test_selection import BUDGET, Engine, L, NoLooking
 
     engine, listing = Engine(40, fixed_shapes=fixed_shapes), Listing()
     chunks = ChunkCounts(L, Counting(listing), torch.device("cpu"), 4)
-    table, selection = torch.arange(20, dtype=torch.int32)[None], engine.selection
+    table, selection = torch.arange(20, dtype=torch.int32), engine.selection
     for held, count in [(0, 100), *((100 + i, 1) for i in range(24))]:
-        step = Step(
-            table,
-            torch.tensor([held + count]),
-            torch.tensor([0, count]),
-            torch.arange(held, held + count),
-            np.array([count]),
-            np.array([count > 1]),
-            np.array([BUDGET]),
-            np.array([held + count]),
-        )
+        step = step_of_one(table, held, count, BUDGET)
         reading = selection.begin(step)
         with NoLooking():
             chunks.add(step, reading, selection.selections)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from chunkllm import PooledScorer
-from chunkllm.paged.selection import PagedSelection, Step
+from chunkllm.paged.selection import PagedSelection
 from chunkllm.selection import DEFAULT_LOCAL, DEFAULT_SINKS
 from decoding.vllm import engine_args
 
@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from decoding.vllm import fallbacks
 from decoding.vllm.budgets import budget_slots
 from decoding.vllm.processor import ChunkLogitsProcessor
+from tests.chunkllm.paged.engine import step_of_one
 from tests.serving.v2_runner import CPU, Serving, configured, put_plain_kernels
 
 pytestmark = pytest.mark.real
@@ -136,16 +137,8 @@ class Alone:
     def reads(self, held, ids, is_prompt, budget):
         """Of each layer the numbers of its blocks, and how many tokens are in them; None for all."""
         count, ids = len(ids), torch.tensor(ids)
-        step = Step(
-            torch.arange(LENGTH // BLOCK, dtype=torch.int32)[None],
-            torch.tensor([held + count], dtype=torch.int32),
-            torch.tensor([0, count], dtype=torch.int32),
-            torch.arange(held, held + count),
-            np.array([count]),
-            np.array([is_prompt]),
-            np.array([budget]),
-            np.array([(held + count) * (self._known >= M)]),
-        )
+        table, most = torch.arange(LENGTH // BLOCK, dtype=torch.int32), (held + count) * (self._known >= M)
+        step = step_of_one(table, held, count, budget, most=most, is_prompt=is_prompt)
         reading = self._selection.begin(step)
         self._known += count
         self._selection.note_ends(self._model.ends[ids] if self._model.ends.any() else None)

@@ -33,6 +33,22 @@ class Request:
     chosen: list | None = None  # of each layer, blocks by number
 
 
+def step_of_one(table, held, count, budget, *, most=None, is_prompt=None, slots=None):
+    """A step of one row, with ``count`` tokens behind the ``held`` ones, whose blocks [N] follow each other."""
+    length = held + count
+    return Step(
+        table[None],
+        torch.tensor([length], dtype=torch.int32),
+        torch.tensor([0, count], dtype=torch.int32),
+        torch.arange(held, length),
+        np.array([count]),
+        np.array([count > 1 if is_prompt is None else is_prompt]),
+        np.array([budget]),
+        np.array([length if most is None else most]),
+        slots=slots,
+    )
+
+
 class Engine:
     """Keys, queries and ends of chunks follow from tokens; blocks are given, shared, taken back and reused.
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunkllm.paged.selection import Step
-from tests.chunkllm.paged.engine import BLOCK, BUDGET, ROWS, Engine, L, Request, Schedule, V, checker
+from tests.chunkllm.paged.engine import BLOCK, BUDGET, ROWS, Engine, L, Request, Schedule, V, checker, step_of_one
 
 
 @pytest.fixture
@@ -89,21 +88,11 @@ class NoLooking(TorchDispatchMode):
 def test_with_fixed_shapes_nothing_waits_for_the_device(engine, slots, rests, begins_with):
     engine = engine(blocks=40, fixed_shapes=True, slots=slots, rests=rests)
     selection = engine.selection
-    table = torch.arange(20, dtype=torch.int32)[None]
+    table = torch.arange(20, dtype=torch.int32)
     selected, steps = [], [(0, begins_with), *((begins_with + i, 1) for i in range(40))]
     for held, count in steps:
         ids = torch.randint(0, V, (count,))
-        step = Step(
-            table,
-            torch.tensor([held + count]),
-            torch.tensor([0, count]),
-            torch.arange(held, held + count),
-            np.array([count]),
-            np.array([count > 1]),
-            np.array([BUDGET]),
-            np.array([held + count]),
-            slots=None if slots is None else np.array([1]),
-        )
+        step = step_of_one(table, held, count, BUDGET, slots=None if slots is None else np.array([1]))
         keys, queries, ends = engine.keys[:, ids], engine.queries[:, ids], engine.ends[ids]
         with NoLooking():
             reading = selection.begin(step)
