@@ -24,10 +24,11 @@ COMPILE := $(VLLM_BIN)/python -m compileall -q -j 0 .venv-vllm/lib > .venv-vllm/
 
 # Two processes at a time, with a thread each: on two cores that takes half as long as one process with two.
 PAIR := --no-print-directory --jobs 2 --output-sync=target
+TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
 # Tests that start engines, the longest first. One process for each: it can have but one engine at a time.
-ENGINES := engine server parallel_engine chunk_engine sweep temperature_engine mistral_tokenizer fuzz together_engine
+ENGINES := server engine chunk_engine temperature_engine fuzz parallel_engine sweep mistral_tokenizer together_engine
 
 .PHONY: run playground serve test test-vllm test-vllm-newest test-lowest check wheel docs figures bench clean
 
@@ -45,7 +46,7 @@ test:
 	$(MAKE) $(PAIR) test-vllm
 	$(MAKE) --no-print-directory check
 
-test-vllm: $(ENGINES:%=test-vllm-%) test-vllm-rows
+test-vllm: test-vllm-rows $(ENGINES:%=test-vllm-%)
 
 test-vllm-rows: .venv-vllm/test.done
 	$(ONE_THREAD) $(VLLM_BIN)/python -m pytest tests/serving $(ENGINES:%=--ignore=tests/serving/test_%.py)
@@ -65,10 +66,10 @@ check: .venv/test.done wheel
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest $(TWO_PROCESSES)
 
 test-lowest: .venv-lowest/test.done
-	$(ONE_THREAD) .venv-lowest/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(ONE_THREAD) .venv-lowest/bin/python -m pytest $(TWO_PROCESSES)
 
 # An installed wheel, for tests/test_wheel.py.
 wheel: .venv/test.done

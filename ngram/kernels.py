@@ -48,6 +48,15 @@ def uses_triton(device: torch.device) -> bool:
     return True
 
 
+def asks_for_triton(device: torch.device) -> bool:
+    """Whether the switch says so in a word: for kernels that no card has been seen to run, which "auto" leaves alone.
+
+    Raises:
+        NGramError: as `uses_triton`.
+    """
+    return os.environ.get(SWITCH) == "triton" and uses_triton(device)
+
+
 def is_interpreted() -> bool:
     """Whether Triton runs kernels on the host, one operation after the other."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")

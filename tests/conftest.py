@@ -23,6 +23,12 @@ WORDS = SENTENCE.split()
 TEXT = " ".join(WORDS * 6) + "\n"
 
 
+def pytest_collection_modifyitems(items):
+    """Files with the real model come first: they take longest, and should not be what one process is left with."""
+    real = {item.path for item in items if item.get_closest_marker("real")}
+    items.sort(key=lambda item: item.path not in real)
+
+
 @pytest.fixture(scope="session")
 def shared():
     if not SHARED.is_dir():

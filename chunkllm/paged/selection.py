@@ -10,6 +10,7 @@ reads no block but its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from chunkllm.paged.blocks import BlockSummaries, Pieces, Tokens, tokens_of_step
 from chunkllm.paged.calls import Calls, GapError
 from chunkllm.paged.held import HeldTokens
 from chunkllm.paged.slots import FoundSlots, GivenSlots, Rows, Slots
+from chunkllm.paged.tables import Reading, last_blocks, local_blocks, read_tables
 from chunkllm.scorers import Scorer, chunk_scores
 from chunkllm.selection import divide
 
@@ -62,18 +64,6 @@ class Step(NamedTuple):
         return int((self.most > self.budgets).sum())
 
 
-class Reading(NamedTuple):
-    """What the rows of a step read in each of L layers, in place of everything.
-
-    Attributes:
-        block_table: int [L, R, W].
-        lengths: int [L, R], tokens in those blocks. Rows that select nothing have what they had.
-    """
-
-    block_table: Tensor
-    lengths: Tensor
-
-
 class PagedSelection:
     """Chunk selection for the requests of an engine.
 
@@ -103,6 +93,7 @@ class PagedSelection:
         rows: that a step can have.
         row_blocks: N, that a row can have.
         slots: places in the engine's table of requests, if it tells each row's; else rows are found by their blocks.
+        kernels: whether tables are written by a kernel of Triton, with fixed shapes.
         read_keys: reads the cache: keys [n, block size, Hkv, D] of a layer, by its number, and int64 [n] blocks. None
             if that cannot be done: then no row rests. With fixed shapes none does either if the engine tells no slots.
         sinks: first tokens, a chunk of their own.
@@ -135,6 +126,7 @@ class PagedSelection:
         dtype: torch.dtype,
         device: torch.device,
         fixed_shapes: bool | None = None,
+        kernels: bool = False,
         read_keys: Callable[[int, Tensor], Tensor] | None = None,
     ):
         self._scorer, self._layers = scorer, layers
@@ -142,6 +134,7 @@ class PagedSelection:
         self._block_size, self._sinks = block_size, sinks
         self._local_blocks, self._row_blocks = local_blocks(local, block_size), row_blocks
         self._fixed_shapes = device.type != "cpu" if fixed_shapes is None else fixed_shapes
+        self._read_tables = _tables_by(kernels, self._fixed_shapes)
         # Rows can be left out of a step and come back: twice as many slots keep what is known of them.
         self._slots: Slots = FoundSlots(2 * rows, device) if slots is None else GivenSlots(slots, device)
         tells_slots = slots is not None
@@ -388,7 +381,10 @@ class PagedSelection:
         is_long = is_long & self._has_chosen[slot]
         if not self._fixed_shapes and not is_long.any():
             return None
-        return self._tables(table, slot, is_long, lengths, step.lengths.dtype)
+        reading = self._read_tables(
+            table, slot, is_long, lengths, self._chosen, self._counts, self._block_size, self._local_blocks
+        )
+        return reading._replace(lengths=reading.lengths.to(step.lengths.dtype))
 
     def _at_once(self, step: Step) -> int:
         """Rows that choose anew in a step, where shapes are fixed: all of a batch in as many steps as pieces are long.
@@ -401,7 +397,7 @@ class PagedSelection:
 
     def _choose(self, table: Tensor, budgets: Tensor, slot: Tensor, lengths: Tensor) -> None:
         """Chooses the blocks of K rows anew, for the queries of their last tokens; table is int [K, N]."""
-        last, recent = self._last_blocks(lengths)
+        last, recent = last_blocks(lengths, self._block_size, self._local_blocks)
         count = table.shape[1] if self._fixed_shapes else int(last.max()) + 1
         blocks = table[:, :count].long()
         number = torch.arange(count, device=slot.device)
@@ -432,11 +428,6 @@ class PagedSelection:
             width = min(max(wanted, 2 * width), self._row_blocks + self._local_blocks + 2)
             self._chosen = torch.nn.functional.pad(self._chosen, (0, width - self._chosen.shape[2]))
 
-    def _last_blocks(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers of rows' last blocks, and of the first of those that stay for being recent; each int64 like it."""
-        last = (lengths - 1) // self._block_size
-        return last, (last - self._local_blocks).clamp(min=1)
-
     def _block_scores(self, blocks: Tensor, slot: Tensor, held: Tensor, lengths: Tensor) -> Tensor:
         """The share of attention that each block is expected to get, float32 [L, K, N].
 
@@ -460,25 +451,10 @@ class PagedSelection:
             by_layer.append(scores.view(lengths.shape).sum(-1))
         return torch.stack(by_layer)
 
-    def _tables(self, table: Tensor, slot: Tensor, selects: Tensor, lengths: Tensor, dtype: torch.dtype) -> Reading:
-        """Block tables: the first block, the chosen ones, the last ones."""
-        last, recent = (blocks.int() for blocks in self._last_blocks(lengths))
-        counts = self._counts[:, slot]
-        width = table.shape[1]
-        if not self._fixed_shapes:
-            width = int(((counts + last - recent) * selects).max()) + 2
-        place = torch.arange(width, dtype=torch.int32, device=slot.device)
-        behind = (recent - counts - 1)[..., None] + place
-        chosen = self._chosen[:, :, :width].index_select(1, slot)
-        number = torch.where(place <= counts[..., None], chosen, behind).minimum(last[:, None]).clamp_(min=0)
-        own = table.expand(len(counts), -1, -1)
-        tables = torch.where(selects[:, None], own.gather(2, number.long()), own[:, :, :width])
-        if not self._fixed_shapes and not selects.all():
-            tables = torch.cat((tables, own[:, :, width:]), -1)
-        tokens = (counts + 1 + last - recent) * self._block_size + (lengths - 1) % self._block_size + 1
-        return Reading(tables, torch.where(selects, tokens, lengths).to(dtype))
 
+def _tables_by(kernels: bool, fixed_shapes: bool) -> Callable[..., Reading]:
+    if not (kernels and fixed_shapes):
+        return partial(read_tables, fixed_shapes=fixed_shapes)
+    from chunkllm.paged import table_kernel  # which imports Triton
 
-def local_blocks(local: int, block_size: int) -> int:
-    """Blocks before the one that is being written that always stay, so that no fewer than ``local`` tokens do."""
-    return -(-local // block_size)
+    return table_kernel.read_tables

@@ -15,7 +15,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from chunkllm import ChunkAdapters, ChunkCalibration, ChunkError, PooledScorer, Scorer
 from chunkllm.calibration import open_saved
-from chunkllm.paged.selection import PagedSelection, Reading, Step
+from chunkllm.paged.selection import PagedSelection, Step
+from chunkllm.paged.tables import Reading
 from chunkllm.selection import DEFAULT_LOCAL, DEFAULT_SINKS, layer_weights
 from decoding.errors import DecodingError
 from decoding.policy.values import EMBEDDED
@@ -26,6 +27,7 @@ from decoding.vllm.counts import counts_of_rank
 from decoding.vllm.declaration import asked_for, checked_room
 from decoding.vllm.ranks import adapters_of_rank, kv_heads, query_heads
 from decoding.vllm.v1 import budget_rows
+from ngram.kernels import asks_for_triton
 
 _NO_WINDOW = (-1, (-1, -1))  # as vLLM's backends say it
 # Plain ones, and those that an attention backend quantizes itself, once it has handed on keys and queries as they were.
@@ -130,6 +132,7 @@ class LayerGroup:
             dtype=self._config.model_config.dtype,
             device=self._device,
             slots=self._slots,
+            kernels=asks_for_triton(self._device),
             read_keys=self._read_keys if self._can_read_keys() else None,
         )
         if selections is not None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from chunkllm.late import Arriving, send
-from chunkllm.paged.selection import Reading, Step
+from chunkllm.paged.selection import Step
+from chunkllm.paged.tables import Reading
 from decoding.vllm.counts import Counting
 from decoding.vllm.metrics import LAMBDA, NONE, REQUESTS, SELECTIONS, TOKENS_HELD, TOKENS_READ
 from decoding.vllm.styles import Chosen

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from chunkllm.paged.selection import Reading
+from chunkllm.paged.tables import Reading
 from decoding.vllm.selecting import SelectingBuilder, SelectingImpl, is_selecting
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from chunkllm.paged.selection import local_blocks
+from chunkllm.paged.tables import local_blocks
 from chunkllm.selection import DEFAULT_BUDGET, DEFAULT_LOCAL
 from decoding.errors import DecodingError
 from decoding.policy.values import AUTO, EMBEDDED, OF_STYLES, check_field

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from chunkllm.paged.calls import GapError
-from chunkllm.paged.selection import Reading
+from chunkllm.paged.tables import Reading
 from decoding.errors import DecodingError
 from decoding.vllm.bottom import stop_watching, watch_bottom_layer
 from decoding.vllm.chunks import LayerGroup, refuse_unusual_attention, without_windows

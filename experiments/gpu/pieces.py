@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from decoding.errors import DecodingError
-from experiments.gpu import adapters, correctness, long_context, lossless, style, temperature, vllm
+from experiments.gpu import adapters, correctness, long_context, lossless, style, tables, temperature, vllm
 from experiments.gpu.run import Piece
 
 PIECES = (
@@ -21,9 +21,10 @@ PIECES = (
     Piece(
         "long-context", "a step behind long contexts", 150, long_context.measure, long_context.CARD, long_context.TOY
     ),
+    Piece("tables", "the block tables of a step in vLLM", 10, tables.measure, tables.CARD, tables.TOY),
     Piece("temperature", "choosing temperatures", 20, temperature.measure, temperature.CARD, temperature.TOY),
     Piece("adapters", "training adapters", 40, adapters.measure, adapters.CARD, adapters.TOY),
-    Piece("lossless", "the lossless mode", 60, lossless.measure, lossless.CARD, lossless.TOY),
+    Piece("lossless", "the lossless mode", 50, lossless.measure, lossless.CARD, lossless.TOY),
     Piece("vllm", "throughput in vLLM", 60, vllm.measure, vllm.CARD, vllm.TOY, needs="vllm"),
 )
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from chunkllm.paged.selection import Reading, Step
+from chunkllm.paged.selection import Step
+from chunkllm.paged.tables import Reading
 from decoding.vllm import counts, fallbacks
 from decoding.vllm.counters import ChunkCounts
 from decoding.vllm.counts import Counting

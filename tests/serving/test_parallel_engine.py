@@ -192,7 +192,10 @@ def two(folder, one):
 
 @pytest.fixture(scope="module")
 def of_fp8(folder, one):
-    return written(folder, kv_cache_dtype="fp8")
+    try:
+        return written(folder, kv_cache_dtype="fp8")
+    except NotImplementedError as error:  # of vLLM, on processors without AVX-512
+        pytest.skip(str(error))
 
 
 def test_two_processes_that_keep_everything_write_what_one_does(one, two):

