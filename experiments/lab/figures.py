@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from decoding.environment import environment
@@ -41,11 +42,20 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def interleaved(works: Sequence[Callable[[int], Any]], rounds: int) -> np.ndarray:
-    """Seconds [works, rounds]; the works take turns, so that drifts of the machine hit all of them."""
+def interleaved(works: Sequence[Callable[[int], Any]], rounds: int, title: str | None = None) -> np.ndarray:
+    """Seconds [works, rounds]; the works take turns, so that drifts of the machine hit all of them.
+
+    Args:
+        works: each is told the round.
+        rounds: how often each is done; once more before, untimed.
+        title: of a bar that moves between rounds, for what takes minutes.
+    """
     for work in works:
         work(0)
-    return np.array([[seconds_of(partial(work, i)) for work in works] for i in range(rounds)]).T
+    turns: Iterable[int] = range(rounds)
+    if title is not None:  # nothing draws while something is timed
+        turns = track(turns, title, console=Console(stderr=True), auto_refresh=False, transient=True)
+    return np.array([[seconds_of(partial(work, i)) for work in works] for i in turns]).T
 
 
 def ratio_of(times: np.ndarray, baseline: np.ndarray) -> tuple[float, str]:

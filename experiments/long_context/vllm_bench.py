@@ -141,7 +141,7 @@ def _measured(llm: Any, texts: Sequence[list[int]], rounds: int) -> np.ndarray:
         with without(llm, [CHUNKS]):
             seconds[2, turn] = write(llm, [text[:_SHORT] for text in texts])
 
-    interleaved([stock, selecting, short], rounds)
+    interleaved([stock, selecting, short], rounds, f"{len(texts[0]):,} tokens, batch {len(texts)}")
     return seconds
 
 

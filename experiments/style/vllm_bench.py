@@ -63,7 +63,7 @@ def _throughput(model: str, files: Sequence[str], tokens: int, rounds: int) -> l
             partial(engine.write, styles, left_out=engine.others)
             for styles in (nobody, [different[0]] * BATCH, different)
         ]
-        none, one, sixteen = interleaved(works, rounds)
+        none, one, sixteen = interleaved(works, rounds, "styles")
         unused = [_unused(part, engine, 3 * rounds) for part in (STYLES, TEMPERATURES, CHUNKS)]
     return [
         _share("a style on every request, against none", none, one, 0.97),
@@ -121,7 +121,7 @@ def _unused(part: str, engine: _Engine, rounds: int) -> Figure:
     if torch.cuda.is_available():
         return not_measured(f"throughput with {what}", f"≥ {target}×", "for V1's runner only")
     nobody = partial(engine.write, [None] * BATCH, temperature=1)
-    without_it, with_it = interleaved([partial(nobody, left_out=[part]), nobody], rounds)
+    without_it, with_it = interleaved([partial(nobody, left_out=[part]), nobody], rounds, f"{part}, unused")
     return _share(what, without_it, with_it, target)
 
 

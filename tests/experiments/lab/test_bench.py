@@ -1,10 +1,12 @@
 import importlib.util
 import json
 
+import pytest
 import torch
 from click.testing import CliRunner
 
 from decoding.cli import cli
+from experiments.lab.figures import interleaved
 from experiments.lab.timing import TimedProcessor
 from experiments.style.bench import Figure
 
@@ -33,3 +35,12 @@ def test_a_timed_processor_changes_nothing_and_counts():
     assert timed.seconds == 0
     assert timed(None, scores) is scores
     assert timed.seconds > 0
+
+
+@pytest.mark.parametrize("title", [None, "long work"])
+def test_works_take_turns_after_one_that_is_not_timed(title, capsys):
+    seen = []
+    seconds = interleaved([lambda turn: seen.append(("a", turn)), lambda turn: seen.append(("b", turn))], 3, title)
+    assert seconds.shape == (2, 3) and (seconds >= 0).all()
+    assert seen == [(name, turn) for turn in (0, 0, 1, 2) for name in "ab"]
+    assert capsys.readouterr().out == ""
