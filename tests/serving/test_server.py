@@ -143,16 +143,18 @@ TOOL = {
 }
 
 
-def test_tool_calls_are_steered_and_their_arguments_whole(client):
+def test_tool_calls_are_steered_and_their_arguments_whole(client, selector_folder):
     """The text of a city is open, and the grammar is not: what it rules out stays out."""
+    question = "What will the weather be like in the city of your choice?"
+    (chosen,) = TemperatureSelector.from_pretrained(selector_folder).select([question], "small")
     tool = {"type": "function", "function": {"name": "forecast", "parameters": TOOL, "strict": True}}
     common = {"model": DEFAULT_MODEL, "max_tokens": 96, "tools": [tool]}
     common |= {"tool_choice": {"type": "function", "function": {"name": "forecast"}}}
-    common["messages"] = [{"role": "user", "content": "What will the weather be like in the city of your choice?"}]
+    common["messages"] = [{"role": "user", "content": question}]
 
-    def called(asked):
+    def called(asked, temperature=0):
         extra = {"vllm_xargs": {"policy": "off"} | asked}
-        answer = client.chat.completions.create(**common, temperature=0, extra_body=extra)
+        answer = client.chat.completions.create(**common, temperature=temperature, seed=3, extra_body=extra)
         (call,) = answer.choices[0].message.tool_calls
         assert call.function.name == "forecast"
         arguments = json.loads(call.function.arguments)
@@ -163,6 +165,7 @@ def test_tool_calls_are_steered_and_their_arguments_whole(client):
     plain = called({})
     assert called({"style": "king-james", "lambda": 0.3, "max_js": "off"}) != plain
     assert called({"kv_budget": 384}) == plain  # a short conversation is within its budget
+    assert called({"temperature": "auto"}, 1) == called({}, chosen) != called({}, 1)
     with pytest.raises(openai.BadRequestError, match="unknown style 'nobody'"):
         called({"style": "nobody"})
 
