@@ -30,13 +30,11 @@ def uses_triton(device: torch.device) -> bool:
     Raises:
         NGramError: the switch has no such value, or asks for kernels that cannot run here.
     """
-    choice = os.environ.get(SWITCH) or "auto"
+    choice = _choice()
     if choice == "torch":
         return False
     if choice == "auto":
         return device.type == "cuda" and _is_compiled_for(device)
-    if choice != "triton":
-        raise NGramError(f"{SWITCH} must be one of {', '.join(CHOICES)}, not {choice!r}")
     if not is_interpreted() and device.type != "cuda":
         raise NGramError(
             f"{SWITCH}=triton, but Triton has no kernels for a device of type {device.type}: set {SWITCH}=auto, or "
@@ -54,7 +52,14 @@ def asks_for_triton(device: torch.device) -> bool:
     Raises:
         NGramError: as `uses_triton`.
     """
-    return os.environ.get(SWITCH) == "triton" and uses_triton(device)
+    return _choice() == "triton" and uses_triton(device)
+
+
+def _choice() -> str:
+    choice = os.environ.get(SWITCH) or "auto"
+    if choice not in CHOICES:
+        raise NGramError(f"{SWITCH} must be one of {', '.join(CHOICES)}, not {choice!r}")
+    return choice
 
 
 def is_interpreted() -> bool:

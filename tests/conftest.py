@@ -1,6 +1,8 @@
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
@@ -41,6 +43,20 @@ def cache(tmp_path_factory, monkeypatch, request):
     """Each test has caches of its own, but for those of the real model."""
     if not request.node.get_closest_marker("real"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def compiles(tmp_path):
+    """Runs a script that compiles kernels and then says so, in a process that does not interpret them."""
+
+    def check(source):
+        environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "compiled")}
+        script = tmp_path / "compile.py"  # Triton reads a kernel's source from its file
+        script.write_text(source)
+        run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+        assert run.stdout.strip() == "compiled", run.stderr
+
+    return check
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ class BlockSummaries:
         self.features = [torch.zeros(shape, dtype=kept, device=device) for _ in layers]
         # Means, and sums of squares about them.
         self._moments = torch.zeros(len(layers), slots, kv_heads, 2 * head_dim, device=device)
-        self._summed = torch.zeros(slots, device=device)  # tokens of those pieces
+        self._summed = torch.zeros(slots, device=device)  # tokens of each slot's piece that has not ended
 
     def cut(self, tokens: Tokens, ends: Tensor, row_slot: Tensor, is_new: Tensor) -> Pieces:
         """Cuts the tokens of a step into pieces, and takes in how long those are that end.

@@ -22,7 +22,7 @@ from chunkllm.paged.blocks import BlockSummaries, Pieces, Tokens, tokens_of_step
 from chunkllm.paged.calls import Calls, GapError
 from chunkllm.paged.held import HeldTokens
 from chunkllm.paged.slots import FoundSlots, GivenSlots, Rows, Slots
-from chunkllm.paged.tables import Reading, last_blocks, local_blocks, read_tables
+from chunkllm.paged.tables import Choices, Reading, last_blocks, local_blocks, read_tables
 from chunkllm.scorers import Scorer, chunk_scores
 from chunkllm.selection import divide
 
@@ -137,14 +137,13 @@ class PagedSelection:
         self._read_tables = _tables_by(kernels, self._fixed_shapes)
         # Rows can be left out of a step and come back: twice as many slots keep what is known of them.
         self._slots: Slots = FoundSlots(2 * rows, device) if slots is None else GivenSlots(slots, device)
-        tells_slots = slots is not None
-        slots = self._slots.count + 1  # the last takes what belongs nowhere
+        places = self._slots.count + 1  # the last takes what belongs nowhere
         self.summaries = BlockSummaries(
             scorer,
             layers,
             blocks=blocks,
             block_size=block_size,
-            slots=slots,
+            slots=places,
             kv_heads=kv_heads,
             head_dim=head_dim,
             dtype=dtype,
@@ -152,7 +151,7 @@ class PagedSelection:
             fixed_shapes=self._fixed_shapes,
         )
         self._held: HeldTokens | None = None
-        if read_keys is not None and (tells_slots or not self._fixed_shapes):
+        if read_keys is not None and (slots is not None or not self._fixed_shapes):
             self._held = HeldTokens(
                 self.summaries,
                 read_keys,
@@ -164,16 +163,16 @@ class PagedSelection:
             )
         self._awake_slots: dict[int, int] = {}  # of the step before, and tokens of each row there, or more
         count = len(layers)
-        queries = torch.zeros(count, slots * scorer.queries, heads, head_dim, dtype=dtype, device=device)
+        queries = torch.zeros(count, places * scorer.queries, heads, head_dim, dtype=dtype, device=device)
         self._queries = list(queries)
-        self._known = torch.zeros(slots, dtype=torch.long, device=device)  # last tokens whose queries are there
-        self._ended = torch.zeros(slots, dtype=torch.bool, device=device)  # a chunk, since the last selection
-        self._has_chosen = torch.zeros(slots, dtype=torch.bool, device=device)
-        self._waited = torch.zeros(slots, dtype=torch.long, device=device)  # steps since it had to choose anew
+        self._known = torch.zeros(places, dtype=torch.long, device=device)  # last tokens whose queries are there
+        self._ended = torch.zeros(places, dtype=torch.bool, device=device)  # a chunk, since the last selection
+        self._has_chosen = torch.zeros(places, dtype=torch.bool, device=device)
+        self._waited = torch.zeros(places, dtype=torch.long, device=device)  # steps since it had to choose anew
         # The first block and behind it the chosen ones; as wide as was needed so far, since limits are long.
         number = torch.int16 if row_blocks <= torch.iinfo(torch.int16).max else torch.int32
-        self._chosen = torch.zeros(count, slots, 1, dtype=number, device=device)
-        self._counts = torch.zeros(count, slots, dtype=torch.int32, device=device)
+        self._chosen = torch.zeros(count, places, 1, dtype=number, device=device)
+        self._counts = torch.zeros(count, places, dtype=torch.int32, device=device)
         self._pending = torch.zeros(count, rows, kv_heads, head_dim, dtype=dtype, device=device)
         self._pending_of_layer = list(self._pending)
         self._undivided: list[tuple[int, Tensor]] = []  # layers' keys that came before the step's pieces were known
@@ -381,9 +380,8 @@ class PagedSelection:
         is_long = is_long & self._has_chosen[slot]
         if not self._fixed_shapes and not is_long.any():
             return None
-        reading = self._read_tables(
-            table, slot, is_long, lengths, self._chosen, self._counts, self._block_size, self._local_blocks
-        )
+        of_slots = self._chosen, self._counts, self._block_size, self._local_blocks
+        reading = self._read_tables(Choices(table, slot, is_long, lengths, *of_slots))
         return reading._replace(lengths=reading.lengths.to(step.lengths.dtype))
 
     def _at_once(self, step: Step) -> int:
@@ -452,7 +450,7 @@ class PagedSelection:
         return torch.stack(by_layer)
 
 
-def _tables_by(kernels: bool, fixed_shapes: bool) -> Callable[..., Reading]:
+def _tables_by(kernels: bool, fixed_shapes: bool) -> Callable[[Choices], Reading]:
     if not (kernels and fixed_shapes):
         return partial(read_tables, fixed_shapes=fixed_shapes)
     from chunkllm.paged import table_kernel  # which imports Triton

@@ -13,28 +13,19 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from chunkllm.paged.tables import Reading
+from chunkllm.paged.tables import Choices, Reading
 
 _TILE = 256  # numbers of blocks; tables are written by whole tiles, since attention may look a little further
 _WARPS = 4
 
 
-def read_tables(
-    table: Tensor,
-    slot: Tensor,
-    selects: Tensor,
-    lengths: Tensor,
-    chosen: Tensor,
-    counts: Tensor,
-    block_size: int,
-    local: int,
-) -> Reading:
-    """`chunkllm.paged.tables.read_tables` with fixed shapes, whose arguments and result these are.
+def read_tables(choices: Choices) -> Reading:
+    """`chunkllm.paged.tables.read_tables` with fixed shapes.
 
     Behind the last tile of blocks that a row reads, its table has no values.
     """
+    table, slot, selects, lengths, chosen, counts, block_size, local = choices
     (rows, width), layers = table.shape, len(counts)
     tables = table.new_empty(layers, rows, width)
     read = lengths.new_empty(layers, rows)

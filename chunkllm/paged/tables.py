@@ -20,6 +20,30 @@ class Reading(NamedTuple):
     lengths: Tensor
 
 
+class Choices(NamedTuple):
+    """What R rows hold, and which of it they have chosen.
+
+    Attributes:
+        table: int32 [R, N], the rows' own blocks.
+        slot: int64 [R], of the rows.
+        selects: bool [R], whether the row reads its first block, the chosen ones and the last ones; else it reads all.
+        lengths: int64 [R], tokens of each row.
+        chosen: int [L, slots, at least N], the number 0 of the first block, and behind it those of the chosen ones.
+        counts: int32 [L, slots], how many are chosen.
+        block_size: tokens of a block.
+        local: blocks before the last one that stay.
+    """
+
+    table: Tensor
+    slot: Tensor
+    selects: Tensor
+    lengths: Tensor
+    chosen: Tensor
+    counts: Tensor
+    block_size: int
+    local: int
+
+
 def local_blocks(local: int, block_size: int) -> int:
     """Blocks before the one that is being written that always stay, so that no fewer than ``local`` tokens do."""
     return -(-local // block_size)
@@ -40,34 +64,17 @@ def last_blocks(lengths: Tensor, block_size: int, local: int) -> tuple[Tensor, T
     return last, (last - local).clamp(min=1)
 
 
-def read_tables(
-    table: Tensor,
-    slot: Tensor,
-    selects: Tensor,
-    lengths: Tensor,
-    chosen: Tensor,
-    counts: Tensor,
-    block_size: int,
-    local: int,
-    *,
-    fixed_shapes: bool = True,
-) -> Reading:
+def read_tables(choices: Choices, *, fixed_shapes: bool = True) -> Reading:
     """Block tables: the first block, the chosen ones, the last ones.
 
     Args:
-        table: int32 [R, N], the rows' own blocks.
-        slot: int64 [R], of the rows.
-        selects: bool [R], whether the row reads these blocks alone; else it reads all.
-        lengths: int64 [R], tokens of each row.
-        chosen: int [L, slots, at least N], the number 0 of the first block, and behind it those of the chosen ones.
-        counts: int32 [L, slots], how many are chosen.
-        block_size: tokens of a block.
-        local: blocks before the last one that stay.
+        choices: of the rows.
         fixed_shapes: whether shapes must not depend on what tensors hold; else tables are as wide as they need be.
 
     Returns:
         Lengths are int64.
     """
+    table, slot, selects, lengths, chosen, counts, block_size, local = choices
     last, recent = (blocks.int() for blocks in last_blocks(lengths, block_size, local))
     counts = counts[:, slot]
     width = table.shape[1] if fixed_shapes else int(((counts + last - recent) * selects).max()) + 2

@@ -93,6 +93,7 @@ class LayerGroup:
         self._slots = rows if vllm_config.use_v2_model_runner else None
         self._budgets = budget_rows(engine) if self._slots is None else budget_slots(engine, rows)
         self._counts = ChunkCounts(len(names), counts_of_rank(vllm_config.parallel_config), device)
+        self._kernels = asks_for_triton(device)  # refused, if at all, at an engine's start and not in a step
         self.selection: PagedSelection | None = None
         self._blocks = 0
         self._has_missed = False  # whether a step could not even begin
@@ -132,7 +133,7 @@ class LayerGroup:
             dtype=self._config.model_config.dtype,
             device=self._device,
             slots=self._slots,
-            kernels=asks_for_triton(self._device),
+            kernels=self._kernels,
             read_keys=self._read_keys if self._can_read_keys() else None,
         )
         if selections is not None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from chunkllm.paged.tables import Reading, last_blocks, read_tables
+from chunkllm.paged.tables import Choices, Reading, read_tables
 from experiments.gpu.record import Record
 from experiments.gpu.ways import TORCH, TRITON, paths
 from experiments.lab.device import device_seconds, no_waiting, replayed
@@ -47,7 +46,7 @@ def measure(sizes: Sizes, device: torch.device, record: Record) -> None:
     """Adds microseconds of both, replayed."""
     found, why_not = paths(device)
     record.note(paths=list(found), without_kernels=why_not)
-    ways: dict[str, Callable[..., Reading]] = {TORCH: read_tables}
+    ways: dict[str, Callable[[Choices], Reading]] = {TORCH: read_tables}
     if TRITON in found:
         from chunkllm.paged import table_kernel  # which imports Triton
 
@@ -59,15 +58,15 @@ def measure(sizes: Sizes, device: torch.device, record: Record) -> None:
         record.check(check, partial(_same, ways, step, sizes, device))
         if not record.passed(check):
             continue
-        times = device_seconds([replayed(partial(way, *step), device) for way in ways.values()], sizes.rounds, device)
+        times = device_seconds([replayed(partial(way, step), device) for way in ways.values()], sizes.rounds, device)
         for name, seconds in zip(ways, times, strict=True):
             record.figure(Figure(f"{where}: {name}, replayed", *time_of(seconds, "µs")), check)
         if len(times) > 1:
             record.figure(Figure(f"{where}: kernel against torch", *ratio_of(times[0], times[1])), check)
 
 
-def _step(sizes: Sizes, batch: int, device: torch.device) -> tuple[Tensor | int, ...]:
-    """Arguments of `read_tables`: random blocks of rows that are nearly as long as their tables."""
+def _step(sizes: Sizes, batch: int, device: torch.device) -> Choices:
+    """Random blocks of rows that are nearly as long as their tables."""
     draw = torch.Generator().manual_seed(0)
     lengths = sizes.blocks * sizes.block_size - torch.randint(sizes.block_size, (batch,), generator=draw)
     table = torch.randperm(batch * sizes.blocks, generator=draw).int().view(batch, -1)
@@ -75,22 +74,22 @@ def _step(sizes: Sizes, batch: int, device: torch.device) -> tuple[Tensor | int,
     chosen = torch.nn.functional.pad(middle[:, :, : sizes.kept], (1, sizes.blocks - sizes.kept)).to(torch.int16)
     counts = torch.full((sizes.layers, batch), sizes.kept, dtype=torch.int32)
     selects = torch.arange(batch) % 2 == 0
-    tensors = (table, torch.arange(batch), selects, lengths, chosen, counts)
-    return *(each.to(device) for each in tensors), sizes.block_size, _LOCAL
+    table, selects, lengths, chosen, counts = (each.to(device) for each in (table, selects, lengths, chosen, counts))
+    slot = torch.arange(batch, device=device)
+    return Choices(table, slot, selects, lengths, chosen, counts, sizes.block_size, _LOCAL)
 
 
 def _same(
-    ways: dict[str, Callable[..., Reading]], step: tuple[Tensor | int, ...], sizes: Sizes, device: torch.device
+    ways: dict[str, Callable[[Choices], Reading]], step: Choices, sizes: Sizes, device: torch.device
 ) -> tuple[bool, str]:
     """On the device, against torch's on the host. None waits."""
-    wanted = read_tables(*(each.cpu() if isinstance(each, Tensor) else each for each in step))  # type: ignore[arg-type]
-    blocks = last_blocks(wanted.lengths, sizes.block_size, _LOCAL)[0] + 1
-    is_read = torch.arange(wanted.block_table.shape[2]) < blocks[..., None]
+    wanted = read_tables(_step(sizes, len(step.lengths), torch.device("cpu")))
+    is_read = torch.arange(sizes.blocks) < -(-wanted.lengths // sizes.block_size)[..., None]
     wrong = 0
     for way in ways.values():
-        way(*step)  # the first call may compile
+        way(step)  # the first call may compile
         with no_waiting(device):
-            found = way(*step)
+            found = way(step)
         table, lengths = found.block_table.cpu(), found.lengths.cpu()
         wrong += int(((table != wanted.block_table) & is_read).sum() + (lengths != wanted.lengths).sum())
     return wrong == 0, f"{wrong} of {len(ways) * int(is_read.sum()):,} blocks differ"

@@ -2,8 +2,6 @@
 
 import importlib
 import os
-import subprocess
-import sys
 from contextlib import ExitStack
 from unittest.mock import patch
 
@@ -330,12 +328,8 @@ print("compiled")
 
 
 @pytest.mark.slow
-def test_the_kernel_compiles_for_cards_that_are_not_here(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "compiled")}
-    script = tmp_path / "compile.py"  # Triton reads a kernel's source from its file
-    script.write_text(COMPILED.format(names=NOT_SPECIALISED))
-    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.stdout.strip() == "compiled", run.stderr
+def test_the_kernel_compiles_for_cards_that_are_not_here(compiles):
+    compiles(COMPILED.format(names=NOT_SPECIALISED))
 
 
 @pytest.fixture
@@ -428,10 +422,21 @@ def test_the_switch_is_read_at_every_call(switch):
         assert kernels.uses_triton(CPU) is expected
 
 
-def test_a_switch_that_does_not_exist_is_refused(switch):
+@pytest.mark.parametrize("asked", [kernels.uses_triton, kernels.asks_for_triton])
+def test_a_switch_that_does_not_exist_is_refused(switch, asked):
     switch("cuda")
     with pytest.raises(NGramError, match="DECODING_KERNELS must be one of auto, torch, triton, not 'cuda'"):
-        kernels.uses_triton(CPU)
+        asked(CPU)
+
+
+def test_kernels_that_no_card_has_run_are_asked_for_in_a_word(switch, monkeypatch):
+    monkeypatch.setattr(kernels, "_is_compiled_for", lambda device: True)
+    switch("auto")
+    assert kernels.uses_triton(CUDA) and not kernels.asks_for_triton(CUDA)
+    switch("torch")
+    assert not kernels.asks_for_triton(CUDA)
+    switch("triton")
+    assert kernels.asks_for_triton(CPU)  # interpreted
 
 
 def test_kernels_on_a_cpu_want_the_interpreter(switch, monkeypatch):
