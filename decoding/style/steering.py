@@ -243,6 +243,13 @@ def steer(
             tables, scores, history, strength, mixture, guards, stops,
             prior=prior, shift=shift, out=out, highest=highest,
         )  # fmt: skip
+    if scores.dtype in (torch.float16, torch.bfloat16) and (guards is not None or stops is not None):
+        # Rounded once, at the end: ids that end a text would get their odds against a rounded score.
+        wide = steer(
+            tables, scores.float(), history, strength, mixture, guards, stops,
+            prior=prior, shift=shift, highest=highest,
+        )  # fmt: skip
+        return wide.to(scores.dtype) if out is None else out.copy_(wide)
     before = None if stops is None else stops.before(scores)
     if highest is not None:
         highest.copy_(scores.amax(-1) if before is None else before.top[:, 0])

@@ -376,3 +376,20 @@ def test_a_style_runs_on_kernels(monkeypatch, guards):
     scores[1, 3] = torch.nan
     with pytest.raises(DecodingError, match="hold NaN before the style prior"):
         style(HISTORY[:3], scores)
+
+
+@pytest.mark.parametrize("guards", [{}, {"plausibility": 1e-3}, {"max_js": 0.05}, {"entropy_gate": 1.0}])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_torch_rounds_narrow_scores_once(dtype, guards, in_place):
+    """Also of ids that end a text, whose odds depend on the highest score before and after."""
+    scores = (3 * torch.randn(4, V, generator=torch.Generator().manual_seed(9))).to(dtype)
+    scores[:, 7] = -torch.inf
+    arguments = (HISTORY[:4], torch.tensor([-1.0, 0.3, 0.0, 1.0]), None)
+    of_all = guards_of([GuardSettings(**guards)], "cpu")
+    held = None if of_all is None else of_all.of(0), stops_of([19, 3], V, "cpu")
+    wanted = by("torch", trained(3), scores.float(), *arguments, *held).to(dtype)
+    given, before = scores.clone(), scores[2].clone()
+    got = by("torch", trained(3), given, *arguments, *held, out=given if in_place else None)
+    assert torch.equal(got, wanted) and torch.equal(got[2], before)
+    assert (got is given) is in_place and torch.equal(given, got if in_place else scores)
