@@ -7,8 +7,11 @@ import numpy as np
 # With these a pass is over 1, 2, 4, 8 … tokens. Matrix products of other heights take longer: of 7 than of 8 on a CPU.
 _LENGTHS = np.array([0, 1, 3, 7, 11, 15])
 MOST_DRAFTED = int(_LENGTHS[-1])
-_FIRST_PLAIN, _FIRST_DRAFT = 2, 3
-_EXPECTED, _WEIGHT, _MEMORY = 0.9, 8.0, 0.98
+_FIRST = 2  # costs of a kind that are slow for reasons of their own
+_TRIED = 3
+# So many cycles draft if that seems nearly as fast: what is accepted is known only then.
+_TRIALS, _NEARLY = 4, 0.8
+_EXPECTED, _WEIGHT, _MEMORY = 0.94, 12.0, 0.98
 _NEWEST = 0.3
 _FIRST_REST, _LONGEST_REST = 32, 1024
 
@@ -28,10 +31,7 @@ class Pace:
     def __init__(self, rows: int):
         self._right = np.full(rows, _EXPECTED * _WEIGHT)
         self._tried = np.full(rows, _WEIGHT)
-        self._plain: float | None = None  # v
-        self._plain_cycles = 0
-        self._draft: float | None = None  # d
-        self._choice: float | None = None  # s
+        self._plain, self._draft, self._choice = _Cost(), _Cost(), _Cost()  # v, d and s
         self._passes = _Line()
         self._rest, self._rested = _FIRST_REST, 0
 
@@ -47,27 +47,36 @@ class Pace:
             active: bool [B], rows that still write.
             most: of tokens that there are to write.
         """
-        if self._plain_cycles < _FIRST_PLAIN or most < 1:
+        if self._plain.count < _FIRST or most < 1:
             return 0
-        if self._choice is None:
-            return min(_FIRST_DRAFT, most)
-        best = min(int(_LENGTHS[np.argmax(self._speeds(active))]), most)
+        best = _TRIED if self.is_untried else self._best(active)
         if best:
             self._rest = _FIRST_REST
         elif self._rested >= self._rest:  # the text has grown, and what was measured may be old
             self._rest = min(2 * self._rest, _LONGEST_REST)
-            best = min(_FIRST_DRAFT, most)
+            best = _TRIED
         self._rested = 0 if best else self._rested + 1
-        return best
+        return min(best, most)
+
+    @property
+    def is_untried(self) -> bool:
+        """Whether nothing was drafted yet."""
+        return not self._draft.count
+
+    def _best(self, active: np.ndarray) -> int:
+        """The fastest length; while there were few trials, that of a draft if it is nearly as fast as none."""
+        speeds = self._speeds(active)
+        if self._draft.count < _TRIALS:
+            speeds[0] *= _NEARLY
+        return int(_LENGTHS[np.argmax(speeds)])
 
     def _speeds(self, active: np.ndarray) -> np.ndarray:
         """float64, tokens a second for each of `_LENGTHS`, of all rows that still write."""
-        assert self._plain is not None and self._draft is not None and self._choice is not None
+        plain, k = self._plain.value, _LENGTHS
         right = np.minimum(self.acceptance[active], 0.999)[:, None]
-        k = _LENGTHS
         kept = ((1 - right ** (k + 1)) / (1 - right)).sum(0)
-        passes = np.maximum(self._passes.at(k, self._plain), self._plain)
-        return kept / np.where(k > 0, passes + k * self._draft + self._choice, self._plain)
+        passes = np.maximum(self._passes.at(k, plain), plain)
+        return kept / np.where(k > 0, passes + k * self._draft.value + self._choice.value, plain)
 
     def saw(self, drafted: int, right: np.ndarray) -> None:
         """Takes what a cycle found.
@@ -87,21 +96,33 @@ class Pace:
     def took(self, drafted: int, choosing: float, drafting: float, reading: float) -> None:
         """Takes what a cycle cost, in seconds: of choosing what drafts read, of drafting, and of the rest."""
         if not drafted:
-            self._saw_plain(reading)
+            self._plain.add(reading)
             return
         self._passes.add(drafted, reading)
-        # The first choice summarises the whole prompt too, which no other does.
-        self._choice = _blend(self._choice, 0.0 if self._choice is None else choosing)
-        self._draft = _blend(self._draft, drafting / drafted)
+        self._choice.add(choosing)
+        self._draft.add(drafting / drafted)
 
-    def _saw_plain(self, reading: float) -> None:
-        """The first passes behind a prompt are slow for reasons of their own: of them the fastest counts."""
-        is_first = self._plain_cycles < _FIRST_PLAIN
-        self._plain_cycles += 1
-        if self._plain is not None and is_first:
-            self._plain = min(self._plain, reading)
+
+class _Cost:
+    """Seconds, the newest counting most. The first are slow for reasons of their own: of them the fastest counts.
+
+    Attributes:
+        value: 0 before the first.
+        count: of costs taken.
+    """
+
+    def __init__(self) -> None:
+        self.value, self.count = 0.0, 0
+
+    def add(self, seen: float) -> None:
+        """Takes a cost."""
+        self.count += 1
+        if self.count == 1:
+            self.value = seen
+        elif self.count <= _FIRST:
+            self.value = min(self.value, seen)
         else:
-            self._plain = _blend(self._plain, reading)
+            self.value = (1 - _NEWEST) * self.value + _NEWEST * seen
 
 
 class _Line:
@@ -122,7 +143,3 @@ class _Line:
         variance, covariance = self._xx / self._count - mean_x**2, self._xy / self._count - mean_x * mean_y
         slope = (max(covariance, 0.0) + (mean_y - origin) / mean_x) / (variance + 1)
         return mean_y + slope * (x - mean_x)
-
-
-def _blend(held: float | None, seen: float) -> float:
-    return seen if not held else (1 - _NEWEST) * held + _NEWEST * seen

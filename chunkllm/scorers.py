@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 
 class ChunkStatistics(NamedTuple):
@@ -28,7 +29,7 @@ class ChunkStatistics(NamedTuple):
 
 
 def chunk_statistics(keys: Tensor, chunk_of: Tensor, ends: Tensor) -> ChunkStatistics:
-    """Summarises chunks.
+    """Summarises chunks. Those of a row follow one another; before and behind them may stand tokens of none.
 
     Args:
         keys: [B, Hkv, T, D].
@@ -37,23 +38,27 @@ def chunk_statistics(keys: Tensor, chunk_of: Tensor, ends: Tensor) -> ChunkStati
     """
     batch, heads, length, width = keys.shape
     count = ends.shape[1]
-    tokens = keys.transpose(0, 1).reshape(heads, batch * length, width).float()
+    # Of each row and head: the tokens before its chunks, the chunks, and the tokens behind them.
+    lengths = chunk_of.new_zeros(batch, count + 1).scatter_add_(1, chunk_of, torch.ones_like(chunk_of))[:, :count]
+    before = (ends[:, :1] - lengths[:, :1] + 1).clamp(min=0)
+    starts = torch.cat((torch.zeros_like(before), before, before + lengths.cumsum(1)), 1)
+    text = torch.arange(batch * heads, device=keys.device).view(batch, heads, 1)
+    offsets = (text * length + starts[:, None]).flatten()
+    places = torch.arange(batch * heads * length, device=keys.device)
+
+    def means(values: Tensor) -> Tensor:
+        found = embedding_bag(places, values.reshape(-1, width), offsets, mode="mean")
+        return found.view(batch, heads, count + 2, width)[:, :, 1:-1]
+
     row = torch.arange(batch, device=keys.device)[:, None]
-    place = (chunk_of + row * (count + 1)).flatten()
-
-    def mean_of(values: Tensor) -> Tensor:
-        sums = values.new_zeros(heads, batch * (count + 1), width).index_add_(1, place, values)
-        return sums.view(heads, batch, count + 1, width)[:, :, :count].transpose(0, 1) / lengths
-
-    ones = torch.ones_like(place, dtype=torch.float32)
-    lengths = ones.new_zeros(batch * (count + 1)).index_add_(0, place, ones).view(batch, 1, count + 1, 1)
-    lengths = lengths[:, :, :count].clamp(min=1)
-    mean = mean_of(tokens)
-    # About the mean: E[x²] − E[x]² is a small difference of large numbers where keys have a bias.
-    means = torch.nn.functional.pad(mean, (0, 0, 0, 1)).transpose(0, 1).reshape(heads, -1, width)
-    variance = mean_of((tokens - means.index_select(1, place)).square_())
-    last = keys.gather(2, ends[:, None, :, None].expand(batch, heads, count, width)).float()
-    return ChunkStatistics(mean, variance, last)
+    last = keys.transpose(1, 2)[row, ends].transpose(1, 2).float()
+    # About a key in their midst: E[x²] − E[x]² is a small difference of large numbers where keys have a bias.
+    middle = (lengths > 0).sum(1, keepdim=True) // 2
+    about = last.gather(2, middle[:, None, :, None].expand(batch, heads, 1, width))
+    tokens = keys.float() - about
+    mean = means(tokens)
+    variance = (means(tokens.square_()) - mean.square()).clamp_(min=0)
+    return ChunkStatistics(torch.where(lengths[:, None, :, None] > 0, mean + about, 0), variance, last)
 
 
 class Scorer:

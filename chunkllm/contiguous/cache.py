@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache
 from chunkllm.contiguous.budgets import layer_limits, tokens_kept
 from chunkllm.contiguous.layer import ChunkLayer
 from chunkllm.contiguous.plan import Counters, Plan
+from chunkllm.contiguous.summaries import summarise
 from chunkllm.contiguous.table import ChunkTable
 from chunkllm.errors import ChunkError
 from chunkllm.late import Arriving, send
@@ -294,20 +295,7 @@ class ChunkCache(Cache):
         counts = table.counts - at
         if not counts.any():
             return
-        starts, lengths = table.spans(at)
-        begin = int(starts[:, 0][counts > 0].min())
-        stop = int((starts + lengths).max())
-        chunk_of = np.full((len(at), stop - begin), starts.shape[1], np.int64)
-        for row in np.flatnonzero(counts):
-            number = np.repeat(np.arange(starts.shape[1]), lengths[row])
-            chunk_of[row, starts[row, 0] - begin : starts[row, 0] - begin + len(number)] = number
-        ends = send(np.maximum(starts + lengths - 1 - begin, 0), device)
-        places = send(chunk_of, device)
-        for layer in self.full_layers:
-            assert layer.keys is not None
-            keys = layer.keys[:, :, begin:stop].to(device)
-            features = self.plan.scorer.summarise(layer.place, keys, places, ends)
-            layer.add_features(features, at, counts)
+        summarise(self.full_layers, self.plan.scorer, at, table.spans(at), device)
         self._summarised = table.counts.copy()
 
     def _ranks(self, rows: np.ndarray, chunks: Chunks, held: Tensor, device: torch.device) -> list[Tensor]:

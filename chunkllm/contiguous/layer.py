@@ -165,17 +165,20 @@ class ChunkLayer(CacheLayerMixin):
         return torch.cat(self._queries, 2)[:, :, -count:]
 
     @_lasting
-    def add_features(self, features: Tensor, at: np.ndarray, counts: np.ndarray) -> None:
-        """Keeps the features [B, Hkv, n, F] of new chunks: of row b the first counts[b], from number at[b] on."""
-        total = int((at + counts).max(initial=0))
+    def add_features(self, features: Tensor, rows: slice, at: np.ndarray, counts: np.ndarray, room: int) -> None:
+        """Keeps the features [b, Hkv, n, F] of new chunks of some rows: counts[i] of each, from number at[i] on.
+
+        There is room for so many chunks of a row, or more.
+        """
+        assert self.keys is not None
         if self.features is None:
-            self.features = features.new_zeros(*features.shape[:2], 0, features.shape[3])
-        if total > self.features.shape[2]:
-            room = features.new_zeros(*features.shape[:2], total + total // 4 + 64, features.shape[3])
-            room[:, :, : self.features.shape[2]] = self.features
-            self.features = room
-        for row in np.flatnonzero(counts):
-            self.features[row, :, at[row] : at[row] + counts[row]] = features[row, :, : counts[row]]
+            self.features = features.new_zeros(len(self.keys), features.shape[1], 0, features.shape[3])
+        if room > self.features.shape[2]:
+            wider = features.new_zeros(*self.features.shape[:2], room + room // 4 + 64, features.shape[3])
+            wider[:, :, : self.features.shape[2]] = self.features
+            self.features = wider
+        for held, new, first, count in zip(self.features[rows], features, at, counts, strict=True):
+            held[:, first : first + count] = new[:, :count]
 
     def flush(self) -> None:
         """Moves keys and values written since the last refresh to the storage."""

@@ -167,6 +167,8 @@ class _Cycles:
         return self._pace.length(self._texts.active, min(self._texts.left - 1, MOST_DRAFTED))
 
     def _cycle(self, drafted: int) -> None:
+        if drafted and self._pace.is_untried:  # of the whole prompt, which no other cycle does: it counts for none
+            self._cache.summarise(self._texts.ids.device)
         watch = Stopwatch(self._texts.ids.device)
         if drafted:
             with self._cache.drafting(self._texts.ids.device):

@@ -85,6 +85,11 @@ class VerifiedCache(ChunkCache):
         if not self.is_drafting and self.verifying is None:
             super().count_last_step()
 
+    def summarise(self, device: torch.device) -> None:
+        """Makes the features of the chunks that have ended, which choosing would do otherwise."""
+        self.count_last_step()
+        self._summarise(device)
+
     @contextmanager
     def drafting(self, device: torch.device) -> Iterator[None]:
         """Chooses what is read anew, and while this lasts tokens are written that leave no trace."""
