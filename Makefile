@@ -28,7 +28,8 @@ TWO_PROCESSES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
 # Tests that start engines, the longest first. One process for each: it can have but one engine at a time.
-ENGINES := server engine chunk_engine temperature_engine fuzz parallel_engine sweep mistral_tokenizer together_engine
+ENGINES := server engine chunk_engine temperature_engine fuzz parallel_engine sweep mistral_tokenizer \
+           together_engine lora_engine
 
 .PHONY: run playground serve test test-vllm test-vllm-newest test-lowest check wheel docs figures bench clean
 

@@ -55,11 +55,11 @@ def _pieces(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> It
     if device.type != "cpu" or int(lengths.sum(1).max()) <= _IN_CACHE:
         yield slice(0, rows), slice(0, columns)
         return
-    for row in range(rows):
+    for row in np.flatnonzero(lengths[:, 0]):
         cuts = np.searchsorted(lengths[row].cumsum(), np.arange(0, lengths[row].sum(), _IN_CACHE))
         for first, last in zip(cuts, (*cuts[1:], columns), strict=True):
             if first < last:
-                yield slice(row, row + 1), slice(int(first), int(last))
+                yield slice(int(row), int(row) + 1), slice(int(first), int(last))
 
 
 def _places(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> tuple[slice, Tensor, Tensor]:

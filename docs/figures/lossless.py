@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ LONGER = "long_context/lossless_qwen.json"
 RANDOM = "long_context/lossless_random.json"
 _CONTEXTS = (8192, 32768, 120_000)
 _ALWAYS = {"always drafting": "greedily", "always drafting, sampled": "sampled"}
+_BY_ATTENTION = {f"{way}, by true attention": label for way, label in _ALWAYS.items()}
 _WAYS = ("lossless", "selected", "best dense")
 _ON_TEXTS = ("lossless", "selected", "prompt lookup", "best dense")
 
@@ -51,10 +52,19 @@ def on_texts(file: str = TEXTS) -> str:
 
 def accepted(file: str = TEXTS) -> str:
     """Of seven drafted tokens at a time, how many were right."""
+    return _accepted(file, _ALWAYS)
+
+
+def accepted_by_attention(file: str = TEXTS) -> str:
+    """The same, with chunks chosen by the attention of the last tokens itself."""
+    return _accepted(file, _BY_ATTENTION)
+
+
+def _accepted(file: str, ways: Mapping[str, str]) -> str:
     lines = [["text", "written", "drafted tokens right", "tokens a pass"]]
     data = read(file)
     for text, context in _groups(data):
-        for way, label in _ALWAYS.items():
+        for way, label in ways.items():
             found = _record(data, text, context, way)
             share = f"{100 * found['acceptance']:.1f} %"
             lines.append([f"{text}, {context:,} tokens", label, share, f"{found['tokens'] / found['passes']:.1f}"])

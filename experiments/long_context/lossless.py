@@ -23,9 +23,13 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from chunkllm import Attachment, ChunkAdapters, ChunkCalibration, ChunkSelection
+from chunkllm.contiguous.cache import ChunkCache
+from chunkllm.contiguous.layer import ChunkLayer
+from chunkllm.contiguous.plan import Plan
 from chunkllm.contiguous.verified import VerifiedCache
 from chunkllm.models import cache_argument
 from chunkllm.pace import Pace
+from chunkllm.selection import Chunks, score_per_token
 from decoding.errors import DecodingError
 from decoding.models import input_device, load_model, load_tokenizer
 from decoding.style.source import StyleSource
@@ -38,7 +42,9 @@ from experiments.long_context.paths import DEFAULT, DENSE, SELECTED, filled
 
 Saved = ChunkAdapters | ChunkCalibration
 LOSSLESS, LOOKUP = "lossless", "prompt lookup"
-DRAFTING, SAMPLED = "always drafting", "always drafting, sampled"  # for acceptance: lossless, whatever it costs
+# For acceptance: lossless, whatever it costs; and with drafts that read what the last tokens attended to most.
+DRAFTING, SAMPLED = "always drafting", "always drafting, sampled"
+ATTENDED, ATTENDED_SAMPLED = (f"{way}, by true attention" for way in (DRAFTING, SAMPLED))
 _DRAFTED = 7
 _LAST = 4  # tokens of a prompt that each way reads itself
 _LOOKED_UP = 10
@@ -127,28 +133,30 @@ def on_text(
 ) -> Iterator[Record]:
     """What each way does behind a text, int64 [1, T]."""
     prompt, _ = read(model, ids)
+    timed, once = (DEFAULT, DENSE, SELECTED, LOSSLESS, LOOKUP), (DRAFTING, SAMPLED, ATTENDED, ATTENDED_SAMPLED)
 
     def ended(chunks: Attachment) -> Tensor:
         return chunks.boundaries(ids[:, : prompt.bottom.shape[1]], prompt.bottom)
 
     def written(way: str) -> tuple[_Clock, Attachment | None]:
-        chosen = ChunkSelection(adapters, budget=setting.budget, verify=way in (LOSSLESS, DRAFTING, SAMPLED))
+        chosen = ChunkSelection(adapters, budget=setting.budget, verify=way in (LOSSLESS, *once))
         options: dict[str, Any] = {}
         if way == LOOKUP:
             options = {"prompt_lookup_num_tokens": _LOOKED_UP}
-        elif way == SAMPLED:
+        elif way in (SAMPLED, ATTENDED_SAMPLED):
             torch.manual_seed(0)
             options = {"do_sample": True, "top_k": 0}
         with ExitStack() as stack:
             path = DEFAULT if way == LOOKUP else way
             cache, chunks = stack.enter_context(filled(path, model, prompt.states, chosen, ended, tokenizer))
-            if way in (DRAFTING, SAMPLED):
+            if way in once:
                 stack.enter_context(_always_drafting())
+            if way in (ATTENDED, ATTENDED_SAMPLED):
+                stack.enter_context(_by_true_attention())
             if way == LOOKUP:
                 stack.enter_context(_reading_on(model, cache))
             return _write(model, ids, cache, setting.tokens, **options), chunks
 
-    timed, once = (DEFAULT, DENSE, SELECTED, LOSSLESS, LOOKUP), (DRAFTING, SAMPLED)
     records = {way: Record(name, ids.shape[1], way) for way in (*timed, *once)}
     own: list[int] = []
     for ways in (*[timed] * setting.rounds, once):
@@ -158,7 +166,7 @@ def on_text(
             own = own or clock.tokens
             record.seconds.append(clock.seconds)
             record.tokens = len(clock.tokens)
-            record.same = None if way == SAMPLED else _same(clock.tokens, own)
+            record.same = None if way in (SAMPLED, ATTENDED_SAMPLED) else _same(clock.tokens, own)
             _tell(record, chunks)
     yield from records.values()
 
@@ -188,6 +196,34 @@ def _always_drafting() -> Iterator[None]:
         yield
     finally:
         setattr(Pace, "length", own)  # noqa: B010
+
+
+@contextmanager
+def _by_true_attention() -> Iterator[None]:
+    """Chunks are chosen by the attention that the last tokens paid to them, computed once more."""
+
+    def ranks(cache: ChunkCache, rows: np.ndarray, chunks: Chunks, *_: Any) -> list[Tensor]:
+        return [
+            score_per_token(_attention_to(chunks, layer, cache.plan)[rows], chunks.lengths)
+            for layer in cache.full_layers
+        ]
+
+    own = ChunkCache._ranks
+    setattr(ChunkCache, "_ranks", ranks)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(ChunkCache, "_ranks", own)  # noqa: B010
+
+
+def _attention_to(chunks: Chunks, layer: ChunkLayer, plan: Plan) -> Tensor:
+    """Float64 [B, C], what chunks get of the attention of the last tokens: the mean over these and over heads."""
+    assert layer.keys is not None
+    keys = layer.keys[:, :, : layer.stored].float()
+    queries = layer.last_queries(plan.scorer.queries).float().reshape(*keys.shape[:2], -1, keys.shape[3])
+    shares = (queries @ keys.transpose(-1, -2) * plan.shape.scaling).softmax(-1).mean((1, 2))
+    until = torch.nn.functional.pad(shares.double().cumsum(-1), (1, 0))
+    return until.gather(1, chunks.starts + chunks.lengths) - until.gather(1, chunks.starts)
 
 
 def _same(tokens: Sequence[int], own: Sequence[int]) -> int:
@@ -272,7 +308,7 @@ def figures_of(records: Sequence[Record]) -> Iterator[Figure]:
                     met = None if goal is None else ratio >= goal
                     target = "" if goal is None else f"≥ {goal:g}×"
                     yield Figure(f"{where}: {way}, against {against}", ratio, shown, target, met)
-        for way in (LOSSLESS, DRAFTING, SAMPLED):
+        for way in (LOSSLESS, DRAFTING, SAMPLED, ATTENDED, ATTENDED_SAMPLED):
             if way in group and (share := group[way].acceptance) is not None:
                 passes = group[way].passes or 1
                 shown = f"{100 * share:.1f} %, {group[way].tokens / passes:.1f} tokens a pass"

@@ -1,8 +1,23 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from chunkllm import ChunkSelection
+from chunkllm.selection import Chunks
 from experiments.long_context import bench, lossless
-from experiments.long_context.lossless import DEFAULT, DENSE, DRAFTING, LOOKUP, LOSSLESS, SAMPLED, SELECTED, Setting
+from experiments.long_context.lossless import (
+    ATTENDED,
+    ATTENDED_SAMPLED,
+    DEFAULT,
+    DENSE,
+    DRAFTING,
+    LOOKUP,
+    LOSSLESS,
+    SAMPLED,
+    SELECTED,
+    Setting,
+)
 from tests.chunkllm.conftest import Stops, prompts, tiny_model
 
 SETTING = Setting(tokens=12, budget=70 + 8, rounds=2)
@@ -12,11 +27,11 @@ def test_every_way_is_measured_behind_a_text():
     ids, _ = prompts((120,))
     with torch.inference_mode():
         records = {each.way: each for each in lossless.on_text("a text", ids, tiny_model(), Stops(), None, SETTING)}
-    assert list(records) == [DEFAULT, DENSE, SELECTED, LOSSLESS, LOOKUP, DRAFTING, SAMPLED]
-    for way in (DEFAULT, DENSE, LOSSLESS, LOOKUP, DRAFTING):
+    assert list(records) == [DEFAULT, DENSE, SELECTED, LOSSLESS, LOOKUP, DRAFTING, SAMPLED, ATTENDED, ATTENDED_SAMPLED]
+    for way in (DEFAULT, DENSE, LOSSLESS, LOOKUP, DRAFTING, ATTENDED):
         assert records[way].same == records[way].tokens == 12
     assert {len(records[way].seconds) for way in (DEFAULT, LOSSLESS, LOOKUP)} == {2}
-    assert all(0 < records[way].acceptance <= 1 for way in (DRAFTING, SAMPLED))
+    assert all(0 < records[way].acceptance <= 1 for way in (DRAFTING, SAMPLED, ATTENDED, ATTENDED_SAMPLED))
     shown = {figure.what: figure.shown for figure in lossless.figures_of(list(records.values()))}
     assert shown["a text, 120 tokens: lossless, tokens as full attention's"] == "12 of 12"
     assert "a text, 120 tokens: lossless, against best dense" in shown
@@ -31,3 +46,23 @@ def test_random_contexts_accept_as_they_are_told(monkeypatch, acceptance):
         records = {each.way: each for each in lossless.on_random(options, acceptance, SETTING, lambda _: None)}
     assert records[LOSSLESS].acceptance == acceptance
     assert records[LOSSLESS].tokens == records[DEFAULT].tokens == 12
+
+
+def test_true_attention_is_that_of_loops():
+    model, scaling = tiny_model(), 0.5
+    ids, _ = prompts((60,))
+    with ChunkSelection(budget=100).attach(model, Stops()) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(ids, past_key_values=cache)
+        layer, plan = cache.full_layers[0], attached.plan
+        plan = replace(plan, shape=replace(plan.shape, scaling=scaling))
+        chunks = Chunks(torch.tensor([[0, 4, 20]]), torch.tensor([[4, 16, 10]]))
+        got = lossless._attention_to(chunks, layer, plan)
+    keys, queries = layer.keys[0, :, :60], layer.last_queries(plan.scorer.queries)[0]
+    total = torch.zeros(60)
+    for head, of_head in enumerate(queries):
+        for query in of_head:
+            total += (keys[head * len(keys) // len(queries)] @ query * scaling).softmax(0)
+    total /= queries.shape[0] * queries.shape[1]
+    wanted = [total[:4].sum(), total[4:20].sum(), total[20:30].sum()]
+    torch.testing.assert_close(got[0], torch.stack(wanted).double(), rtol=1e-5, atol=1e-7)
