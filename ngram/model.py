@@ -268,10 +268,14 @@ class NGramModel:
         arpa.write(path, self.to("cpu").tables, self.bos_id, self.eos_id)
 
 
-def _check_size(vocab_size: int, order: int = 1) -> None:
-    for name, value in (("order", order), ("vocab_size", vocab_size)):
+def _check_whole(**numbers: Any) -> None:
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise NGramError(f"{name} must be a whole number, not {value!r}")
+
+
+def _check_size(vocab_size: int, order: int = 1) -> None:
+    _check_whole(order=order, vocab_size=vocab_size)
     if not 1 <= order <= MAX_ORDER:
         raise NGramError(f"order must be 1 to {MAX_ORDER}, not {order}")
     if vocab_size < 1:
@@ -280,7 +284,10 @@ def _check_size(vocab_size: int, order: int = 1) -> None:
 
 def _check_markers(vocab_size: int, bos_id: int | None, eos_id: int | None) -> None:
     for name, marker in (("bos_id", bos_id), ("eos_id", eos_id)):
-        if marker is not None and not 0 <= marker < vocab_size:
+        if marker is None:
+            continue
+        _check_whole(**{name: marker})
+        if not 0 <= marker < vocab_size:
             raise NGramError(f"{name} {marker} must lie in [0, {vocab_size})")
     if bos_id is not None and bos_id == eos_id:
         raise NGramError(f"bos_id and eos_id are both {bos_id}: what begins a text cannot end it; leave bos_id out")

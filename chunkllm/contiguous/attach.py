@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from numbers import Integral, Real
 from os import PathLike
 from types import TracebackType
 from typing import Any, Never
@@ -87,6 +88,7 @@ class ChunkSelection:
         offload: bool = False,
         verify: bool = False,
     ):
+        _require_numbers(retention, top_k=top_k, budget=budget, local=local, sinks=sinks, max_chunk=max_chunk)
         if sum(x is not None for x in (top_k, budget, retention)) > 1:
             raise ChunkError("top_k, budget and retention say the same thing in three ways: give one")
         if top_k is not None and top_k < 1:
@@ -427,3 +429,16 @@ def _punctuation(tokenizer: Any, model: Any) -> Tensor:
 def _difference(theirs: ModelShape, ours: ModelShape) -> str:
     name = next(name for name in ModelShape.__dataclass_fields__ if getattr(theirs, name) != getattr(ours, name))
     return f"its {name} is {getattr(ours, name)}, theirs {getattr(theirs, name)}"
+
+
+def _require_numbers(share: Any, **whole: Any) -> None:
+    """Refuses settings of other types.
+
+    Raises:
+        ChunkError: says which.
+    """
+    for name, value in whole.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise ChunkError(f"{name} must be a whole number, not {value!r}")
+    if share is not None and (isinstance(share, bool) or not isinstance(share, Real)):
+        raise ChunkError(f"retention must be a number, not {share!r}")

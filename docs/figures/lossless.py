@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from figures import long_context
 from figures.data import Row, figure, read, row, table
 
 TEXTS = "long_context/lossless.json"
-LONGER = "long_context/lossless_qwen.json"
+LONGER = ("long_context/lossless_qwen.json", "long_context/lossless_qwen_32k.json")
 RANDOM = "long_context/lossless_random.json"
 _CONTEXTS = (8192, 32768, 120_000)
 _ALWAYS = {"always drafting": "greedily", "always drafting, sampled": "sampled"}
@@ -41,29 +41,27 @@ def faster(context: int | str) -> str:
     return _speed(read(RANDOM), "random, batch 1", context, "lossless", "best dense").split()[0]
 
 
-def on_texts(file: str = TEXTS) -> str:
+def on_texts(*files: str) -> str:
     """Behind each text: speeds against both dense ways, and whether what is written is full attention's."""
     lines = [["text", "way", "against default", "against best dense", "same text"]]
-    data = read(file)
-    for text, context in _groups(data):
+    for data, text, context in _texts(files):
         lines += [[f"{text}, {context:,} tokens", way, *_line(data, text, context, way)] for way in _ON_TEXTS]
     return table(lines)
 
 
-def accepted(file: str = TEXTS) -> str:
+def accepted(*files: str) -> str:
     """Of seven drafted tokens at a time, how many were right."""
-    return _accepted(file, _ALWAYS)
+    return _accepted(files, _ALWAYS)
 
 
-def accepted_by_attention(file: str = TEXTS) -> str:
+def accepted_by_attention(*files: str) -> str:
     """The same, with chunks chosen by the attention of the last tokens itself."""
-    return _accepted(file, _BY_ATTENTION)
+    return _accepted(files, _BY_ATTENTION)
 
 
-def _accepted(file: str, ways: Mapping[str, str]) -> str:
+def _accepted(files: Sequence[str], ways: Mapping[str, str]) -> str:
     lines = [["text", "written", "drafted tokens right", "tokens a pass"]]
-    data = read(file)
-    for text, context in _groups(data):
+    for data, text, context in _texts(files):
         for way, label in ways.items():
             found = _record(data, text, context, way)
             share = f"{100 * found['acceptance']:.1f} %"
@@ -83,6 +81,11 @@ def on_random() -> str:
             )
             lines.append([f"{context:,}", way, cells[0], goals[0], cells[1], goals[1]])
     return table(lines)
+
+
+def _texts(files: Sequence[str]) -> Iterator[tuple[Any, str, int]]:
+    for data in map(read, files or (TEXTS,)):
+        yield from ((data, text, context) for text, context in _groups(data))
 
 
 def _groups(data: Any) -> Sequence[tuple[str, int]]:

@@ -277,9 +277,13 @@ def _read(path: Path) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".txt":
             return [{"text": " ".join(part.split())} for part in re.split(r"\n\s*\n", text) if part.strip()]
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+        records = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise DecodingError(f"cannot read the task's data {path} ({error}): give their folder with --data") from error
+    for record in records:
+        if not isinstance(record, dict):
+            raise DecodingError(f"cannot read the task's data {path}: {str(record)[:80]!r} is no object with fields")
+    return records
 
 
 _NEGATION = re.compile(r"\b(?:not|never|nor|\w+n['’]t|rather than|instead of)\s+(?:\w+\s+){0,2}\W*$", re.IGNORECASE)

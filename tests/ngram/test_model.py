@@ -54,6 +54,8 @@ def test_unusable_documents_are_refused(documents, message):
         ({"smoothing": "additive", "interpolation": [1, 1]}, "interpolation"),
         ({"smoothing": "additive", "interpolation": [0, 1, 1]}, "interpolation"),
         ({"bos_id": 50}, "bos_id"),
+        ({"bos_id": "a"}, "bos_id must be a whole number, not 'a'"),
+        ({"eos_id": True}, "eos_id must be a whole number, not True"),
         ({"eos_id": int(IDS[3])}, "eos_id"),
     ],
 )

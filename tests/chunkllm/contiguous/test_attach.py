@@ -211,6 +211,11 @@ def test_a_model_whose_layers_have_different_heads_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"budget": "a"}, "budget must be a whole number, not 'a'"),
+        ({"budget": 2048.0}, "budget must be a whole number, not 2048.0"),
+        ({"top_k": True}, "top_k must be a whole number, not True"),
+        ({"sinks": "4"}, "sinks must be a whole number"),
+        ({"retention": "0.5"}, "retention must be a number, not '0.5'"),
         ({"top_k": 0}, "top_k must be at least 1, not 0"),
         ({"retention": 2.0}, r"retention must lie in \(0, 1\], not 2.0"),
         ({"retention": 0.0}, "retention must lie in"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from chunkllm import ChunkSelection
+from chunkllm.models import cache_argument
 from chunkllm.selection import Chunks
 from experiments.long_context import bench, lossless
 from experiments.long_context.lossless import (
@@ -53,7 +54,7 @@ def test_true_attention_is_that_of_loops():
     ids, _ = prompts((60,))
     with ChunkSelection(budget=100).attach(model, Stops()) as attached, torch.no_grad():
         cache = attached.new_cache()
-        model(ids, past_key_values=cache)
+        model(ids, **{cache_argument(model): cache})
         layer, plan = cache.full_layers[0], attached.plan
         plan = replace(plan, shape=replace(plan.shape, scaling=scaling))
         chunks = Chunks(torch.tensor([[0, 4, 20]]), torch.tensor([[4, 16, 10]]))

@@ -140,6 +140,9 @@ def test_a_task_of_ones_own(tmp_path):
     (tmp_path / "mine.jsonl").write_text('{"reply": "x"}\n')
     with pytest.raises(DecodingError, match="have no 'question'"):
         task.items(tmp_path)
+    (tmp_path / "mine.jsonl").write_text('{"question": "Who", "reply": "x"}\n["Who", "x"]\n')
+    with pytest.raises(DecodingError, match=r"mine.jsonl: .*'Who', 'x'.* is no object with fields"):
+        task.items(tmp_path)
 
 
 @pytest.mark.parametrize(
