@@ -21,8 +21,8 @@ class Pace:
 
     A cycle drafts k tokens, reads them all in one pass, and keeps 1 to k + 1. If a row's drafted tokens are right with
     probability α each, it keeps (1 − α^(k+1)) / (1 − α) of them on average (arXiv 2211.17192, equation 1). A pass over
-    one token takes v, one over k + 1 is taken to grow with k in a line, a drafted token takes d, and choosing what
-    drafts read s.
+    one token takes v, one over k + 1 what it took before, or else is taken to grow with k in a line; a drafted token
+    takes d, and choosing what drafts read s.
 
     Args:
         rows: B, texts that are written.
@@ -32,7 +32,7 @@ class Pace:
         self._right = np.full(rows, _EXPECTED * _WEIGHT)
         self._tried = np.full(rows, _WEIGHT)
         self._plain, self._draft, self._choice = _Cost(), _Cost(), _Cost()  # v, d and s
-        self._passes = _Line()
+        self._passes, self._passes_of = _Line(), {int(k): _Cost() for k in _LENGTHS}
         self._rest, self._rested = _FIRST_REST, 0
 
     @property
@@ -75,7 +75,8 @@ class Pace:
         plain, k = self._plain.value, _LENGTHS
         right = np.minimum(self.acceptance[active], 0.999)[:, None]
         kept = ((1 - right ** (k + 1)) / (1 - right)).sum(0)
-        passes = np.maximum(self._passes.at(k, plain), plain)
+        taken = np.array([cost.value for cost in self._passes_of.values()])
+        passes = np.maximum(np.where(taken > 0, taken, self._passes.at(k, plain)), plain)
         return kept / np.where(k > 0, passes + k * self._draft.value + self._choice.value, plain)
 
     def saw(self, drafted: int, right: np.ndarray) -> None:
@@ -99,6 +100,8 @@ class Pace:
             self._plain.add(reading)
             return
         self._passes.add(drafted, reading)
+        if drafted in self._passes_of:  # else there was no more to write
+            self._passes_of[drafted].add(reading)
         self._choice.add(choosing)
         self._draft.add(drafting / drafted)
 
