@@ -21,8 +21,7 @@ class Pace:
 
     A cycle drafts k tokens, reads them all in one pass, and keeps 1 to k + 1. If a row's drafted tokens are right with
     probability α each, it keeps (1 − α^(k+1)) / (1 − α) of them on average (arXiv 2211.17192, equation 1). A pass over
-    one token takes v, one over k + 1 what it took before, or else is taken to grow with k in a line; a drafted token
-    takes d, and choosing what drafts read s.
+    one token takes v, one over k + 1 what it took before, a drafted token d, and choosing what drafts read s.
 
     Args:
         rows: B, texts that are written.
@@ -32,7 +31,7 @@ class Pace:
         self._right = np.full(rows, _EXPECTED * _WEIGHT)
         self._tried = np.full(rows, _WEIGHT)
         self._plain, self._draft, self._choice = _Cost(), _Cost(), _Cost()  # v, d and s
-        self._passes, self._passes_of = _Line(), {int(k): _Cost() for k in _LENGTHS}
+        self._passes = _unknown()
         self._rest, self._rested = _FIRST_REST, 0
 
     @property
@@ -54,7 +53,7 @@ class Pace:
             self._rest = _FIRST_REST
         elif self._rested >= self._rest:  # the text has grown, and what was measured may be old
             self._rest = min(2 * self._rest, _LONGEST_REST)
-            best = _TRIED
+            best, self._passes = _TRIED, _unknown()
         self._rested = 0 if best else self._rested + 1
         return min(best, most)
 
@@ -75,9 +74,21 @@ class Pace:
         plain, k = self._plain.value, _LENGTHS
         right = np.minimum(self.acceptance[active], 0.999)[:, None]
         kept = ((1 - right ** (k + 1)) / (1 - right)).sum(0)
-        taken = np.array([cost.value for cost in self._passes_of.values()])
-        passes = np.maximum(np.where(taken > 0, taken, self._passes.at(k, plain)), plain)
-        return kept / np.where(k > 0, passes + k * self._draft.value + self._choice.value, plain)
+        return kept / np.where(k > 0, self._of_passes() + k * self._draft.value + self._choice.value, plain)
+
+    def _of_passes(self) -> np.ndarray:
+        """float64, seconds of a pass for each of `_LENGTHS`.
+
+        One that was not tried is taken to grow in a line from one over a single token, through the longest that was
+        tried below it, or else the shortest above it: costs jump, so that longer passes say little of shorter ones.
+        """
+        plain, found = self._plain.value, []
+        slopes = {k: max((cost.value - plain) / k, 0.0) for k, cost in self._passes.items() if cost.count}
+        slope = next(iter(slopes.values()), 0.0)
+        for k in self._passes:
+            slope = slopes.get(k, slope)
+            found.append(plain + slope * k)
+        return np.array(found)
 
     def saw(self, drafted: int, right: np.ndarray) -> None:
         """Takes what a cycle found.
@@ -99,9 +110,8 @@ class Pace:
         if not drafted:
             self._plain.add(reading)
             return
-        self._passes.add(drafted, reading)
-        if drafted in self._passes_of:  # else there was no more to write
-            self._passes_of[drafted].add(reading)
+        if drafted in self._passes:  # else there was no more to write
+            self._passes[drafted].add(reading)
         self._choice.add(choosing)
         self._draft.add(drafting / drafted)
 
@@ -128,21 +138,6 @@ class _Cost:
             self.value = (1 - _NEWEST) * self.value + _NEWEST * seen
 
 
-class _Line:
-    """Costs over lengths, the newest counting most: a line through them, as far as they tell its slope."""
-
-    def __init__(self) -> None:
-        self._count = self._x = self._y = self._xx = self._xy = 0.0
-
-    def add(self, x: int, y: float) -> None:
-        """Takes a cost."""
-        kept = 1 - _NEWEST / 2
-        self._count, self._x, self._y = kept * self._count + 1, kept * self._x + x, kept * self._y + y
-        self._xx, self._xy = kept * self._xx + x * x, kept * self._xy + x * y
-
-    def at(self, x: np.ndarray, origin: float) -> np.ndarray:
-        """The line's costs; where lengths do not differ, that of a line from ``origin`` at 0."""
-        mean_x, mean_y = self._x / self._count, self._y / self._count
-        variance, covariance = self._xx / self._count - mean_x**2, self._xy / self._count - mean_x * mean_y
-        slope = (max(covariance, 0.0) + (mean_y - origin) / mean_x) / (variance + 1)
-        return mean_y + slope * (x - mean_x)
+def _unknown() -> dict[int, _Cost]:
+    """Costs of passes, by the tokens that are drafted for them."""
+    return {int(k): _Cost() for k in _LENGTHS}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,10 @@ from figures import long_context
 from figures.data import Row, figure, read, row, table
 
 TEXTS = "long_context/lossless.json"
-LONGER = ("long_context/lossless_qwen.json", "long_context/lossless_qwen_32k.json")
+LONGER = "long_context/lossless_qwen.json"
 RANDOM = "long_context/lossless_random.json"
 _CONTEXTS = (8192, 32768, 120_000)
 _ALWAYS = {"always drafting": "greedily", "always drafting, sampled": "sampled"}
-_BY_ATTENTION = {f"{way}, by true attention": label for way, label in _ALWAYS.items()}
 _WAYS = ("lossless", "selected", "best dense")
 _ON_TEXTS = ("lossless", "selected", "prompt lookup", "best dense")
 
@@ -41,28 +40,21 @@ def faster(context: int | str) -> str:
     return _speed(read(RANDOM), "random, batch 1", context, "lossless", "best dense").split()[0]
 
 
-def on_texts(*files: str) -> str:
+def on_texts(file: str = TEXTS) -> str:
     """Behind each text: speeds against both dense ways, and whether what is written is full attention's."""
     lines = [["text", "way", "against default", "against best dense", "same text"]]
-    for data, text, context in _texts(files):
+    data = read(file)
+    for text, context in _groups(data):
         lines += [[f"{text}, {context:,} tokens", way, *_line(data, text, context, way)] for way in _ON_TEXTS]
     return table(lines)
 
 
-def accepted(*files: str) -> str:
+def accepted(file: str = TEXTS) -> str:
     """Of seven drafted tokens at a time, how many were right."""
-    return _accepted(files, _ALWAYS)
-
-
-def accepted_by_attention(*files: str) -> str:
-    """The same, with chunks chosen by the attention of the last tokens itself."""
-    return _accepted(files, _BY_ATTENTION)
-
-
-def _accepted(files: Sequence[str], ways: Mapping[str, str]) -> str:
     lines = [["text", "written", "drafted tokens right", "tokens a pass"]]
-    for data, text, context in _texts(files):
-        for way, label in ways.items():
+    data = read(file)
+    for text, context in _groups(data):
+        for way, label in _ALWAYS.items():
             found = _record(data, text, context, way)
             share = f"{100 * found['acceptance']:.1f} %"
             lines.append([f"{text}, {context:,} tokens", label, share, f"{found['tokens'] / found['passes']:.1f}"])
@@ -81,11 +73,6 @@ def on_random() -> str:
             )
             lines.append([f"{context:,}", way, cells[0], goals[0], cells[1], goals[1]])
     return table(lines)
-
-
-def _texts(files: Sequence[str]) -> Iterator[tuple[Any, str, int]]:
-    for data in map(read, files or (TEXTS,)):
-        yield from ((data, text, context) for text, context in _groups(data))
 
 
 def _groups(data: Any) -> Sequence[tuple[str, int]]:

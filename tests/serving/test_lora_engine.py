@@ -1,6 +1,7 @@
 """A LoRA beside each of the three methods.
 
-It has an engine of its own: with LoRAs, vLLM's CPU build fails on the log-probabilities of a prompt.
+It has an engine of its own: with LoRAs, vLLM's CPU build fails on the log-probabilities of a prompt. And it applies the
+LoRA of one request to all rows of a batch, so that no others are among them here.
 """
 
 import json
@@ -36,25 +37,41 @@ def save_lora(where, model):
     (where / "adapter_config.json").write_text(json.dumps(config))
 
 
-def test_it_changes_the_models_scores_and_a_method_what_they_become(tmp_path):
-    """Requests with and without it go through one batch; each gets what it gets alone."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    make_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    with engine(folder, enable_lora=True, max_loras=1, max_lora_rank=8) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def lora(folder):
     from vllm.lora.request import LoRARequest
 
-    make_tiny(tmp_path)
-    save_lora(tmp_path / "lora", tmp_path / "model")
-    lora = LoRARequest("mine", 1, str(tmp_path / "lora"))
-    prompt = make_tokenizer()(PROMPT)["input_ids"]
-    with engine(tmp_path, enable_lora=True, max_loras=1, max_lora_rank=8) as llm:
-        prior = style_on(tmp_path)
-        asked = [with_scores(arguments, {}) for arguments in METHODS.values() for _ in range(2)]
-        options = {"lora_request": [lora, None] * len(METHODS)}
-        raw, became = (written(llm, asked, mode, **options) for mode in ("raw_logits", "processed_logprobs"))
-    for i, (before, after) in enumerate(zip(raw, became, strict=True)):
-        arguments = [*METHODS.values()][i // 2]
-        (tokens, scores), (same, got) = before[0], after[0]
-        assert tokens == same and len(tokens) == TOKENS
-        for step in range(TOKENS):
-            wanted = changed(scores[step], tokens[:step], prompt, arguments, {}, prior)
-            torch.testing.assert_close(got[step], wanted, atol=2e-4, rtol=1e-4, msg=f"{arguments}, step {step}")
-    for ((_, mine),), ((_, own),) in zip(raw[::2], raw[1::2], strict=True):
-        assert not torch.allclose(mine[0], own[0], atol=1e-2)
+    save_lora(folder / "adapter", folder / "model")
+    return LoRARequest("mine", 1, str(folder / "adapter"))
+
+
+@pytest.fixture(scope="module")
+def prior(folder, llm):
+    return style_on(folder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_changes_the_models_scores_and_a_method_what_they_become(llm, lora, prior, method):
+    arguments, prompt = METHODS[method], make_tokenizer()(PROMPT)["input_ids"]
+    asked = [with_scores(arguments, {})]
+    (((_, plain),),) = written(llm, asked, "raw_logits")
+    (((tokens, raw),),) = written(llm, asked, "raw_logits", lora_request=lora)
+    (((same, got),),) = written(llm, asked, "processed_logprobs", lora_request=lora)
+    assert tokens == same and len(tokens) == TOKENS
+    assert not torch.allclose(raw[0], plain[0], atol=1e-2)
+    for step in range(TOKENS):
+        wanted = changed(raw[step], tokens[:step], prompt, arguments, {}, prior)
+        torch.testing.assert_close(got[step], wanted, atol=2e-4, rtol=1e-4, msg=f"{method}, step {step}")

@@ -330,7 +330,7 @@ class TestPace:
             pace.saw(10, np.array([9]))
             pace._right[:] = acceptance * pace._tried
         for _ in range(30):
-            pace.took(4, choice, 4 * draft, plain + 4 * more)
+            pace.took(3, choice, 3 * draft, plain + 3 * more)
         return pace
 
     def test_first_plain_steps_then_a_trial(self):
@@ -367,6 +367,26 @@ class TestPace:
                 tried.append(step)
         assert 2 <= len(tried) <= 5
         assert np.diff(tried).min() >= 32
+
+    def test_a_length_whose_passes_are_slow_is_left(self):
+        """Costs that jump: a line through them would have the longest draft tried again and again."""
+        pace, tried = self.paced(100, 5, 20, 0.95), []
+        for _ in range(40):
+            length = pace.length(self.ALL, 16)
+            tried.append(length)
+            pace.saw(length, np.array([length]))
+            pace.took(length, 10, 20 * length, 100 + (15 if length <= 7 else 60) * length)
+        assert tried[-20:] == [7] * 20
+        assert tried.count(11) + tried.count(15) <= 4
+
+    def test_a_trial_after_a_rest_forgets_what_passes_took(self):
+        pace = self.paced(50, 500, 5, 0.99)
+        lengths = [pace.length(self.ALL, 16) for _ in range(34)]
+        assert lengths.count(3) == 1
+        for _ in range(4):
+            pace.took(3, 1, 15, 55)
+            pace.saw(3, np.array([3]))
+        assert pace.length(self.ALL, 16) >= 7
 
     def test_acceptance_is_learnt_by_row(self):
         pace = Pace(2)
