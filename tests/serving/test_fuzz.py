@@ -405,7 +405,10 @@ def test_an_echo_stands_before_the_same_text_and_a_stream_is_it(server, given, o
 
 @pytest.mark.parametrize("path", [path for path in ENDPOINTS if not path.endswith("batch")])
 def test_bodies_by_and_against_the_servers_own_schema_harm_nobody(server, path):
-    """Schemathesis writes them; vLLM refuses most. None is a 500, and good requests between get what they got."""
+    """Schemathesis writes them; vLLM refuses most. None is a 500, and good requests between get what they got.
+
+    But for bodies that vLLM itself answers with 500, without any arguments of ours: some of `/v1/responses`, in 0.32.
+    """
     schemathesis = pytest.importorskip("schemathesis")
     from schemathesis.generation import GenerationMode
 
@@ -423,10 +426,17 @@ def test_bodies_by_and_against_the_servers_own_schema_harm_nobody(server, path):
         given = hypothesis.given(operation.as_strategy(generation_mode=mode))
         hypothesis.settings(RANDOM, max_examples=max(COUNT // 10, 10))(given(collect))()
 
+    def post(content):
+        return server.client.post(path, content=content, headers={"content-type": "application/json"})
+
+    def without_ours(content):
+        body = json.loads(content)
+        return json.dumps({name: value for name, value in body.items() if name != "vllm_xargs"})
+
     def check(task):
         number, content = task
-        answer = server.client.post(path, content=content, headers={"content-type": "application/json"})
-        assert answer.status_code < 500, (content, answer.text)
+        answer = post(content)
+        assert answer.status_code < 500 or post(without_ours(content)).text == answer.text, (content, answer.text)
         if number % 8 == 0:
             assert written(ask(server, GOOD[number // 8 % len(GOOD)])) == alone[number // 8 % len(GOOD)]
         return answer.status_code
