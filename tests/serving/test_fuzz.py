@@ -431,7 +431,7 @@ def test_bodies_by_and_against_the_servers_own_schema_harm_nobody(server, path):
 
     def without_ours(content):
         body = json.loads(content)
-        return json.dumps({name: value for name, value in body.items() if name != "vllm_xargs"})
+        return json.dumps({k: v for k, v in body.items() if k != "vllm_xargs"}) if isinstance(body, dict) else content
 
     def check(task):
         number, content = task
