@@ -249,9 +249,10 @@ def server(tmp_path_factory, selector_folder):
     command += ["--max-model-len", "1024", "--enforce-eager", "--dtype", "float32", "--served-model-name", "tiny"]
     command += ["--max-num-seqs", str(AT_ONCE), "--disable-uvicorn-access-log", "--enable-scale-out"]
     log = folder / "log.txt"
+    alone = httpx.Limits(max_keepalive_connections=0)  # a request to a connection that a 500 has closed is lost
     with (
         serving(command, port, log) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, limits=alone) as client,
     ):
         SERVED["selector"] = str(selector_folder)
         yield SimpleNamespace(client=client, log=log, process=process)
@@ -429,14 +430,15 @@ def test_bodies_by_and_against_the_servers_own_schema_harm_nobody(server, path):
     def post(content):
         return server.client.post(path, content=content, headers={"content-type": "application/json"})
 
-    def without_ours(content):
+    def is_vllms_own(answer, content):
         body = json.loads(content)
-        return json.dumps({k: v for k, v in body.items() if k != "vllm_xargs"}) if isinstance(body, dict) else content
+        plain = {k: v for k, v in body.items() if k != "vllm_xargs"} if isinstance(body, dict) else body
+        return post(json.dumps(plain)).text == answer.text
 
     def check(task):
         number, content = task
         answer = post(content)
-        assert answer.status_code < 500 or post(without_ours(content)).text == answer.text, (content, answer.text)
+        assert answer.status_code < 500 or is_vllms_own(answer, content), (content, answer.text)
         if number % 8 == 0:
             assert written(ask(server, GOOD[number // 8 % len(GOOD)])) == alone[number // 8 % len(GOOD)]
         return answer.status_code
