@@ -38,27 +38,26 @@ def chunk_statistics(keys: Tensor, chunk_of: Tensor, ends: Tensor) -> ChunkStati
     """
     batch, heads, length, width = keys.shape
     count = ends.shape[1]
+    tokens = keys.reshape(-1, width).float()
     # Of each row and head: the tokens before its chunks, the chunks, and the tokens behind them.
     lengths = chunk_of.new_zeros(batch, count + 1).scatter_add_(1, chunk_of, torch.ones_like(chunk_of))[:, :count]
     before = (ends[:, :1] - lengths[:, :1] + 1).clamp(min=0)
     starts = torch.cat((torch.zeros_like(before), before, before + lengths.cumsum(1)), 1)
     text = torch.arange(batch * heads, device=keys.device).view(batch, heads, 1)
     offsets = (text * length + starts[:, None]).flatten()
-    places = torch.arange(batch * heads * length, device=keys.device)
+    places = torch.arange(len(tokens), device=keys.device)
 
     def means(values: Tensor) -> Tensor:
-        found = embedding_bag(places, values.reshape(-1, width), offsets, mode="mean")
-        return found.view(batch, heads, count + 2, width)[:, :, 1:-1]
+        return embedding_bag(places, values, offsets, mode="mean")
 
-    row = torch.arange(batch, device=keys.device)[:, None]
-    last = keys.transpose(1, 2)[row, ends].transpose(1, 2).float()
-    # About a key in their midst: E[x²] − E[x]² is a small difference of large numbers where keys have a bias.
-    middle = (lengths > 0).sum(1, keepdim=True) // 2
-    about = last.gather(2, middle[:, None, :, None].expand(batch, heads, 1, width))
-    tokens = keys.float() - about
     mean = means(tokens)
-    variance = (means(tokens.square_()) - mean.square()).clamp_(min=0)
-    return ChunkStatistics(torch.where(lengths[:, None, :, None] > 0, mean + about, 0), variance, last)
+    # About a chunk's own mean: E[x²] − E[x]² is a small difference of large numbers where keys have a bias. And what a
+    # chunk gets does not depend on which others are summarised with it.
+    bag = (text * (count + 2) + 1 + chunk_of[:, None]).flatten()  # tokens of no chunk may have another's mean
+    variance = means((tokens - mean.index_select(0, bag)).square_())
+    mean, variance = (x.view(batch, heads, count + 2, width)[:, :, 1:-1] for x in (mean, variance))
+    last = tokens.index_select(0, (text * length + ends[:, None]).flatten()).view(batch, heads, count, width)
+    return ChunkStatistics(mean, variance, last)
 
 
 class Scorer:

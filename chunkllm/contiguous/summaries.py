@@ -32,18 +32,17 @@ def summarise(
         device: of the features.
     """
     starts, lengths = spans
-    pieces = [
-        (rows, columns, *_places(starts[rows, columns], lengths[rows, columns], device))
-        for rows, columns in _pieces(starts, lengths, device)
-    ]
-    counts = (lengths > 0).sum(1)
+    is_new = lengths > 0
+    room = int((at + is_new.sum(1)).max())
+    pieces = []
+    for rows, columns in _pieces(starts, lengths, device):
+        places = _places(starts[rows, columns], lengths[rows, columns], device)
+        pieces.append((rows, at[rows] + columns.start, is_new[rows, columns].sum(1), *places))
     for layer in layers:
         assert layer.keys is not None
-        for rows, columns, tokens, chunk_of, ends in pieces:
-            keys = layer.keys[rows, :, tokens].to(device)
-            features = scorer.summarise(layer.place, keys, chunk_of, ends)
-            new = (lengths[rows, columns] > 0).sum(1)
-            layer.add_features(features, rows, at[rows] + columns.start, new, int((at + counts).max()))
+        for rows, first, counts, tokens, chunk_of, ends in pieces:
+            features = scorer.summarise(layer.place, layer.keys[rows, :, tokens].to(device), chunk_of, ends)
+            layer.add_features(features, rows, first, counts, room)
 
 
 def _pieces(starts: np.ndarray, lengths: np.ndarray, device: torch.device) -> Iterator[tuple[slice, slice]]:

@@ -56,6 +56,20 @@ def test_statistics_are_those_of_loops(lengths, before, dtype):
             at += size
 
 
+def test_a_chunk_has_the_same_bits_whatever_is_summarised_with_it():
+    chunk_of, ends = layout([[3, 2, 7, 5, 4], [6, 1, 9, 2, 8]])
+    keys = torch.randn(2, GROUPS, chunk_of.shape[1], D) * 3 + 40
+    together = chunk_statistics(keys, chunk_of, ends)
+    for row, number in ((0, 0), (0, 3), (1, 2), (1, 4)):
+        tokens = chunk_of[row] == number
+        size = int(tokens.sum())
+        alone = chunk_statistics(
+            keys[row : row + 1, :, tokens], torch.zeros(1, size).long(), torch.tensor([[size - 1]])
+        )
+        for whole, part in zip(together, alone, strict=True):
+            assert torch.equal(whole[row, :, number], part[0, :, 0])
+
+
 def test_statistics_of_chunks_that_a_row_lacks_are_finite():
     chunk_of, ends = layout([[3, 2, 4], [5]])
     got = chunk_statistics(torch.randn(2, GROUPS, chunk_of.shape[1], D), chunk_of, ends)
