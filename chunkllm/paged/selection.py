@@ -164,7 +164,7 @@ class PagedSelection:
         self._awake_slots: dict[int, int] = {}  # of the step before, and tokens of each row there, or more
         count = len(layers)
         queries = torch.zeros(count, places * scorer.queries, heads, head_dim, dtype=dtype, device=device)
-        self._queries = list(queries)
+        self._queries, self._queries_of_layer = queries, list(queries)
         self._known = torch.zeros(places, dtype=torch.long, device=device)  # last tokens whose queries are there
         self._ended = torch.zeros(places, dtype=torch.bool, device=device)  # a chunk, since the last selection
         self._has_chosen = torch.zeros(places, dtype=torch.bool, device=device)
@@ -194,7 +194,7 @@ class PagedSelection:
             GapError: the step before had a gap.
             ChunkError: this one's slots are missing.
         """
-        has_gap = not self._calls.close() and bool(self._written)
+        has_gap = not self._is_whole() and bool(self._written)
         self._written.append(step.places // self._block_size)
         if has_gap:
             self._forget_gap()
@@ -205,13 +205,27 @@ class PagedSelection:
         del self._written[:-1]
         self._places = step.places
         is_awake = self._are_awake(step)
-        wants_keys, reading = bool(is_awake.any()), None
+        wants_keys, reading = self._wants(step, is_awake), None
         if wants_keys:
             reading = self._begin_awake(step, is_awake)
         else:
             self._rest()
         self._calls.open(wants_keys)
         return reading
+
+    def forget(self) -> None:
+        """Nothing is known any more, neither of rows nor of blocks."""
+        self._calls.close()
+        self._written.append(torch.arange(self.summaries.nowhere, device=self._weights.device))
+        self._forget_gap()
+
+    def _is_whole(self) -> bool:
+        """The step under way ends: whether all of its calls came."""
+        return self._calls.close()
+
+    def _wants(self, step: Step, is_awake: np.ndarray) -> bool:
+        """Whether a step wants keys and queries."""
+        return bool(is_awake.any())
 
     def _are_awake(self, step: Step) -> np.ndarray:
         """Rows of which more is kept, bool [R]: before they may select, the scorer wants some queries."""
@@ -240,10 +254,7 @@ class PagedSelection:
         is_new = self._catch_up(step, is_awake, slot, is_new, lengths - sizes)
         is_step = (sizes == 1) & ~is_prompt & (slot < self._slots.count)
         self._has_chosen[slot] &= is_step
-        reading = None
-        if step.most_long:
-            budgets = send(step.budgets, device)
-            reading = self._read(step, slot, is_step & (lengths > budgets), lengths, budgets)
+        reading = self._reading(step, slot, is_step, lengths)
         self._expect(tokens, slot, is_new, sizes)
         return reading
 
@@ -288,15 +299,29 @@ class PagedSelection:
     def _forget_gap(self) -> None:
         """Some calls of a step are missing: whatever may depend on them is forgotten."""
         for blocks in self._written:
-            self.summaries.discard(blocks)
-            if self._held is not None:
-                self._held.forget(blocks)
+            self._discard(blocks)
         self._written.clear()
+        self._awake_slots.clear()
         self._undivided.clear()
         self._pieces = None
         self._slots.forget()
 
+    def _discard(self, blocks: Tensor) -> None:
+        """Nothing is known of these blocks, int [T], nor where chunks end in them."""
+        self.summaries.discard(blocks)
+        if self._held is not None:
+            self._held.forget(blocks)
+
     def _expect(self, tokens: Tokens, slot: Tensor, is_new: Tensor, sizes: Tensor) -> None:
+        """A step's keys, queries and ends of chunks are to come."""
+        self._known[slot] += sizes
+        self._tokens, self._slot, self._is_new = tokens, slot, is_new
+        self._defers = len(tokens.row) <= len(self._pending[0])
+        self._pieces = None
+        self._undivided.clear()
+        self._expect_queries(tokens, slot, sizes)
+
+    def _expect_queries(self, tokens: Tokens, slot: Tensor, sizes: Tensor) -> None:
         """Where the queries of this step go: of each row the last ones, in place of its oldest."""
         recent = self._scorer.queries
         back = torch.arange(recent if self._fixed_shapes else min(recent, int(sizes.max())), device=slot.device)
@@ -310,21 +335,19 @@ class PagedSelection:
             self._query_tokens, self._query_places = token[there], place[there]
         every = token.shape[1] == 1 and len(self._query_tokens) == len(tokens.row)
         self._takes_every_query = every and not self._fixed_shapes
-        self._known[slot] += sizes
-        self._tokens, self._slot, self._is_new = tokens, slot, is_new
-        self._defers = len(tokens.row) <= len(self._pending[0])
-        self._pieces = None
-        self._undivided.clear()
 
     def note_ends(self, ends: Tensor | None) -> None:
         """Takes in where chunks end, bool [T]; None if nobody looks for that: then they end with their blocks."""
         if not self._calls.is_open:
             return
+        self._note_ends(ends)
+        self._calls.note_ends()
+
+    def _note_ends(self, ends: Tensor | None) -> None:
         if ends is not None and self._held is not None:
             self._held.note(self._places, ends)
         if self._calls.wants_keys:
             self._cut(ends)
-        self._calls.note_ends()
 
     def _cut(self, ends: Tensor | None) -> None:
         position = self._tokens.position
@@ -341,7 +364,7 @@ class PagedSelection:
         if not self._calls.wants_keys:
             return
         if self._defers:
-            self._pending_of_layer[layer].narrow(0, 0, len(self._tokens.row)).copy_(keys)
+            self._pending_of_layer[layer].narrow(0, 0, len(keys)).copy_(keys)
         elif self._pieces is None:
             self._undivided.append((layer, keys))
         else:
@@ -354,7 +377,7 @@ class PagedSelection:
             return
         if not self._takes_every_query:  # else they are in order
             queries = queries.index_select(0, self._query_tokens)
-        self._queries[layer].index_copy_(0, self._query_places, queries)
+        self._queries_of_layer[layer].index_copy_(0, self._query_places[: len(queries)], queries)
         self._calls.add_queries(layer)
 
     def _take_in(self) -> None:
@@ -364,7 +387,20 @@ class PagedSelection:
             self.summaries.add(self._pieces, self._pending[:, :count], range(len(self._layers)))
         self._pieces = None
 
-    def _read(self, step: Step, slot: Tensor, is_long: Tensor, lengths: Tensor, budgets: Tensor) -> Reading | None:
+    def _reading(self, step: Step, slot: Tensor, is_step: Tensor, lengths: Tensor) -> Reading | None:
+        """What a step reads, of whose rows these, bool [R], may select."""
+        if not step.most_long:
+            return None
+        choices = self._choices(step, slot, is_step, lengths)
+        if not self._fixed_shapes and not choices.selects.any():
+            return None
+        reading = self._read_tables(choices)
+        return reading._replace(lengths=reading.lengths.to(step.lengths.dtype))
+
+    def _choices(self, step: Step, slot: Tensor, is_step: Tensor, lengths: Tensor) -> Choices:
+        """What the rows have chosen, after those that are due have chosen anew."""
+        budgets = send(step.budgets, lengths.device)
+        is_long = is_step & (lengths > budgets)
         table = step.block_table[:, : -(-int(step.most.max()) // self._block_size)]
         is_known = self._known[slot] >= self._scorer.queries
         is_due = is_long & is_known & (self._ended[slot] | ~self._has_chosen[slot])
@@ -377,12 +413,8 @@ class PagedSelection:
         if len(rows):
             nowhere = self._slots.count  # for rows that fill up a fixed number
             self._choose(table[rows], budgets[rows], torch.where(is_due, slot, nowhere)[rows], lengths[rows])
-        is_long = is_long & self._has_chosen[slot]
-        if not self._fixed_shapes and not is_long.any():
-            return None
         of_slots = self._chosen, self._counts, self._block_size, self._local_blocks
-        reading = self._read_tables(Choices(table, slot, is_long, lengths, *of_slots))
-        return reading._replace(lengths=reading.lengths.to(step.lengths.dtype))
+        return Choices(table, slot, is_long & self._has_chosen[slot], lengths, *of_slots)
 
     def _at_once(self, step: Step) -> int:
         """Rows that choose anew in a step, where shapes are fixed: all of a batch in as many steps as pieces are long.
@@ -450,7 +482,7 @@ class PagedSelection:
         return torch.stack(by_layer)
 
 
-def _tables_by(kernels: bool, fixed_shapes: bool) -> Callable[[Choices], Reading]:
+def _tables_by(kernels: bool, fixed_shapes: bool) -> Callable[..., Reading]:
     if not (kernels and fixed_shapes):
         return partial(read_tables, fixed_shapes=fixed_shapes)
     from chunkllm.paged import table_kernel  # which imports Triton

@@ -51,8 +51,8 @@ class Slots(Protocol):
         """Slots of a step's rows, int64 [R], and bool [R], whether the row is new there. Slot S is new to every row."""
         ...
 
-    def forget(self) -> None:
-        """Whatever row comes next is new in its slot."""
+    def forget(self, is_lost: Tensor | None = None) -> None:
+        """Whatever row comes next is new in its slot; with a bool scalar, if that is true."""
         ...
 
 
@@ -93,9 +93,9 @@ class GivenSlots:
         self._block[slot] = rows.next_block
         return torch.where(is_alone, slot, self.count), ~goes_on
 
-    def forget(self) -> None:
+    def forget(self, is_lost: Tensor | None = None) -> None:
         """See `Slots`."""
-        self._length.fill_(-1)
+        _forget(self._length, is_lost)
 
 
 class FoundSlots:
@@ -136,6 +136,14 @@ class FoundSlots:
         self._block[self.count] = -1
         return slot, is_new
 
-    def forget(self) -> None:
+    def forget(self, is_lost: Tensor | None = None) -> None:
         """See `Slots`."""
-        self._length.fill_(-1)
+        _forget(self._length, is_lost)
+
+
+def _forget(lengths: Tensor, is_lost: Tensor | None) -> None:
+    """No row has as many tokens as the slots say then."""
+    if is_lost is None:
+        lengths.fill_(-1)
+    else:
+        lengths.masked_fill_(is_lost, -1)

@@ -20,15 +20,18 @@ _TILE = 256  # numbers of blocks; tables are written by whole tiles, since atten
 _WARPS = 4
 
 
-def read_tables(choices: Choices) -> Reading:
+def read_tables(choices: Choices, into: Reading | None = None) -> Reading:
     """`chunkllm.paged.tables.read_tables` with fixed shapes.
 
     Behind the last tile of blocks that a row reads, its table has no values.
+
+    Args:
+        choices: of the rows.
+        into: int [L, R, N] and [L, R], where to write; by default new tensors.
     """
     table, slot, selects, lengths, chosen, counts, block_size, local = choices
     (rows, width), layers = table.shape, len(counts)
-    tables = table.new_empty(layers, rows, width)
-    read = lengths.new_empty(layers, rows)
+    tables, read = into or (table.new_empty(layers, rows, width), lengths.new_empty(layers, rows))
     if not tables.numel():
         return Reading(tables, lengths.expand(layers, -1))
     with torch.cuda.device_of(table) if table.is_cuda else nullcontext():
@@ -44,8 +47,9 @@ def read_tables(choices: Choices) -> Reading:
             counts,
             *counts.stride(),
             tables,
+            *tables.stride()[:2],
             read,
-            rows,
+            *read.stride()[:1],
             local,
             BLOCK=block_size,
             TILE=_TILE,
@@ -54,7 +58,19 @@ def read_tables(choices: Choices) -> Reading:
     return Reading(tables, read)
 
 
-@triton.jit(do_not_specialize=["table_row", "width", "chosen_layer", "chosen_slot", "counts_layer", "rows", "local"])
+@triton.jit(
+    do_not_specialize=[
+        "table_row",
+        "width",
+        "chosen_layer",
+        "chosen_slot",
+        "counts_layer",
+        "tables_layer",
+        "tables_row",
+        "read_layer",
+        "local",
+    ]
+)
 def _write(
     table,
     table_row,
@@ -71,8 +87,10 @@ def _write(
     counts_layer,
     counts_step,
     tables,
+    tables_layer,
+    tables_row,
     read,
-    rows,
+    read_layer,
     local,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -92,7 +110,7 @@ def _write(
         ends = count + 2 + last - recent
         tokens = (ends - 1) * BLOCK + (length - 1) % BLOCK + 1
     if begin == 0:
-        tl.store(read + layer * rows + row, tokens)
+        tl.store(read + layer * read_layer + row, tokens)
     if begin < ends:
         place = begin + tl.arange(0, TILE)
         number = place.to(tl.int64)
@@ -103,4 +121,4 @@ def _write(
             number = tl.minimum(number, last)
         some = place < width
         block = tl.load(table + row * table_row + number * table_step, mask=some, other=0)
-        tl.store(tables + (layer * rows + row) * width + place, block, mask=some)
+        tl.store(tables + layer * tables_layer + row * tables_row + place, block, mask=some)

@@ -64,11 +64,12 @@ def last_blocks(lengths: Tensor, block_size: int, local: int) -> tuple[Tensor, T
     return last, (last - local).clamp(min=1)
 
 
-def read_tables(choices: Choices, *, fixed_shapes: bool = True) -> Reading:
+def read_tables(choices: Choices, into: Reading | None = None, *, fixed_shapes: bool = True) -> Reading:
     """Block tables: the first block, the chosen ones, the last ones.
 
     Args:
         choices: of the rows.
+        into: int [L, R, N] and [L, R], where to write them, with fixed shapes; by default into new tensors.
         fixed_shapes: whether shapes must not depend on what tensors hold; else tables are as wide as they need be.
 
     Returns:
@@ -87,4 +88,9 @@ def read_tables(choices: Choices, *, fixed_shapes: bool = True) -> Reading:
     if not fixed_shapes and not selects.all():
         tables = torch.cat((tables, own[:, :, width:]), -1)
     tokens = (counts + 1 + last - recent) * block_size + (lengths - 1) % block_size + 1
-    return Reading(tables, torch.where(selects, tokens, lengths))
+    reading = Reading(tables, torch.where(selects, tokens, lengths))
+    if into is None:
+        return reading
+    into.block_table.copy_(reading.block_table)
+    into.lengths.copy_(reading.lengths)
+    return into

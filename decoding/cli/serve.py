@@ -68,6 +68,7 @@ class _Serve(click.Command):
     "--chunk-adapters", help='Select chunks: "default" (SmolLM2-135M\'s), a folder or a hub id, also of a calibration.'
 )
 @click.option("--kv-budget", type=click.IntRange(min=1), help="Select chunks: tokens to read, 2048 with adapters.")
+@click.option("--full-graphs", is_flag=True, help="Of chunk selection: CUDA graphs of whole steps. Not tried yet.")
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **options: Any) -> None:
     """Serves a model over HTTP: vLLM's OpenAI-compatible server, which takes all of its own options.
@@ -100,5 +101,6 @@ def serve(model: str, styles: tuple[str, ...], vllm_options: tuple[str, ...], **
         phases=options["phase_markers"] or options["phases"],
         chunk_adapters=options["chunk_adapters"],
         kv_budget=options["kv_budget"],
+        full_graphs=options["full_graphs"],
     )
     run_server(path, model, engine, vllm_options)

@@ -15,6 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from chunkllm import ChunkAdapters, ChunkCalibration, ChunkError, PooledScorer, Scorer
 from chunkllm.calibration import open_saved
+from chunkllm.paged.replayed import ReplayedSelection
 from chunkllm.paged.selection import PagedSelection, Step
 from chunkllm.paged.tables import Reading
 from chunkllm.selection import DEFAULT_LOCAL, DEFAULT_SINKS, layer_weights
@@ -56,6 +57,23 @@ def refuse_what_is_missing(vllm_config: VllmConfig) -> None:
         raise DecodingError(f"chunk selection does not go with {' and '.join(found)}: leave out one or the other")
 
 
+def refuse_full_graphs(vllm_config: VllmConfig) -> None:
+    """Refuses engines that cannot have full CUDA graphs of steps with chunk selection.
+
+    Raises:
+        DecodingError: says what stands in the way.
+    """
+    reasons = {
+        "vLLM's V2 model runner": not vllm_config.use_v2_model_runner,
+        "a GPU, and a cudagraph_mode with full graphs": (
+            not vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        ),
+    }
+    missing = [reason for reason, is_missing in reasons.items() if is_missing]
+    if missing:
+        raise DecodingError(f"full graphs of chunk selection want {' and '.join(missing)}: leave them out")
+
+
 class LayerGroup:
     """The layers with full attention that share a block table, and the selection in them.
 
@@ -73,6 +91,9 @@ class LayerGroup:
         declared = asked_for(vllm_config)
         assert declared is not None
         refuse_what_is_missing(vllm_config)
+        if declared.full_graphs:
+            refuse_full_graphs(vllm_config)
+        self.has_full_graphs = declared.full_graphs
         context = vllm_config.compilation_config.static_forward_context
         names = sorted(layer_names, key=extract_layer_index)
         impls = [context[name].impl for name in names]
@@ -117,7 +138,8 @@ class LayerGroup:
         self.selection = None  # gone before the next one comes
         first = self._first
         pooled: Scorer = PooledScorer(first.head_size, scaling=first.scale)
-        self.selection = PagedSelection(
+        made: type[PagedSelection] = ReplayedSelection if self.has_full_graphs else PagedSelection
+        self.selection = made(
             pooled if self.adapters is None else self.adapters.scorer(),
             self._layers,
             self._weights,
@@ -159,13 +181,30 @@ class LayerGroup:
         has_missed, self._has_missed = self._has_missed, True
         step = self._step_of(common)
         if has_missed:  # what was written meanwhile has no summaries, or what others had written there before
-            self._allocate()
+            self.selection.forget()
         self._has_missed = False
         reading = self.selection.begin(step)
         self._counts.add(step, reading, self.selection.selections)
         if self.adapters is None:
             self.selection.note_ends(None)
         return reading
+
+    def capture(self, common: CommonAttentionMetadata) -> Reading:
+        """What the layers read in every step of so many single tokens, before one is captured in a CUDA graph.
+
+        Raises:
+            DecodingError: the size of the cache is not known yet.
+        """
+        if not self.has_room() or not isinstance(self.selection, ReplayedSelection):
+            raise DecodingError("a CUDA graph of chunk selection wants to know the size of the cache")
+        self.tokens = common.num_reqs
+        return self.selection.capture(common.num_reqs)
+
+    def read_all(self, common: CommonAttentionMetadata) -> None:
+        """Has a step that could not begin read everything, also if it is replayed."""
+        if isinstance(self.selection, ReplayedSelection):
+            rows = common.num_reqs
+            self.selection.read_all(common.block_table_tensor[:rows], common.seq_lens[:rows])
 
     @property
     def wants_keys(self) -> bool:
@@ -176,7 +215,7 @@ class LayerGroup:
         places = self._places(common)
         if common.is_prefilling is None or places is None:
             raise DecodingError("vLLM does not say whose the rows of a step are, or which are prompts")
-        rows = common.num_reqs
+        rows = len(places)
         self.tokens = int(common.query_start_loc_cpu[rows])  # without those that only pad a CUDA graph's batch
         most = common.seq_lens_cpu_upper_bound
         return Step(
@@ -192,7 +231,10 @@ class LayerGroup:
         )
 
     def _places(self, common: CommonAttentionMetadata) -> np.ndarray | None:
-        """Where the requests of the rows stand, int64 [R]: in the runner's table of requests, or on V1 in the batch."""
+        """Where the requests of the rows stand, int64 [R]: in the runner's table of requests, or on V1 in the batch.
+
+        Rows that only pad a CUDA graph's batch have no place.
+        """
         if self._slots is None:
             return np.arange(common.num_reqs)
         return None if common.req_idx is None else common.req_idx[: common.num_reqs].astype(np.int64)

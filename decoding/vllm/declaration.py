@@ -86,6 +86,7 @@ class DeclaredChunks(NamedTuple):
 
     adapters: str | None = None  # a folder or a hub id, "default" for the embedded ones, None to do without
     kv_budget: int = DEFAULT_BUDGET  # tokens that a request reads at most, on average over layers
+    full_graphs: bool = False  # whether CUDA graphs may hold whole steps of single tokens
 
 
 class Offer(NamedTuple):
@@ -232,6 +233,8 @@ def checked_chunks(settings: Any) -> DeclaredChunks:
     chunks = DeclaredChunks(**settings)
     if not isinstance(chunks.adapters, str | None):
         raise DecodingError(f"adapters must be a folder, a hub id, {EMBEDDED!r} or null, not {chunks.adapters!r}")
+    if not isinstance(chunks.full_graphs, bool):
+        raise DecodingError(f"full_graphs must be true or false, not {chunks.full_graphs!r}")
     return chunks._replace(kv_budget=checked_budget(chunks.kv_budget))
 
 

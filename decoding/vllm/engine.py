@@ -58,6 +58,7 @@ def engine_args(
     phases: bool | tuple[str, str] = False,
     chunk_adapters: str | PathLike | None = None,
     kv_budget: int | None = None,
+    full_graphs: bool = False,
 ) -> dict[str, Any]:
     """Arguments that give ``vllm.LLM`` or ``AsyncEngineArgs`` style priors, temperatures, chunk selection.
 
@@ -96,17 +97,20 @@ def engine_args(
         chunk_adapters: select chunks, with the adapters or calibration of a folder or hub id; "default" for embedded
             adapters.
         kv_budget: select chunks, with or without adapters, where a request has more tokens than these, 2048 by default.
+        full_graphs: of chunk selection, have CUDA graphs hold whole steps of single tokens, and not only what lies
+            between attentions. Not tried on a GPU yet.
 
     Raises:
         DecodingError: a name without a style, no policy, selector or adapters there, an unknown size, policy or budget,
-            phases that are no two texts, or what the policy and another argument both say.
+            phases that are no two texts, full graphs without chunk selection, or what the policy and another argument
+            both say.
     """
     served = ServedPolicy() if policy is None else opened_policy(policy, model)
     priors = _styles(styles, served)
     selector = _selector(_one_of("temperature", temperature or None, served.selector), model_size, temperature_policy)
     temperatures = _temperatures(selector, _phases(phases or served.has_phases), served)
     adapters = _one_of("chunk_adapters", chunk_adapters, served.adapters)
-    chunks = _chunks(adapters, _one_of("kv_budget", kv_budget, served.budget))
+    chunks = _chunks(adapters, _one_of("kv_budget", kv_budget, served.budget), full_graphs)
     _declare(STYLES_VARIABLE, None if priors is None else {name: each.as_json() for name, each in priors.items()})
     _declare(TEMPERATURE_VARIABLE, temperatures)
     _declare(CHUNKS_VARIABLE, None if chunks is None else chunks._asdict())
@@ -146,11 +150,14 @@ def _engine_of(chunks: DeclaredChunks) -> dict[str, Any]:
     return engine | {"attention_backend": "CUSTOM"} if torch.cuda.is_available() else engine
 
 
-def _chunks(adapters: str | PathLike | None, budget: int | None) -> DeclaredChunks | None:
+def _chunks(adapters: str | PathLike | None, budget: int | None, full_graphs: bool) -> DeclaredChunks | None:
     if adapters is None and budget is None:
+        if full_graphs:
+            raise DecodingError("full_graphs is chunk selection's: ask for that with kv_budget or chunk_adapters")
         return None
     source = None if adapters is None else _saved_adapters(adapters)
-    return checked_chunks({"adapters": source, "kv_budget": DEFAULT_BUDGET if budget is None else budget})
+    budget = DEFAULT_BUDGET if budget is None else budget
+    return checked_chunks({"adapters": source, "kv_budget": budget, "full_graphs": full_graphs})
 
 
 def _saved_adapters(source: str | PathLike) -> str:

@@ -15,6 +15,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
+from decoding.vllm.declaration import asked_for
 from decoding.vllm.selecting import SelectingBuilder, SelectingImpl, is_selecting
 
 
@@ -54,9 +55,13 @@ class _Builder(SelectingBuilder, FlashAttentionMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Graphs of what lies between attentions: a layer's selection is computed anew in each step."""
-        if is_selecting():
-            return AttentionCGSupport.NEVER
+        """Graphs of what lies between attentions: a layer's selection is computed anew in each step.
+
+        If the engine asks for them, also of whole steps with single tokens.
+        """
+        declared = asked_for(vllm_config)
+        if declared is not None:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if declared.full_graphs else AttentionCGSupport.NEVER
         return super().get_cudagraph_support(vllm_config, kv_cache_spec)
 
     def plan_of(self, metadata: FlashAttentionMetadata) -> None:

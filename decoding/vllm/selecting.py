@@ -34,37 +34,41 @@ class ChunkStep:
         group: who selects.
         of_layers: each layer's metadata, or none if all is read.
         wants_keys: whether keys and queries are to be taken in.
+        is_captured: whether it is of no step, but to be captured in a CUDA graph. Then every time counts.
     """
 
     group: LayerGroup
     of_layers: Sequence[Any] = ()
     wants_keys: bool = True
+    is_captured: bool = False
     _taken: set[int] = field(default_factory=set)  # layers
     _has_states: bool = False
     _has_failed: bool = False
 
     def note_bottom_states(self, hidden_states: Tensor, residual: Tensor | None) -> None:
         """Takes in the bottom layer's output [T, hidden_size], and what is to be added to it, if anything is."""
-        if self._has_states or self._has_failed:
+        if (self._has_states and not self.is_captured) or self._has_failed:
             return
         self._has_states = True
         try:
             self.group.note_bottom_states(hidden_states, residual)
-        except Exception:
-            self._fail()
+        except Exception as error:
+            self._fail(error)
 
     def take_in(self, layer: int, keys: Tensor, queries: Tensor) -> None:
         """Takes in the keys [T, Hkv, D] and queries [T, H, D] of the layer with this number in the group."""
-        if layer in self._taken or self._has_failed:
+        if (layer in self._taken and not self.is_captured) or self._has_failed:
             return
         self._taken.add(layer)
         try:
             self.group.take_in(layer, keys, queries)
-        except Exception:
-            self._fail()
+        except Exception as error:
+            self._fail(error)
 
-    def _fail(self) -> None:
-        """While an exception is handled. The rest of the step reads everything, and the selection will see the gap."""
+    def _fail(self, error: Exception) -> None:
+        """While that is handled. The rest of the step reads everything, and the selection will see the gap."""
+        if self.is_captured:  # at an engine's start
+            raise error
         self._has_failed, self.of_layers = True, ()
         _count_failure(self.group)
 
@@ -90,6 +94,17 @@ class SelectingBuilder:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         if self.group is not None:
             metadata.chunks = self._step(self.group, metadata, common_attn_metadata)
+            if metadata.chunks is None:
+                self.group.read_all(common_attn_metadata)
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """Likewise, for steps that will be replayed."""
+        if self.group is None or not self.group.has_full_graphs or common_attn_metadata.max_query_len > 1:
+            return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
+        metadata = super().build(0, common_attn_metadata)  # type: ignore[misc]
+        of_layers = self.of_layers(metadata, self.group.capture(common_attn_metadata))
+        metadata.chunks = ChunkStep(self.group, of_layers, is_captured=True)
         return metadata
 
     def _step(self, group: LayerGroup, metadata: Any, common: CommonAttentionMetadata) -> ChunkStep | None:

@@ -128,6 +128,7 @@ def test_what_is_not_there_is_refused_and_nothing_declared(saved, tmp_path):
         ({"policy": "curve"}, "policy='curve' was the temperature selector's: write temperature_policy='curve'"),
         ({"policy": "no"}, "no policy at no"),
         ({"kv_budget": 0}, "kv_budget must be a whole number"),
+        ({"full_graphs": True}, "full_graphs is chunk selection's"),
     ):
         with pytest.raises(DecodingError, match=reason):
             engine_args(saved, **options)
@@ -160,18 +161,19 @@ def test_declarations_are_json_that_vllm_users_can_write(saved, monkeypatch):
 def test_chunk_selection_is_declared_in_the_environment_and_to_the_engine(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "config.json").write_text("{}")
-    for asked, adapters, budget in (
-        ({"chunk_adapters": "default"}, "default", 2048),
-        ({"kv_budget": 512}, None, 512),
-        ({"chunk_adapters": tmp_path, "kv_budget": 4096}, str(tmp_path), 4096),
-        ({"chunk_adapters": "me/mine"}, "me/mine", 2048),
+    for asked, adapters, budget, full_graphs in (
+        ({"chunk_adapters": "default"}, "default", 2048, False),
+        ({"kv_budget": 512}, None, 512, False),
+        ({"chunk_adapters": tmp_path, "kv_budget": 4096}, str(tmp_path), 4096, False),
+        ({"chunk_adapters": "me/mine", "full_graphs": True}, "me/mine", 2048, True),
     ):
+        chunks = {"adapters": adapters, "kv_budget": budget, "full_graphs": full_graphs}
         assert engine_args(**asked) == {
             "logits_processors": [CHUNK_PROCESSOR],
-            "additional_config": {"chunkllm": {"adapters": adapters, "kv_budget": budget}},
+            "additional_config": {"chunkllm": chunks},
             "block_size": 32,
         }
-        assert declared_chunks() == DeclaredChunks(adapters, budget)
+        assert declared_chunks() == DeclaredChunks(**chunks)
     engine_args({})
     assert declared_chunks() is None
 
@@ -191,6 +193,7 @@ def test_on_a_gpu_chunk_selection_brings_its_backend_and_leaves_the_runner_to_vl
         ({"adapters": 3}, "adapters must be a folder"),
         ({"kv_budget": "2048"}, "whole number of tokens"),
         ({"kv_budget": True}, "whole number of tokens"),
+        ({"full_graphs": 1}, "full_graphs must be true or false"),
     ],
 )
 def test_settings_of_chunk_selection_are_checked(settings, reason):
@@ -216,7 +219,7 @@ def test_a_policy_is_declared_part_by_part(saved, saved_selector, tmp_path, styl
         tmp_path / "mine"
     )
     got = engine_args({"other": saved["file"]}, policy=tmp_path / "mine")
-    chunks = {"adapters": None, "kv_budget": 512}
+    chunks = {"adapters": None, "kv_budget": 512, "full_graphs": False}
     assert got == {
         "logits_processors": [STYLE_PROCESSOR, TEMPERATURE_PROCESSOR, CHUNK_PROCESSOR],
         "override_generation_config": {"temperature": 1.0, **ALL_TOKENS},

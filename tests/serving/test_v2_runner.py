@@ -7,23 +7,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from chunkllm import PooledScorer
 from chunkllm.paged.selection import PagedSelection
 from chunkllm.selection import DEFAULT_LOCAL, DEFAULT_SINKS
+from decoding import DecodingError
 from decoding.vllm import engine_args
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")
 
 from vllm import SamplingParams
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from decoding.vllm import fallbacks
 from decoding.vllm.budgets import budget_slots
 from decoding.vllm.processor import ChunkLogitsProcessor
-from tests.chunkllm.paged.engine import step_of_one
+from tests.chunkllm.paged.engine import NoLooking, Recording, step_of_one
 from tests.serving.v2_runner import CPU, Serving, configured, put_plain_kernels
 
 pytestmark = pytest.mark.real
@@ -201,15 +203,6 @@ def random_request(choose, beginnings):
     return ids, None if budget is None else {"kv_budget": budget}
 
 
-class NoLooking(TorchDispatchMode):
-    """Refuses operators that would have the host wait for a device."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.split(".")[0]
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal"), name
-        return function(*args, **(kwargs or {}))
-
-
 class OnAGpu(PagedSelection):
     """With shapes that do not depend on what tensors hold."""
 
@@ -248,6 +241,56 @@ def test_requests_that_come_and_go_read_what_each_would_read_alone(config, monke
     assert preempted and check.shared > preempted and moved > 20 and check.selected > 150
     assert max(check.places.values()) > 2  # places are used again
     assert not fallbacks.counts
+
+
+class Replaying(Model):
+    """Captures a whole step of single tokens, and replays it for every one that vLLM has a graph for."""
+
+    def serving(self, config, blocks):
+        config.additional_config["chunkllm"]["full_graphs"] = True
+        config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+        served, rows, self.replayed = super().serving(config, blocks), OPTIONS["max_num_seqs"], 0
+        served.runner.graph_rows = 0
+        batch = InputBatch.make_dummy(rows, rows, served.runner.input_buffers)
+        tables, slots = served.runner.prepare_dummy_attn(batch)
+        metadata = served.runner.metadata(batch, tables, slots, CUDAGraphMode.FULL, for_capture=True)
+        with set_forward_context(metadata, config), Recording() as self.graph:
+            super().__call__(batch, metadata)
+        self.captured, served.runner.graph_rows = self.read, rows
+        return served
+
+    def __call__(self, batch, metadata):
+        if batch.num_tokens > batch.num_reqs:
+            super().__call__(batch, metadata)
+            return
+        self.graph.replay()
+        self.read = self.captured
+        self.replayed += 1
+
+
+def test_whole_steps_that_are_replayed_read_what_each_request_would_read_alone(config, monkeypatch):
+    choose, model = random.Random(1), Replaying(monkeypatch)
+    served = model.serving(config, blocks=36)
+    check = Checked(served, model)
+    waiting = [random_request(choose, [choose.choices(range(VOCAB), k=200)]) for _ in range(12)]
+    for number, (ids, extra) in enumerate(waiting):
+        served.add(f"r{number:02}", ids, max_tokens=choose.randint(30, 110), extra_args=extra)
+    run_to_the_end(served, check, choose)
+    assert model.replayed > 100 and check.selected > 100
+    assert not fallbacks.counts
+
+
+def test_what_cannot_be_captured_ends_the_start_and_no_step(config, monkeypatch):
+    monkeypatch.setattr(PagedSelection, "add_keys", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Replaying(monkeypatch).serving(config, blocks=36)
+    assert not fallbacks.counts
+
+
+def test_full_graphs_are_refused_where_there_are_none(config, monkeypatch):
+    config.additional_config["chunkllm"]["full_graphs"] = True
+    with pytest.raises(DecodingError, match="full graphs of chunk selection want a GPU, and a cudagraph_mode"):
+        Model(monkeypatch).serving(config)
 
 
 def run_to_the_end(served, model, choose):

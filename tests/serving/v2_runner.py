@@ -202,6 +202,7 @@ class Runner(model_runner.GPUModelRunner):
         self.pooling_runner = self.pp_handler = self.encoder_cache = self.adaptive_verification = None
         self.pcp_manager = self.fast_prefill = self.kv_block_zeroer = None
         self.is_last_pp_rank, self.use_pp, self.decode_query_len = True, False, 1 + drafts
+        self.graph_rows = 0  # of a CUDA graph of whole steps of single tokens, if there is one
 
     def _add_samplers(self, vocabulary):
         named = self.model_config.logits_processors
@@ -227,20 +228,23 @@ class Runner(model_runner.GPUModelRunner):
         self.update_requests(scheduled)
         self.block_tables.apply_staged_writes()
         state, _ = self.gather_batch_req_state(scheduled, dummy_run=False)
-        eager = BatchExecutionDescriptor(CUDAGraphMode.NONE, state.num_tokens, None)
-        batch = self.prepare_inputs(scheduled, state, eager, 0)
-        return batch, self.metadata(batch, *self.prepare_attn(batch))
+        mode, tokens, rows = CUDAGraphMode.NONE, state.num_tokens, None
+        if self.graph_rows and tokens == len(state.req_ids):
+            mode, tokens, rows = CUDAGraphMode.FULL, self.graph_rows, self.graph_rows
+        batch = self.prepare_inputs(scheduled, state, BatchExecutionDescriptor(mode, tokens, rows), 0)
+        return batch, self.metadata(batch, *self.prepare_attn(batch), mode)
 
-    def metadata(self, batch, block_tables, slot_mappings):
+    def metadata(self, batch, block_tables, slot_mappings, mode=CUDAGraphMode.NONE, for_capture=False):
         """A batch's attention metadata by layer."""
         return DefaultModelState.prepare_attn(
             self.model_state,
             batch,
-            CUDAGraphMode.NONE,
+            mode,
             block_tables,
             slot_mappings,
             self.attn_groups,
             self.kv_cache_config,
+            for_capture,
         )
 
     def finish(self, batch, sampled):

@@ -2,10 +2,13 @@
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from chunkllm.paged.replayed import ReplayedSelection
 from chunkllm.paged.selection import PagedSelection, Step
 from chunkllm.paged.tables import local_blocks
 from chunkllm.scorers import PooledScorer, chunk_scores, chunk_statistics
@@ -50,25 +53,61 @@ def step_of_one(table, held, count, budget, *, most=None, is_prompt=None, slots=
     )
 
 
+class NoLooking(TorchDispatchMode):
+    """Refuses operators whose results, or their shapes, the host would have to wait for."""
+
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        assert name not in self.waits and not by_mask, f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+class Recording(TorchDispatchMode):
+    """Operators as a CUDA graph has them: replayed with the tensors that they had, and without any Python of theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self._calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self._calls.append((function, args, kwargs or {}, results))
+        return results
+
+    def replay(self):
+        for function, args, kwargs, results in self._calls:
+            again = function(*args, **kwargs)
+            several = [each if isinstance(each, (tuple, list)) else (each,) for each in (results, again)]
+            for held, new, declared in zip(*several, function._schema.returns, strict=False):
+                if declared.alias_info is None and isinstance(held, torch.Tensor):  # else it is there already
+                    held.copy_(new)
+
+
 class Engine:
     """Keys, queries and ends of chunks follow from tokens; blocks are given, shared, taken back and reused.
 
     With ``slots``, so many requests have places in a table, which are taken back and reused in any order. With
     ``rests`` the selection can read keys again, and rows rest that are not near their budgets. With ``kernels`` Triton
-    writes the tables.
+    writes the tables. With ``replays``, steps of single tokens can be replayed.
     """
 
-    def __init__(self, blocks, seed=0, fixed_shapes=False, rows=ROWS, slots=None, rests=False, kernels=False):
+    def __init__(
+        self, blocks, seed=0, fixed_shapes=False, rows=ROWS, slots=None, rests=False, kernels=False, replays=False
+    ):
         draw = torch.Generator().manual_seed(seed)
         self.keys = torch.randn(L, V, HKV, D, generator=draw)
         self.queries = torch.randn(L, V, H, D, generator=draw)
         self.ends = torch.rand(V, generator=draw) < 0.15
         self.scorer = PooledScorer(D, queries=M)
+        self.replays, fixed_shapes = replays, fixed_shapes or replays
         self.fixed_shapes, self.rests = fixed_shapes, rests and not (fixed_shapes and slots is None)
         self.cache = torch.full((L, blocks, BLOCK, HKV, D), torch.nan)
         self.quiet = 0  # steps in which all rested
         self.choose = random.Random(seed)
-        self.selection = PagedSelection(
+        self.selection = (ReplayedSelection if replays else partial(PagedSelection, fixed_shapes=fixed_shapes))(
             self.scorer,
             range(L),
             WEIGHTS,
@@ -84,7 +123,6 @@ class Engine:
             local=LOCAL,
             dtype=torch.float32,
             device=torch.device("cpu"),
-            fixed_shapes=fixed_shapes,
             kernels=kernels,
             read_keys=(lambda layer, blocks: self.cache[layer, blocks]) if rests else None,
         )
@@ -177,6 +215,8 @@ class Engine:
             if request.rested:
                 self.left.pop(request.slot, None)
         all_rest = all(request.rested for request, _ in batch)
+        if self.replays and all(count <= 1 for _, count in batch):
+            all_rest = False  # such a step is told of all the same
         for request, _ in batch:
             if request.quiet != self.quiet:  # it was left out then
                 request.known, request.chosen = 0, None

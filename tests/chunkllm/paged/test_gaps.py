@@ -94,6 +94,8 @@ class Faulty:
             assert reads_everything(request, count, got)
             return
         self.selected += 1
+        if self.engine.rests and request.held >= request.budget + BLOCK:  # keys were read again
+            assert not reads_everything(request, count, got)
         table, lengths = got
         last, recent = last_blocks(request)
         for layer in range(L):

@@ -5,9 +5,20 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.chunkllm.paged.engine import BLOCK, BUDGET, ROWS, Engine, L, Request, Schedule, V, checker, step_of_one
+from tests.chunkllm.paged.engine import (
+    BLOCK,
+    BUDGET,
+    ROWS,
+    Engine,
+    L,
+    NoLooking,
+    Request,
+    Schedule,
+    V,
+    checker,
+    step_of_one,
+)
 
 
 @pytest.fixture
@@ -69,18 +80,6 @@ def test_with_fixed_shapes_every_row_of_a_batch_selects_within_a_block(engine, r
         engine.step([(request, 1) for request in batch], check)
     assert len(firsts) == rows and max(firsts.values()) < BLOCK
     assert (max(firsts.values()) > 0) == (rows > 4)  # they take turns
-
-
-class NoLooking(TorchDispatchMode):
-    """Refuses operators whose results, or their shapes, the host would have to wait for."""
-
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.split(".")[0]
-        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
-        assert name not in self.waits and not by_mask, f"{name} waits for the device"
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("begins_with", [100, 30])  # tokens of the first step

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkllm.paged.tables import Choices
+from chunkllm.paged.tables import Choices, Reading
 from tests.chunkllm.paged.engine import BLOCK, ROWS, Engine, Schedule, checker
 
 # Kernels compile with Triton 3.6, whose interpreter fails where numpy is newer than it.
@@ -79,6 +79,19 @@ def test_tables_are_the_first_block_the_chosen_ones_and_the_last_ones(step):
     for layer, row, blocks, tokens in plain(*step):
         assert tables[layer, row, : len(blocks) * (tokens > 0)].tolist() == blocks[: len(blocks) * (tokens > 0)]
         assert read[layer, row] == tokens
+
+
+@settings(max_examples=20, deadline=None)
+@given(step=steps())
+def test_tables_are_written_where_one_wants_them(step):
+    (rows, width), layers = step.table.shape, len(step.counts)
+    shapes = (layers, rows + 2, width + 5), (layers, rows + 2)
+    tables, lengths = (torch.full(shape, -7, dtype=torch.int32) for shape in shapes)
+    table_kernel.read_tables(step, Reading(tables[:, :rows, :width], lengths[:, :rows]))
+    for layer, row, blocks, tokens in plain(*step):
+        assert tables[layer, row, : len(blocks) * (tokens > 0)].tolist() == blocks[: len(blocks) * (tokens > 0)]
+        assert lengths[layer, row] == tokens
+    assert (tables[:, rows:] == -7).all() and (tables[:, :, width:] == -7).all() and (lengths[:, rows:] == -7).all()
 
 
 def test_what_is_written_grows_with_what_is_read():
