@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial, wraps
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from chunkllm.pace import Pace
 from chunkllm.selection import Chunks, score_per_token
 from decoding.errors import DecodingError
 from decoding.models import input_device, load_model, load_tokenizer
-from decoding.style.source import StyleSource
+from decoding.style.source import StyleSource, require_distinct
 from decoding.tokens import tokenize
 from experiments.lab.device import device_here, free
 from experiments.lab.figures import Figure, ratio_of, report
@@ -336,18 +337,20 @@ def measure_texts(
     out: Path | None,
 ) -> None:
     """Behind the beginning of each text, at each length."""
-    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype)
-    records: list[Record] = []
-    with Console(stderr=True).status("measuring") as status, torch.inference_mode():
-        for source in sources:
-            ids = torch.from_numpy(np.concatenate(tokenize(source.corpus().documents, tokenizer))[None])
-            for context in contexts:
-                if ids.shape[1] < context:
-                    raise DecodingError(f"{source.name} has {ids.shape[1]:,} tokens: give a text of {context:,}")
-                status.update(f"{source.name}, {context:,} tokens")
-                text = ids[:, :context].to(input_device(loaded))
-                records += on_text(source.name, text, loaded, tokenizer, adapters, setting)
-    _report(records, {"model": Path(model).name, "dtype": str(loaded.dtype)}, setting, out)
+    require_distinct([source.name for source in sources])
+    tokenizer = load_tokenizer(model)
+    texts = {source.name: np.concatenate(tokenize(source.corpus().documents, tokenizer)) for source in sources}
+    for name, ids in texts.items():
+        if len(ids) < max(contexts):
+            raise DecodingError(f"{name} has {len(ids):,} tokens: give a text of {max(contexts):,}")
+    loaded = load_model(model, dtype)
+    about = {"model": Path(model).name, "dtype": str(loaded.dtype)}
+    with _reported(about, setting, out) as records, Console(stderr=True).status("measuring") as status:
+        for (name, ids), context in product(texts.items(), contexts):
+            status.update(f"{name}, {context:,} tokens")
+            text = torch.from_numpy(ids[None, :context]).to(input_device(loaded))
+            with torch.inference_mode():
+                records += on_text(name, text, loaded, tokenizer, adapters, setting)
 
 
 def measure_random(
@@ -363,13 +366,20 @@ def measure_random(
     precision = (torch.bfloat16 if on_gpu else torch.float32) if dtype == "auto" else getattr(torch, dtype)
     shape = "llama-3.1-8b" if on_gpu else "smollm2-135m"
     options = BenchOptions(shape, precision, contexts, batches, setting.rounds)
-    with Console(stderr=True).status("measuring") as status:
-        records = list(on_random(options, acceptance, setting, status.update))
-    _report(records, {"shape": shape, "dtype": str(precision), "acceptance": acceptance}, setting, out)
+    about = {"shape": shape, "dtype": str(precision), "acceptance": acceptance}
+    with _reported(about, setting, out) as records, Console(stderr=True).status("measuring") as status:
+        for record in on_random(options, acceptance, setting, status.update):
+            records.append(record)
 
 
-def _report(records: Sequence[Record], about: dict[str, Any], setting: Setting, out: Path | None) -> None:
+@contextmanager
+def _reported(about: dict[str, Any], setting: Setting, out: Path | None) -> Iterator[list[Record]]:
+    """Takes records, and reports them when all are there; those that are, if it is interrupted."""
     title = "lossless chunk selection: speeds are ratios of tokens a second, medians of rounds with quartiles"
-    report(
-        list(figures_of(records)), title, about | asdict(setting) | {"records": [asdict(each) for each in records]}, out
-    )
+    records: list[Record] = []
+    try:
+        yield records
+    finally:
+        if records:
+            told = about | asdict(setting) | {"records": [asdict(each) for each in records]}
+            report(list(figures_of(records)), title, told, out)

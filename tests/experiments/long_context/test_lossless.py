@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -6,6 +7,9 @@ import torch
 from chunkllm import ChunkSelection
 from chunkllm.models import cache_argument
 from chunkllm.selection import Chunks
+from decoding.errors import DecodingError
+from decoding.models import DEFAULT_MODEL
+from decoding.style.source import StyleSource
 from experiments.long_context import bench, lossless
 from experiments.long_context.lossless import (
     ATTENDED,
@@ -47,6 +51,30 @@ def test_random_contexts_accept_as_they_are_told(monkeypatch, acceptance):
         records = {each.way: each for each in lossless.on_random(options, acceptance, SETTING, lambda _: None)}
     assert records[LOSSLESS].acceptance == acceptance
     assert records[LOSSLESS].tokens == records[DEFAULT].tokens == 12
+
+
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path):
+    ids, _ = prompts((120,))
+    out = tmp_path / "figures.json"
+    with pytest.raises(KeyboardInterrupt), lossless._reported({"model": "tiny"}, SETTING, out) as records:
+        with torch.inference_mode():
+            records += lossless.on_text("a text", ids, tiny_model(), Stops(), None, SETTING)
+        raise KeyboardInterrupt
+    saved = json.loads(out.read_text())
+    assert saved["model"] == "tiny" and len(saved["records"]) == 9
+    with pytest.raises(KeyboardInterrupt), lossless._reported({}, SETTING, out):
+        raise KeyboardInterrupt
+    assert json.loads(out.read_text()) == saved  # nothing was, and nothing is lost
+
+
+def test_a_text_that_is_too_short_is_refused_before_any_other_is_read(tmp_path, monkeypatch):
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text("word " * 300)
+    short.write_text("word " * 30)
+    monkeypatch.setattr(lossless, "load_model", lambda *_: pytest.fail("no model is needed to see that"))
+    sources = [StyleSource.parse(str(file)) for file in (long, short)]
+    with pytest.raises(DecodingError, match="short has .* tokens: give a text of 200"):
+        lossless.measure_texts(sources, (200,), DEFAULT_MODEL, "float32", None, SETTING, None)
 
 
 def test_true_attention_is_that_of_loops():
