@@ -14,6 +14,7 @@ from torch import Tensor
 from chunkllm import ChunkSelection
 from chunkllm.contiguous.reading import Reading
 from chunkllm.models import cache_argument
+from experiments.gpu import paged
 from experiments.gpu.record import Record
 from experiments.gpu.ways import TORCH, WAYS, Priors, Steered, Way, about, allowed, as_on_host, judged, kernels, paths
 from experiments.lab.device import no_waiting, replayed
@@ -36,6 +37,7 @@ class Sizes:
         prompt: tokens that it reads.
         budget: tokens that it keeps of them.
         written: tokens behind them, one at a time.
+        paged: the same over a paged cache.
     """
 
     priors: tuple[tuple[int, int], ...] = ((151_936, 3), (49_152, 2), (49_152, 5))
@@ -45,10 +47,19 @@ class Sizes:
     prompt: int = 600
     budget: int = 160
     written: int = 64
+    paged: paged.Sizes = paged.Sizes()
 
 
 CARD = Sizes()
-TOY = Sizes(priors=((64, 2),), batch=2, tokens=300, prompt=200, budget=110, written=24)
+TOY = Sizes(
+    priors=((64, 2),),
+    batch=2,
+    tokens=300,
+    prompt=200,
+    budget=110,
+    written=24,
+    paged=paged.Sizes(layers=2, rows=3, prompt=400, budget=192, steps=20),
+)
 
 
 def measure(sizes: Sizes, device: torch.device, record: Record) -> None:
@@ -58,6 +69,7 @@ def measure(sizes: Sizes, device: torch.device, record: Record) -> None:
     model = random_weights(sizes.shape, sizes.prompt + sizes.written)
     record.check("chunk selection: as on the host", partial(_as_on_host, model, sizes, device))
     record.check("chunk selection: no step waits", partial(_without_a_wait, model, sizes, device))
+    record.check("chunk selection in vLLM: replayed, as called", partial(paged.as_called, sizes.paged, device))
     record.check(LOSSLESS, partial(lossless_text, model, sizes.prompt, sizes.budget, sizes.written, device))
     with torch.inference_mode():
         for vocabulary, order in sizes.priors:

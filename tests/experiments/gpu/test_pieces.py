@@ -31,7 +31,7 @@ def passed(record):
 def test_what_a_card_computes_is_held_to_the_host(toy_record):
     record = toy_record("correctness")
     paths = record["settings"]["paths"]
-    assert len(record["checks"]) == 3 + 2 * len(WAYS) * len(paths)
+    assert len(record["checks"]) == 4 + 2 * len(WAYS) * len(paths)
     assert all(passed(record).values()), record["checks"]
     assert not summary.is_bad(record)
 
