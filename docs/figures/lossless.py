@@ -12,10 +12,11 @@ from figures import long_context
 from figures.data import Row, figure, read, row, table
 
 TEXTS = "long_context/lossless.json"
-LONGER = "long_context/lossless_qwen.json"
-RANDOM = "long_context/lossless_random.json"
+LONGER = ("long_context/lossless_qwen.json", "long_context/lossless_qwen_32k.json")
+RANDOM = ("long_context/lossless_random.json", "long_context/lossless_random_120k.json")
 _CONTEXTS = (8192, 32768, 120_000)
 _ALWAYS = {"always drafting": "greedily", "always drafting, sampled": "sampled"}
+_ATTENDED = ", by true attention"
 _WAYS = ("lossless", "selected", "best dense")
 _ON_TEXTS = ("lossless", "selected", "prompt lookup", "best dense")
 
@@ -37,41 +38,47 @@ def two_ways() -> str:
 def faster(context: int | str) -> str:
     """The lossless mode's speed against the best dense attention, behind a random context."""
     context = int(context)
-    return _speed(read(RANDOM), "random, batch 1", context, "lossless", "best dense").split()[0]
+    file = next(file for file in RANDOM if context in {behind for _, behind in _groups(read(file))})
+    return _speed(read(file), "random, batch 1", context, "lossless", "best dense").split()[0]
 
 
-def on_texts(file: str = TEXTS) -> str:
+def on_texts(*files: str) -> str:
     """Behind each text: speeds against both dense ways, and whether what is written is full attention's."""
     lines = [["text", "way", "against default", "against best dense", "same text"]]
-    data = read(file)
-    for text, context in _groups(data):
-        lines += [[f"{text}, {context:,} tokens", way, *_line(data, text, context, way)] for way in _ON_TEXTS]
+    for data in map(read, files or [TEXTS]):
+        for text, context in _groups(data):
+            lines += [[f"{text}, {context:,} tokens", way, *_line(data, text, context, way)] for way in _ON_TEXTS]
     return table(lines)
 
 
-def accepted(file: str = TEXTS) -> str:
+def accepted(*files: str) -> str:
     """Of seven drafted tokens at a time, how many were right."""
-    lines = [["text", "written", "drafted tokens right", "tokens a pass"]]
-    data = read(file)
-    for text, context in _groups(data):
-        for way, label in _ALWAYS.items():
-            found = _record(data, text, context, way)
-            share = f"{100 * found['acceptance']:.1f} %"
-            lines.append([f"{text}, {context:,} tokens", label, share, f"{found['tokens'] / found['passes']:.1f}"])
+    shown = ["drafted tokens right", "tokens a pass"]
+    lines = [["text", "written", *shown, *(f"{each}{_ATTENDED}" for each in shown)]]
+    for data in map(read, files or [TEXTS]):
+        for text, context in _groups(data):
+            for way, label in _ALWAYS.items():
+                found = [_record(data, text, context, each) for each in (way, way + _ATTENDED)]
+                cells = [cell for each in found for cell in _accepted(each)]
+                lines.append([f"{text}, {context:,} tokens", label, *cells])
     return table(lines)
+
+
+def _accepted(found: Row) -> list[str]:
+    return [f"{100 * found['acceptance']:.1f} %", f"{found['tokens'] / found['passes']:.1f}"]
 
 
 def on_random() -> str:
     """Random weights, and an acceptance that was set."""
-    data = read(RANDOM)
     lines = [["tokens in the cache", "way", "against default", "target", "against best dense", "target"]]
-    for text, context in _groups(data):
-        for way in _WAYS:
-            cells = [_speed(data, text, context, way, against) for against in ("default", "best dense")]
-            goals = (
-                ["", ""] if way != "lossless" else [_goal(text, context, each) for each in ("default", "best dense")]
-            )
-            lines.append([f"{context:,}", way, cells[0], goals[0], cells[1], goals[1]])
+    for file in RANDOM:
+        for text, context in _groups(read(file)):
+            for way in _WAYS:
+                cells = []
+                for against in ("default", "best dense"):
+                    speed = _speed(read(file), text, context, way, against)
+                    cells += [speed, _goal(file, text, context, against) if way == "lossless" else ""]
+                lines.append([f"{context:,}", way, *cells])
     return table(lines)
 
 
@@ -96,7 +103,7 @@ def _speed(data: Any, text: str, context: int, way: str, base: str) -> str:
     return ratio_of(others, times)[1]
 
 
-def _goal(text: str, context: int, base: str) -> str:
-    found = figure(RANDOM, f"{text}, {context:,} tokens: lossless, against {base}")
+def _goal(file: str, text: str, context: int, base: str) -> str:
+    found = figure(file, f"{text}, {context:,} tokens: lossless, against {base}")
     missed = {True: "", False: ", missed", None: ""}[found["met"]]
     return found["target"] + missed
