@@ -15,8 +15,9 @@ from decoding.errors import DecodingError
 from decoding.hub import upload
 from decoding.late import LateAnswer
 from decoding.style.files import SavedStyle, write_folder
+from decoding.style.paths import steer
 from decoding.style.settings import Settings
-from decoding.style.steering import Guards, Stops, guards_of, mixture_of, steer, stops_of
+from decoding.style.steering import Guards, Stops, guards_of, mixture_of, stops_of
 from ngram import NGramError, NGramModel
 from ngram.layout import unigram_tables
 from ngram.tables import Tables, counts_on_host

@@ -1,4 +1,7 @@
-"""How a prior is added to a step's scores: as it is, or held back by guards. Shared by transformers and vLLM."""
+"""How a prior is added to a step's scores: as it is, or held back by guards. Shared by transformers and vLLM.
+
+By PyTorch's operations; `decoding.style.paths` puts kernels in their place.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ from torch import Tensor
 from chunkllm.late import send
 from decoding.errors import DecodingError
 from decoding.metrics import LN2
-from ngram.kernels import uses_triton
 from ngram.tables import NEVER, Tables, add_log_prior, counts_on_host, mixture_of_orders
 
 Combine = Literal["matching", "interpolated"]
@@ -236,13 +238,6 @@ def steer(
     Returns:
         Float [B, W], in the dtype of ``scores``. Entries at −inf stay there.
     """
-    if uses_triton(scores.device):
-        from decoding.style import kernels
-
-        return kernels.steer(
-            tables, scores, history, strength, mixture, guards, stops,
-            prior=prior, shift=shift, out=out, highest=highest,
-        )  # fmt: skip
     if scores.dtype in (torch.float16, torch.bfloat16) and (guards is not None or stops is not None):
         # Rounded once, at the end: ids that end a text would get their odds against a rounded score.
         wide = steer(

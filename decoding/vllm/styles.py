@@ -14,15 +14,15 @@ from torch.nn.functional import pad
 
 from chunkllm.late import send
 from decoding.errors import DecodingError
+from decoding.style.paths import has_guards_on, steer
 from decoding.style.prior import StylePrior
 from decoding.style.source import StyleSource
-from decoding.style.steering import Guards, Stops, guards_of, steer, stops_of
+from decoding.style.steering import Guards, Stops, guards_of, stops_of
 from decoding.style.training import name_and_file
 from decoding.vllm.declaration import DeclaredStyle
 from decoding.vllm.fallbacks import fell_back
 from decoding.vllm.requests import Held, Request, read_request
 from ngram import NGramError
-from ngram.kernels import uses_triton
 from ngram.layout import join
 from ngram.tables import Tables
 
@@ -98,7 +98,7 @@ class LoadedStyles:
         self.context = 1
         if not names:
             return
-        uses_triton(torch.device(device))  # tried, or refused, at an engine's start and not in its first step
+        has_guards_on(torch.device(device))  # tried, or refused, at an engine's start and not in its first step
         shapes, mixtures = [], []
         for name in names:
             prior = opened(name)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from decoding.style.bound import FIRST_SHARE
-from decoding.style.steering import Guards, GuardSettings, Stops, guards_of, mixture_of, steer, stops_of
+from decoding.style.paths import steer
+from decoding.style.steering import Guards, GuardSettings, Stops, guards_of, mixture_of, stops_of
 from experiments.lab.device import no_waiting
 from ngram import NGramModel
 from ngram.errors import NGramError

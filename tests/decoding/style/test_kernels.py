@@ -3,6 +3,7 @@
 import importlib
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from unittest.mock import patch
 
@@ -13,7 +14,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from decoding import DecodingError, StylePrior
-from decoding.style.steering import GuardSettings, guards_of, steer, stops_of
+from decoding.style import paths, steering
+from decoding.style.paths import steer
+from decoding.style.steering import GuardSettings, guards_of, stops_of
 from ngram import NGramModel
 from ngram.kernels import SWITCH
 from ngram.layout import join, unigram_tables
@@ -24,7 +27,7 @@ kernels = importlib.import_module("decoding.style.kernels")  # only now: it impo
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, where lanes that are masked hold NaN
 
-V = 50
+V, CPU = 50, torch.device("cpu")
 BUDGET_SLACK = 1 + 1e-3  # of JS as a float32 sum, and of guesses of ln Z that were not exact
 
 
@@ -362,6 +365,42 @@ print("compiled")
 @pytest.mark.slow
 def test_the_kernels_compile_for_cards_that_are_not_here(compiles):
     compiles(COMPILED)
+
+
+def test_a_trial_of_guards_passes():
+    paths.try_on(CPU)
+
+
+@pytest.mark.parametrize("part", ["max_js", "plausibility", "entropy_gate", "stops"])
+def test_a_trial_of_guards_fails_if_one_of_them_does_nothing(monkeypatch, part):
+    real = kernels.steer
+
+    def forgetful(tables, scores, history, strength, mixture, guards, stops):
+        if part == "stops":
+            return real(tables, scores, history, strength, mixture, guards, None)
+        return real(tables, scores, history, strength, mixture, guards and replace(guards, **{part: None}), stops)
+
+    monkeypatch.setattr(kernels, "steer", forgetful)
+    with pytest.raises(DecodingError, match="their scores are .* off"):
+        paths.try_on(CPU)
+
+
+def test_where_kernels_of_guards_fail_torch_takes_their_place(monkeypatch):
+    def fails(device):
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(paths, "uses_triton", lambda device: True)
+    monkeypatch.setattr(paths, "asks_for_triton", lambda device: False)
+    monkeypatch.setattr(paths, "try_on", fails)
+    monkeypatch.setattr(kernels, "steer", lambda *_, **__: pytest.fail("kernels do not run"))
+    paths._are_right_on.cache_clear()
+    tables, guards = trained(2), guards_of([GuardSettings(max_js=0.05)], CPU).of(0)
+    arguments = tables, torch.randn(3, V), HISTORY[:3], torch.ones(3), None, guards
+    with pytest.warns(UserWarning, match=r"kernels of guards fail on cpu \(out of shared memory\): PyTorch's"):
+        found = paths.steer(*arguments)
+    torch.testing.assert_close(found, steering.steer(*arguments))
+    assert not paths.has_guards_on(CPU)  # said once
+    paths._are_right_on.cache_clear()
 
 
 @pytest.mark.parametrize("guards", [{}, {"plausibility": 0.1, "max_js": 0.02, "entropy_gate": 1.0}])
