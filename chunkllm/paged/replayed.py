@@ -129,10 +129,8 @@ class ReplayedSelection(PagedSelection):
         if self._held is not None:
             self._held.note(self._places, ends)
         self._cut(ends)
-        assert self._pieces is not None
-        keys = self._pending[:, :count].masked_fill(is_missing, 0)
-        self.summaries.add(self._pieces, keys, range(len(self._layers)))
-        self._pieces = None
+        self._pending[:, :count].masked_fill_(is_missing, 0)
+        super()._take_in()
         self._discard(torch.where(is_missing, self._written[-2], self.summaries.nowhere))
         self._slots.forget(is_missing)
 

@@ -38,6 +38,11 @@ class Sizes:
     budget: int = 512
     steps: int = 100
 
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of each row, in the end."""
+        return -(-(self.prompt + self.steps) // _BLOCK)
+
 
 class _Tokens:
     """Keys, queries and ends of chunks of the tokens of a step, in the same tensors for each step of single tokens."""
@@ -91,7 +96,6 @@ def as_called(sizes: Sizes, device: torch.device) -> tuple[bool, str]:
 
 
 def _selection(made: Callable[..., T], sizes: Sizes, device: torch.device) -> T:
-    row_blocks = -(-(sizes.prompt + sizes.steps) // _BLOCK)
     return made(
         PooledScorer(_HEAD),
         range(sizes.layers),
@@ -99,10 +103,10 @@ def _selection(made: Callable[..., T], sizes: Sizes, device: torch.device) -> T:
         heads=4,
         kv_heads=2,
         head_dim=_HEAD,
-        blocks=sizes.rows * row_blocks,
+        blocks=sizes.rows * sizes.row_blocks,
         block_size=_BLOCK,
         rows=sizes.rows,
-        row_blocks=row_blocks,
+        row_blocks=sizes.row_blocks,
         slots=sizes.rows,
         sinks=4,
         local=64,
@@ -113,8 +117,8 @@ def _selection(made: Callable[..., T], sizes: Sizes, device: torch.device) -> T:
 
 def _step(sizes: Sizes, held: int, count: int, device: torch.device) -> Step:
     """All rows compute so many tokens behind those that they hold."""
-    rows, width = sizes.rows, -(-(sizes.prompt + sizes.steps) // _BLOCK)
-    table = torch.arange(rows * width, device=device).view(rows, width)
+    rows = sizes.rows
+    table = torch.arange(rows * sizes.row_blocks, device=device).view(rows, -1)
     at = torch.arange(held, held + count, device=device)
     of_rows = np.full(rows, 1)
     return Step(

@@ -250,7 +250,6 @@ class Replaying(Model):
         config.additional_config["chunkllm"]["full_graphs"] = True
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
         served, rows, self.replayed = super().serving(config, blocks), OPTIONS["max_num_seqs"], 0
-        served.runner.graph_rows = 0
         batch = InputBatch.make_dummy(rows, rows, served.runner.input_buffers)
         tables, slots = served.runner.prepare_dummy_attn(batch)
         metadata = served.runner.metadata(batch, tables, slots, CUDAGraphMode.FULL, for_capture=True)
