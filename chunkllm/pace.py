@@ -13,7 +13,11 @@ _TRIED = 3
 _TRIALS, _NEARLY = 4, 0.8
 _EXPECTED, _WEIGHT, _MEMORY = 0.94, 12.0, 0.98
 _NEWEST = 0.3
-_FIRST_REST, _LONGEST_REST = 32, 1024
+_FIRST_REST, _LONGEST_REST = 64, 1024
+# Before anything is measured: what a drafted token takes beside what it reads, and choosing once, both in plain steps;
+# the gain that must be in sight for a draft to be tried at once; else the plain steps of which a trial is a small part.
+_BESIDE, _CHOOSING = 0.05, 0.25
+_PROMISE, _UNPROMISING_REST = 1.25, 256
 
 
 class Pace:
@@ -25,14 +29,15 @@ class Pace:
 
     Args:
         rows: B, texts that are written.
+        share: what a drafted token reads, of the bytes that one with full attention reads.
     """
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int, share: float):
         self._right = np.full(rows, _EXPECTED * _WEIGHT)
         self._tried = np.full(rows, _WEIGHT)
         self._plain, self._draft, self._choice = _Cost(), _Cost(), _Cost()  # v, d and s
         self._passes = _unknown()
-        self._rest, self._rested = _FIRST_REST, 0
+        self._rest, self._rested = 0 if _promised(share) >= _PROMISE else _UNPROMISING_REST, 0
 
     @property
     def acceptance(self) -> np.ndarray:
@@ -48,11 +53,11 @@ class Pace:
         """
         if self._plain.count < _FIRST or most < 1:
             return 0
-        best = _TRIED if self.is_untried else self._best(active)
+        best = 0 if self.is_untried else self._best(active)
         if best:
             self._rest = _FIRST_REST
         elif self._rested >= self._rest:  # the text has grown, and what was measured may be old
-            self._rest = min(2 * self._rest, _LONGEST_REST)
+            self._rest = min(max(2 * self._rest, _FIRST_REST), _LONGEST_REST)
             best, self._passes = _TRIED, _unknown()
         self._rested = 0 if best else self._rested + 1
         return min(best, most)
@@ -72,8 +77,7 @@ class Pace:
     def _speeds(self, active: np.ndarray) -> np.ndarray:
         """float64, tokens a second for each of `_LENGTHS`, of all rows that still write."""
         plain, k = self._plain.value, _LENGTHS
-        right = np.minimum(self.acceptance[active], 0.999)[:, None]
-        kept = ((1 - right ** (k + 1)) / (1 - right)).sum(0)
+        kept = _kept(self.acceptance[active, None]).sum(0)
         return kept / np.where(k > 0, self._of_passes() + k * self._draft.value + self._choice.value, plain)
 
     def _of_passes(self) -> np.ndarray:
@@ -136,6 +140,17 @@ class _Cost:
             self.value = min(self.value, seen)
         else:
             self.value = (1 - _NEWEST) * self.value + _NEWEST * seen
+
+
+def _kept(right: np.ndarray | float) -> np.ndarray:
+    """Tokens that a cycle keeps for each of `_LENGTHS`, if drafted ones are right with such a probability."""
+    right = np.minimum(right, 0.999)
+    return (1 - right ** (_LENGTHS + 1)) / (1 - right)
+
+
+def _promised(share: float) -> float:
+    """Tokens for the time of one plain step, at the best length, if as many are right as usual."""
+    return float((_kept(_EXPECTED) / (1 + _LENGTHS * (share + _BESIDE) + _CHOOSING * (_LENGTHS > 0))).max())
 
 
 def _unknown() -> dict[int, _Cost]:

@@ -150,7 +150,7 @@ class _Cycles:
 
     def __init__(self, model: Any, cache: VerifiedCache, texts: Texts, options: dict[str, Any], counters: Counters):
         self._model, self._cache, self._texts, self._counters = model, cache, texts, counters
-        self._pace = Pace(len(texts.lengths))
+        self._pace = Pace(len(texts.lengths), cache.share(sum(each.nbytes for each in model.parameters())))
         self._mask = options.get("attention_mask")
         self._options, self._position = _first_inputs(model, texts, options)
 

@@ -70,6 +70,18 @@ class VerifiedCache(ChunkCache):
         assert self.table is not None
         return bool(self._is_long(self.table.lengths - self.table.first).any())
 
+    def share(self, weights: int) -> float:
+        """What a drafted token reads, of the bytes that one with full attention reads.
+
+        Args:
+            weights: bytes that either reads besides keys and values.
+        """
+        assert self.table is not None and self._front.keys is not None
+        shape, held = self.plan.shape, self.table.lengths - self.table.first
+        token = 2 * len(shape.full_layers) * shape.kv_heads * shape.head_dim * self._front.keys.element_size()
+        kept = np.minimum(self._slots(held), held)
+        return (weights + token * int(kept.sum())) / (weights + token * int(held.sum()))
+
     def begin(self, batch: int, new_tokens: int, attention_mask: Any, device: torch.device, prompt: int = 0) -> None:
         """Before a forward pass: see `ChunkCache.begin`."""
         if not self.is_drafting and self.verifying is None:
