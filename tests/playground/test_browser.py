@@ -100,15 +100,15 @@ def test_a_generation_runs_and_nothing_comes_from_elsewhere(visit):
 def test_the_keyboard_and_a_tap_show_what_hovering_shows(visit):
     page = visit(has_touch=True, viewport={"width": 390, "height": 844})
     write(page)
-    shown = "element => getComputedStyle(element, '::after').content"
     tokens = page.locator(".written").nth(1).locator(".token")
-    assert tokens.nth(3).evaluate(shown) == "none"
+    expect(tokens.nth(3)).to_have_css("content", "none", pseudo="after")
     tokens.nth(3).tap()
     expect(tokens.nth(3)).to_be_focused()
-    assert re.search(r"→.*nats.*order \d matched", tokens.nth(3).evaluate(shown))
+    told = re.compile(r"→.*nats.*order \d matched")
+    expect(tokens.nth(3)).to_have_css("content", told, pseudo="after")
     page.keyboard.press("ArrowRight")
     expect(tokens.nth(4)).to_be_focused()
-    assert "order" in tokens.nth(4).evaluate(shown)
+    expect(tokens.nth(4)).to_have_css("content", told, pseudo="after")
     for more in ("A style of your own", "The same elsewhere"):
         page.get_by_role("button", name=more).click()
     expect(page.get_by_text("from decoding import Policy, generate")).to_be_visible()
