@@ -93,7 +93,8 @@ class Texts:
     def draft(self, logits: Tensor, number: int) -> None:
         """Chooses a drafted token, ``number`` places behind what is sure, by its logits [B, 1, V]."""
         tokens = self._choose(logits, self.lengths + number, is_draft=True)
-        self.ids.scatter_(1, self._at(self.lengths + number, 1), tokens)
+        at = self._at(self.lengths + number, 1)  # which may put other ids in their place
+        self.ids.scatter_(1, at, tokens)
 
     def take(self, logits: Tensor, together: bool) -> tuple[np.ndarray, np.ndarray]:
         """Keeps the longest right beginning of what was drafted, and the token behind it. Waits for the device once.

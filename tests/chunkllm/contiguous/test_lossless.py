@@ -68,6 +68,13 @@ class TestEquality:
         got, _ = lossless(llama, chunks=chunks)
         assert_same(got, generate(llama, LENGTHS))
 
+    @pytest.mark.parametrize("room", [0, 1, 2, 7])
+    def test_room_for_tokens_is_made_at_any_of_them(self, llama, drafting, monkeypatch, room):
+        monkeypatch.setattr("chunkllm.contiguous.texts._ROOM", room)
+        for lengths in ((60,), LENGTHS):
+            got, _ = lossless(llama, lengths, max_new_tokens=40)
+            assert_same(got, generate(llama, lengths, max_new_tokens=40))
+
     def test_chunks_that_end_are_counted(self, llama, drafting):
         drafted = lossless(llama, (60,))[1]
         drafting(0)
