@@ -22,6 +22,7 @@ from ngram.errors import NGramError
 Ints = NDArray[np.int64]
 Indices = NDArray[np.signedinteger]
 """Positions, ids and counts: int32, but int64 in a corpus of 2^31 tokens and more."""
+NO_TOKENS = "the corpus holds no tokens"
 _NO_KEY = np.iinfo(np.int64).max
 
 
@@ -127,16 +128,38 @@ def _documents(documents: Any, vocab_size: int) -> list[NDArray[np.integer]]:
         documents = list(documents)
     if is_array or (documents and np.ndim(documents[0]) == 0):
         documents = [documents]
-    arrays = [ids for ids in map(_as_ids, documents) if ids.size]
+    arrays = [ids for ids in map(as_ids, documents) if ids.size]
     if not arrays:
-        raise NGramError("the corpus holds no tokens")
-    low, high = min(ids.min() for ids in arrays), max(ids.max() for ids in arrays)
-    if low < 0 or high >= vocab_size:
-        raise NGramError(f"token ids must lie in [0, {vocab_size}); the corpus has {low} to {high}")
+        raise NGramError(NO_TOKENS)
+    require_known(min(ids.min() for ids in arrays), max(ids.max() for ids in arrays), vocab_size)
     return arrays
 
 
-def _as_ids(document: Any) -> NDArray[np.integer]:
+def require_known(low: int, high: int, vocab_size: int) -> None:
+    """Refuses ids outside [0, V), given the least and the highest."""
+    if low < 0 or high >= vocab_size:
+        raise NGramError(f"token ids must lie in [0, {vocab_size}); the corpus has {low} to {high}")
+
+
+def marker_inside(name: str, marker: int) -> NGramError:
+    """What is raised for documents that hold a marker."""
+    return NGramError(f"the documents hold {name} {marker}: leave the markers out, they are added here")
+
+
+def too_short(longest: int, order: int) -> NGramError:
+    """What is raised where no document is as long as the order."""
+    return NGramError(
+        f"the longest document has {longest} tokens, fewer than the order {order}: "
+        "give a longer corpus or a lower order"
+    )
+
+
+def as_ids(document: Any) -> NDArray[np.integer]:
+    """A document's token ids, [T].
+
+    Raises:
+        NGramError: that is none.
+    """
     ids = np.asarray(document)
     if ids.ndim != 1:
         raise NGramError(f"a document must be one-dimensional, not of shape {ids.shape}")
@@ -157,10 +180,7 @@ def _concatenate(
     text = np.concatenate(parts, dtype=dtype, casting="unsafe")
     for name, marker in (("bos_id", bos_id), ("eos_id", eos_id)):
         if marker is not None and np.count_nonzero(text == marker) > len(documents):
-            raise NGramError(f"the documents hold {name} {marker}: leave the markers out, they are added here")
+            raise marker_inside(name, marker)
     if lengths.max() < order:
-        raise NGramError(
-            f"the longest document has {lengths.max()} tokens, fewer than the order {order}: "
-            "give a longer corpus or a lower order"
-        )
+        raise too_short(int(lengths.max()), order)
     return text, lengths

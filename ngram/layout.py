@@ -38,7 +38,7 @@ def tables_from_estimates(seen: NDArray[np.bool_], ngrams: Sequence[SortedNGrams
     """
     vocab_size = len(seen)
     if (total := sum(len(each.words) for each in ngrams)) > MOST_NGRAMS:
-        raise NGramError(f"{total:,} n-grams are more than the {MOST_NGRAMS:,} that tables hold: lower the order")
+        raise too_many(total)
     lengths = (vocab_size, *(len(each.words) for each in ngrams))[: len(ngrams)]
     backoff: list = [[0.0]]
     counts: list = [[0]]
@@ -59,6 +59,11 @@ def tables_from_estimates(seen: NDArray[np.bool_], ngrams: Sequence[SortedNGrams
         deltas=torch.from_numpy(_joined(estimates.deltas, np.float32)),
         lengths=lengths,
     )
+
+
+def too_many(ngrams: int) -> NGramError:
+    """What is raised for more n-grams than `MOST_NGRAMS`."""
+    return NGramError(f"{ngrams:,} n-grams are more than the {MOST_NGRAMS:,} that tables hold: lower the order")
 
 
 def unigram_tables(row: Tensor, seen: Tensor) -> Tables:

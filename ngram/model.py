@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ngram import arpa, storage
+from ngram.checks import check_markers, check_size
 from ngram.counts import count_ngrams, documents_as_arrays
 from ngram.encoding import NEVER
 from ngram.errors import NGramError
 from ngram.layout import SortedNGrams, tables_from_estimates
 from ngram.smoothing import Smoothing, estimate
-from ngram.tables import MAX_ORDER, Tables, add_log_prior
+from ngram.tables import Tables, add_log_prior
 
 Oov = Literal["spread", "unk", "exclude"]
 _POSITIONS_AT_A_TIME = 1 << 17
@@ -89,8 +90,8 @@ class NGramModel:
         Raises:
             NGramError: unusable documents or parameters.
         """
-        _check_size(vocab_size, order)
-        _check_markers(vocab_size, bos_id, eos_id)
+        check_size(vocab_size, order)
+        check_markers(vocab_size, bos_id, eos_id)
         levels = count_ngrams(documents, vocab_size, order, bos_id, eos_id)
         seen, ngrams, estimates = estimate(
             levels, order, smoothing, bos_id=bos_id, pad_vocab=pad_vocab, delta=delta, interpolation=interpolation
@@ -258,36 +259,11 @@ class NGramModel:
         Raises:
             NGramError: a malformed file, or ids outside [0, V).
         """
-        _check_size(vocab_size)
-        _check_markers(vocab_size, bos_id, eos_id)
+        check_size(vocab_size)
+        check_markers(vocab_size, bos_id, eos_id)
         grams = arpa.read(path, vocab_size, bos_id, eos_id)
         return cls(arpa.to_tables(grams, vocab_size, bos_id), smoothing="arpa", bos_id=bos_id, eos_id=eos_id)
 
     def to_arpa(self, path: str | PathLike) -> None:
         """Writes an ARPA file (gzip if the name ends in .gz): ids as decimal words, the markers as <s> and </s>."""
         arpa.write(path, self.to("cpu").tables, self.bos_id, self.eos_id)
-
-
-def _check_whole(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise NGramError(f"{name} must be a whole number, not {value!r}")
-
-
-def _check_size(vocab_size: int, order: int = 1) -> None:
-    _check_whole(order=order, vocab_size=vocab_size)
-    if not 1 <= order <= MAX_ORDER:
-        raise NGramError(f"order must be 1 to {MAX_ORDER}, not {order}")
-    if vocab_size < 1:
-        raise NGramError(f"vocab_size must be at least 1, not {vocab_size}")
-
-
-def _check_markers(vocab_size: int, bos_id: int | None, eos_id: int | None) -> None:
-    for name, marker in (("bos_id", bos_id), ("eos_id", eos_id)):
-        if marker is None:
-            continue
-        _check_whole(**{name: marker})
-        if not 0 <= marker < vocab_size:
-            raise NGramError(f"{name} {marker} must lie in [0, {vocab_size})")
-    if bos_id is not None and bos_id == eos_id:
-        raise NGramError(f"bos_id and eos_id are both {bos_id}: what begins a text cannot end it; leave bos_id out")

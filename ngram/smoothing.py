@@ -60,7 +60,7 @@ class _Terms(NamedTuple):
     gamma: Floats  # of each (k−1)-gram as a context [N_{k−1}]; 1 where it is none
 
 
-_Formula = Callable[[Indices, Indices, int], _Terms]
+Formula = Callable[[Indices, Indices, int], _Terms]
 """Terms from the parents of k-grams, their counts, and the number of (k−1)-grams among which the parents count."""
 
 
@@ -88,23 +88,16 @@ def estimate(
     Raises:
         NGramError: an unknown smoothing, or weights that do not fit.
     """
-    if smoothing not in get_args(Smoothing):
-        raise NGramError(f"unknown smoothing {smoothing!r}: choose from {', '.join(get_args(Smoothing))}")
-    weights = _checked_weights(interpolation, order, delta) if smoothing == "additive" else np.ones(order)
+    weights = checked_weights(smoothing, interpolation, order, delta)
     counted = _with_adjusted_counts(levels, bos_id) if smoothing == "kneser-ney" else map(_with_counts, levels)
     level, counts = next(counted)
     seen = level.counts > 0
-    counts = _without_bos(counts, bos_id)
-    if smoothing == "additive":
-        terms = _additive_unigram(counts, bos_id, delta)
-    else:
-        terms = _formula(smoothing, counts, weights)(level.parents, counts, 1)
-    probability = _unigram(terms, counts, bos_id, one_unknown=smoothing == "kneser-ney" and not pad_vocab)
+    probability = unigram_of(counts, smoothing, weights, bos_id=bos_id, pad_vocab=pad_vocab, delta=delta)
     with np.errstate(divide="ignore"):
         estimates = Estimates(np.log(probability), [], [])
     ngrams: list[tuple[Indices, Indices]] = []
     for level, counts in counted:
-        formula = _formula(smoothing, counts, weights[: len(ngrams) + 2])
+        formula = formula_of(smoothing, counts_of_counts(counts), weights[: len(ngrams) + 2])
         backoffs, deltas, probability = _smoothed(level, counts, probability, formula)
         ngrams.append((level.parents, level.words))
         estimates.backoffs.append(backoffs)
@@ -113,17 +106,29 @@ def estimate(
     return Smoothed(seen, ngrams, estimates)
 
 
-def _formula(smoothing: Smoothing, counts: Indices, weights: Floats) -> _Formula:
-    """Of the order of ``counts`` and as many weights."""
+def unigram_of(
+    counts: Indices, smoothing: Smoothing, weights: Floats, *, bos_id: int | None, pad_vocab: bool, delta: float
+) -> Floats:
+    """p_1 of every id, [V], given how often each counts, and what `estimate` is given."""
+    counts = _without_bos(counts, bos_id)
+    if smoothing == "additive":
+        terms = _additive_unigram(counts, bos_id, delta)
+    else:
+        terms = formula_of(smoothing, counts_of_counts(counts), weights)(np.zeros_like(counts), counts, 1)
+    return _unigram(terms, counts, bos_id, one_unknown=smoothing == "kneser-ney" and not pad_vocab)
+
+
+def formula_of(smoothing: Smoothing, t: Sequence[int], weights: Floats) -> Formula:
+    """Of an order, of which t[i] n-grams count i, up to 4, and as many weights."""
     if smoothing == "kneser-ney":
-        return partial(_kneser_ney, discounts=_discounts(counts))
+        return partial(_kneser_ney, discounts=_discounts(t))
     if smoothing == "witten-bell":
         return _witten_bell
     return partial(_fixed, weights=weights)
 
 
 def _smoothed(
-    level: Level, counts: Indices, below: Floats, formula: _Formula
+    level: Level, counts: Indices, below: Floats, formula: Formula
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], Floats]:
     """One order k ≥ 2, some contexts at a time.
 
@@ -218,12 +223,16 @@ def _kneser_ney(parents: Indices, counts: Indices, contexts: int, discounts: Seq
     return _terms(parents, counts - discount, left_over, totals)
 
 
-def _discounts(counts: Indices) -> tuple[float, float, float]:
+def counts_of_counts(counts: Indices) -> list[int]:
+    """How many count 0 to 4."""
+    return [int((counts == i).sum()) for i in range(5)]
+
+
+def _discounts(t: Sequence[int]) -> tuple[float, float, float]:
     """D_i = i − (i+1) · Y · t_{i+1} / t_i with Y = t_1 / (t_1 + 2 t_2), where t_i n-grams have count i.
 
     Small or odd corpora give no valid discounts (0 < D_i ≤ i); they get those of ``lmplz --discount_fallback``.
     """
-    t = [int((counts == i).sum()) for i in range(5)]
     if not all(t[1:4]):
         return FALLBACK_DISCOUNTS
     y = t[1] / (t[1] + 2 * t[2])
@@ -253,7 +262,16 @@ def _additive_unigram(counts: Indices, bos_id: int | None, delta: float) -> _Ter
     return _Terms(counts / total, np.array([added / total]))
 
 
-def _checked_weights(interpolation: Sequence[float] | None, order: int, delta: float) -> Floats:
+def checked_weights(smoothing: Smoothing, interpolation: Sequence[float] | None, order: int, delta: float) -> Floats:
+    """One weight per order, of which additive smoothing makes use.
+
+    Raises:
+        NGramError: an unknown smoothing, or weights or a δ that do not fit.
+    """
+    if smoothing not in get_args(Smoothing):
+        raise NGramError(f"unknown smoothing {smoothing!r}: choose from {', '.join(get_args(Smoothing))}")
+    if smoothing != "additive":
+        return np.ones(order)
     weights = np.ones(order) if interpolation is None else np.asarray(interpolation, float)
     if weights.shape != (order,) or not np.isfinite(weights).all() or weights.min() < 0 or weights[0] <= 0:
         raise NGramError(

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ngram.encoding import SMALL_VOCAB
@@ -24,6 +23,7 @@ from ngram.tables import MAX_ORDER, Tables
 
 FORMAT = "decoding-ngram/1"
 _ROUNDING = 1e-4
+_DTYPES = {"float32": "F32", "int32": "I32", "uint16": "U16", "int16": "I16", "bool": "BOOL"}  # the widest first
 
 
 def write_atomically(path: str | PathLike, content: bytes) -> None:
@@ -65,25 +65,63 @@ def save(path: str | PathLike, tables: Tables, header: dict[str, Any]) -> None:
 
     Back-offs follow from a handful of small counts, so few values of them differ: they are kept in a code book.
     """
+    codes, counts = tables.backoff_codes(), tables.counts()
     tensors = {
         "unigram": tables.unigram[0],
         "seen": tables.seen[0],
         "backoff_values": tables.backoff_book,
-        "backoff_codes": _narrowed(tables.backoff_codes()),
-        "counts": _narrowed(tables.counts()),
+        "backoff_codes": codes,
+        "counts": counts,
         "words": tables.words,
         "deltas": tables.deltas,
     }
-    header = {"format": FORMAT, "lengths": tables.lengths, **header}
-    content = to_bytes(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"ngram": json.dumps(header)}
-    )
-    write_atomically(path, content)
+    arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    for name in ("backoff_codes", "counts"):
+        arrays[name] = arrays[name].astype(narrow(int(arrays[name].max())))
+    streams = {name: Stream(array.dtype, len(array), [array]) for name, array in arrays.items()}
+    save_streams(path, streams, tables.lengths, header)
 
 
-def _narrowed(numbers: Tensor) -> Tensor:
-    fits_16_bits = not numbers.numel() or int(numbers.max()) < 1 << 16
-    return numbers.to(torch.uint16 if fits_16_bits else torch.int32)
+class Stream(NamedTuple):
+    """A one-dimensional tensor that is written some of it at a time."""
+
+    dtype: np.dtype
+    length: int
+    parts: Iterable[np.ndarray]
+
+
+def save_streams(
+    path: str | PathLike, streams: Mapping[str, Stream], lengths: Iterable[int], header: Mapping[str, Any]
+) -> None:
+    """Writes the tensors of a model as a safetensors file, in the library's order, none of them held whole.
+
+    Args:
+        path: of the file.
+        streams: by name.
+        lengths: as `Tables.lengths`.
+        header: what else is told of the model.
+    """
+    told = json.dumps({"format": FORMAT, "lengths": list(lengths), **header})
+    content: dict[str, Any] = {"__metadata__": {"ngram": told}}
+    names = sorted(streams, key=lambda name: (list(_DTYPES).index(streams[name].dtype.name), name))
+    at = 0
+    for name in names:
+        dtype, length, _ = streams[name]
+        end = at + length * dtype.itemsize
+        content[name] = {"dtype": _DTYPES[dtype.name], "shape": [length], "data_offsets": [at, end]}
+        at = end
+    front = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    front += b" " * (-len(front) % 8)
+    with writing_atomically(path) as file:
+        file.write(len(front).to_bytes(8, "little") + front)
+        for name in names:
+            for part in streams[name].parts:
+                file.write(np.ascontiguousarray(part, streams[name].dtype).data)
+
+
+def narrow(most: int) -> np.dtype:
+    """The dtype in which a file has numbers from 0 to this one."""
+    return np.dtype(np.uint16 if most < 1 << 16 else np.int32)
 
 
 def load(path: str | PathLike) -> tuple[Tables, dict[str, Any]]:

@@ -1,0 +1,115 @@
+"""What a training is told, and where its parts lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from ngram.distributed.packing import Packing
+from ngram.distributed.runs import damaged, record
+from ngram.smoothing import Smoothing
+
+COUNT, PLAN, ADJUST, DISCOUNT = "count", "plan", "adjust", "discount"
+CONTEXT, INTERPOLATE, ASSEMBLE = "context", "interpolate", "assemble"
+_COPIES = 8  # of records that are being sorted, at most, with their order and their keys
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a training. `NGramModel.train` documents those that it has too.
+
+    Attributes:
+        tasks: into which the documents are divided.
+        parts: into which n-grams are divided, by their first or last token.
+        memory: bytes that a task may take for n-grams.
+    """
+
+    vocab_size: int
+    order: int
+    smoothing: Smoothing
+    bos_id: int | None
+    eos_id: int | None
+    pad_vocab: bool
+    delta: float
+    interpolation: tuple[float, ...] | None
+    tasks: int
+    parts: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Settings, and the folder of a training.
+
+    Attributes:
+        settings: what it is told.
+        work: the folder.
+    """
+
+    settings: Settings
+    work: Path
+
+    def folder(self, step: str, task: int = 0) -> Path:
+        """Of a task that is done."""
+        return self.work / step / f"{task:05}"
+
+    def folders(self, step: str, of: str = "") -> list[Path]:
+        """Of all tasks of a step, or what lies in them."""
+        tasks = self.settings.tasks if step == COUNT else self.settings.parts
+        return [self.folder(step, task) / of for task in range(tasks)]
+
+    def packing(self, length: int) -> Packing:
+        """Of n-grams of a length."""
+        return Packing(self.settings.vocab_size, length)
+
+    def rows(self, dtype: np.dtype) -> int:
+        """Records that are sorted at a time."""
+        return max(self.settings.memory // (_COPIES * dtype.itemsize), 1 << 10)
+
+    @cached_property
+    def counted(self) -> np.dtype:
+        """Of windows and how often they occur."""
+        return record(self.packing(self.settings.order), count=np.int64)
+
+    @cached_property
+    def ranges(self) -> list[range]:
+        """The tokens of each part, from what was planned."""
+        bounds = load(self.folder(PLAN) / "plan.safetensors")["bounds"].tolist()
+        return [range(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+
+
+def save(path: Path, **arrays: np.ndarray) -> None:
+    """Arrays in one file."""
+    save_file(arrays, path)
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """What `save` wrote.
+
+    Raises:
+        NGramError: that is not there, or not whole.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise damaged(path) from error
+
+
+def said(settings: Settings) -> dict[str, Any]:
+    """As JSON has them."""
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def whole_ranges(amounts: np.ndarray, parts: int) -> Sequence[int]:
+    """Bounds of as many ranges of tokens, of which each has about as much as another, int [parts + 1]."""
+    until = np.cumsum(amounts)
+    inner = np.searchsorted(until, until[-1] * np.arange(1, parts) / parts) + 1
+    return [0, *np.minimum(inner, len(amounts)).tolist(), len(amounts)]
