@@ -38,7 +38,7 @@ def assemble(place: Place, part: int, folder: Path) -> None:
         contexts = None
         if length < highest:
             run = Run(place.folder(CONTEXT, part) / f"contexts{length}.run", context_dtype(place, length))
-            contexts = Passing(run, place.rows(context_dtype(place, length)) // 2)
+            contexts = Passing(run, place.rows(context_dtype(place, length), 2))
         for keys, deltas in _in_order(place, part, length):
             if contexts is not None:
                 nodes.add(_nodes(contexts, keys))
@@ -59,7 +59,7 @@ def _in_order(place: Place, part: int, length: int) -> Iterator[tuple[np.ndarray
             yield packing.pack([np.array(tokens) + 1]), None
         return
     dtype = delta_dtype(place, length)
-    for some in merged(runs_in(place.folders(INTERPOLATE, str(length)), dtype), packing, tokens, place.rows(dtype)):
+    for some in merged(runs_in(place.folders(INTERPOLATE, str(length)), dtype), packing, tokens, place.rows(dtype, 2)):
         yield some["key"], some["delta"]
 
 

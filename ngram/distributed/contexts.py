@@ -43,7 +43,7 @@ def share(place: Place, part: int, folder: Path) -> None:
         packing = place.packing(length)
         counted = record(packing, count=np.int64)
         dtype, of_contexts = mass_dtype(place, length), context_dtype(place, length - 1)
-        rows = place.rows(dtype) // 2
+        rows = place.rows(dtype, 2)
         sorter = Sorter(folder / str(length), dtype, rows)
         writer = RunWriter(folder / f"contexts{length - 1}.run", of_contexts)
         ngrams = merged(runs_in(place.folders(ADJUST, str(length)), counted), packing, place.ranges[part], rows)

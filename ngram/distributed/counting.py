@@ -34,7 +34,7 @@ def count(place: Place, documents: Iterable[Any], folder: Path) -> None:
         NGramError: ids outside [0, V), or markers inside a document.
     """
     settings, packing = place.settings, place.packing(place.settings.order)
-    sorter = Sorter(folder, place.counted, place.rows(place.counted), sums=True)
+    sorter = Sorter(folder, place.counted, place.rows(place.counted, 1), sums=True)
     tokens, longest = np.zeros(settings.vocab_size, np.int64), 0
     for pieces in _batches(_marked(documents, place), settings.order - 1):
         columns = _windows(pieces, settings.order)

@@ -43,7 +43,7 @@ def interpolate(place: Place, part: int, folder: Path) -> None:
     below: Path | None = None
     for length in range(2, place.settings.order + 1):
         packing, dtype = place.packing(length), mass_dtype(place, length)
-        rows = place.rows(dtype) // 2
+        rows = place.rows(dtype, 3)
         known = _probability(place, length)
         lower = None if below is None else Passing(Run(below, _probability(place, length - 1)), rows)
         sorter = Sorter(folder / str(length), delta_dtype(place, length), rows)

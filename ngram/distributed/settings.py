@@ -19,7 +19,7 @@ from ngram.smoothing import Smoothing
 
 COUNT, PLAN, ADJUST, DISCOUNT = "count", "plan", "adjust", "discount"
 CONTEXT, INTERPOLATE, ASSEMBLE = "context", "interpolate", "assemble"
-_COPIES = 8  # of records that are being sorted, at most, with their order and their keys
+_COPIES = 10  # of records that are being sorted, at most, with their order and their keys
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Place:
         """Of n-grams of a length."""
         return Packing(self.settings.vocab_size, length)
 
-    def rows(self, dtype: np.dtype) -> int:
-        """Records that are sorted at a time."""
-        return max(self.settings.memory // (_COPIES * dtype.itemsize), 1 << 10)
+    def rows(self, dtype: np.dtype, users: int) -> int:
+        """Records that each of so many may hold and sort at a time."""
+        return max(self.settings.memory // (_COPIES * dtype.itemsize * users), 1 << 10)
 
     @cached_property
     def counted(self) -> np.dtype:
