@@ -56,7 +56,7 @@ class Pace:
         best = 0 if self.is_untried else self._best(active)
         if best:
             self._rest = _FIRST_REST
-        elif self._rested >= self._rest:  # the text has grown, and what was measured may be old
+        elif self._rested >= self._rest:  # nothing is known yet, or the text has grown, and what is may be old
             self._rest = min(max(2 * self._rest, _FIRST_REST), _LONGEST_REST)
             best, self._passes = _TRIED, _unknown()
         self._rested = 0 if best else self._rested + 1

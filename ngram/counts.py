@@ -141,6 +141,12 @@ def require_known(low: int, high: int, vocab_size: int) -> None:
         raise NGramError(f"token ids must lie in [0, {vocab_size}); the corpus has {low} to {high}")
 
 
+def markers_around(bos_id: int | None, eos_id: int | None) -> tuple[Ints, Ints]:
+    """What is set before a document, and after it."""
+    before, after = (np.array([] if marker is None else [marker], np.int64) for marker in (bos_id, eos_id))
+    return before, after
+
+
 def marker_inside(name: str, marker: int) -> NGramError:
     """What is raised for documents that hold a marker."""
     return NGramError(f"the documents hold {name} {marker}: leave the markers out, they are added here")
@@ -172,8 +178,7 @@ def _concatenate(
     documents: list[NDArray[np.integer]], order: int, bos_id: int | None, eos_id: int | None
 ) -> tuple[Indices, Ints]:
     """Joins the documents and the markers around them: token ids [T], and the length of each document."""
-    before = np.array([] if bos_id is None else [bos_id], np.int64)
-    after = np.array([] if eos_id is None else [eos_id], np.int64)
+    before, after = markers_around(bos_id, eos_id)
     lengths = np.array([ids.size for ids in documents]) + before.size + after.size
     dtype = np.result_type(np.int32, np.min_scalar_type(-int(lengths.sum()) - 1))
     parts = [part for ids in documents for part in (before, ids, after)]

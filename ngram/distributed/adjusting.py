@@ -30,8 +30,8 @@ def adjust(place: Place, part: int, folder: Path) -> None:
     unigrams = np.zeros(settings.vocab_size, np.int64)
     orders = [_Order(place, length, folder) for length in range(2, settings.order + 1)]
     before: Keys | None = None
-    rows = place.rows(place.counted, settings.order)
-    for windows in merged(runs_in(place.folders(COUNT), place.counted), packing, tokens, rows):
+    dtype = place.counted(settings.order)
+    for windows in merged(runs_in(place.folders(COUNT), dtype), packing, tokens, place.rows(dtype, settings.order)):
         windows = summed(windows)
         keys, occurrences = windows["key"], windows["count"]
         new: list[Any] = [_begins(packing, keys, length, before) for length in range(1, settings.order + 1)]
@@ -72,7 +72,7 @@ class _Order:
 
     def __init__(self, place: Place, length: int, folder: Path):
         self._place, self._length, self._packing = place, length, place.packing(length)
-        self._dtype = record(self._packing, count=np.int64)
+        self._dtype = place.counted(length)
         self._sorter = Sorter(folder / str(length), self._dtype, place.rows(self._dtype, place.settings.order))
         self._is_adjusted = _is_adjusted(place) and length < place.settings.order
         self._held = np.empty(0, record(self._packing, count=np.int64, preceding=np.int64))

@@ -10,7 +10,7 @@ import numpy as np
 from ngram.distributed.packing import Packing, begins
 from ngram.distributed.runs import Records, RunWriter, Sorter, merged, record, records_of, runs_in
 from ngram.distributed.settings import ADJUST, DISCOUNT, Place, load
-from ngram.smoothing import Formula, checked_weights, formula_of
+from ngram.smoothing import Formula, formula_of
 
 
 def context_dtype(place: Place, length: int) -> np.dtype:
@@ -25,8 +25,7 @@ def mass_dtype(place: Place, length: int) -> np.dtype:
 
 def formulas(place: Place) -> list[Formula]:
     """Of the orders 2 … n."""
-    settings = place.settings
-    weights = checked_weights(settings.smoothing, settings.interpolation, settings.order, settings.delta)
+    settings, weights = place.settings, place.weights
     counts = load(place.folder(DISCOUNT) / f"{DISCOUNT}.safetensors")["counts"]
     return [formula_of(settings.smoothing, counts[k - 1].tolist(), weights[:k]) for k in range(2, settings.order + 1)]
 
@@ -41,12 +40,12 @@ def share(place: Place, part: int, folder: Path) -> None:
     """
     for length, formula in enumerate(formulas(place), start=2):
         packing = place.packing(length)
-        counted = record(packing, count=np.int64)
         dtype, of_contexts = mass_dtype(place, length), context_dtype(place, length - 1)
         rows = place.rows(dtype, 2)
         sorter = Sorter(folder / str(length), dtype, rows)
         writer = RunWriter(folder / f"contexts{length - 1}.run", of_contexts)
-        ngrams = merged(runs_in(place.folders(ADJUST, str(length)), counted), packing, place.ranges[part], rows)
+        counted = runs_in(place.folders(ADJUST, str(length)), place.counted(length))
+        ngrams = merged(counted, packing, place.ranges[part], rows)
         for some in _whole_contexts(ngrams, packing):
             contexts = packing.prefix(some["key"], length - 1)
             new = begins(contexts)

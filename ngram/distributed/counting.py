@@ -6,7 +6,6 @@ hold the n-grams of all orders, and what precedes these, side by side.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ngram.counts import NO_TOKENS, as_ids, marker_inside, require_known, too_short
+from ngram.counts import NO_TOKENS, as_ids, marker_inside, markers_around, require_known, too_short
 from ngram.distributed.runs import Sorter, records_of
 from ngram.distributed.settings import COUNT, PLAN, Place, load, save, whole_ranges
 from ngram.errors import NGramError
@@ -34,16 +33,16 @@ def count(place: Place, documents: Iterable[Any], folder: Path) -> None:
         NGramError: ids outside [0, V), or markers inside a document.
     """
     settings, packing = place.settings, place.packing(place.settings.order)
-    sorter = Sorter(folder, place.counted, place.rows(place.counted, 1), sums=True)
+    dtype = place.counted(settings.order)
+    sorter = Sorter(folder, dtype, place.rows(dtype, 1), sums=True)
     tokens, longest = np.zeros(settings.vocab_size, np.int64), 0
     for pieces in _batches(_marked(documents, place), settings.order - 1):
         columns = _windows(pieces, settings.order)
-        sorter.add(records_of(place.counted, packing.pack(columns), count=np.ones(len(columns[0]), np.int64)))
+        sorter.add(records_of(dtype, packing.pack(columns), count=np.ones(len(columns[0]), np.int64)))
         tokens += np.bincount(columns[0] - 1, minlength=settings.vocab_size)
         longest = max(longest, *(piece.length for piece in pieces))
     sorter.flush()
-    save(folder / "tokens.safetensors", counts=tokens)
-    (folder / "longest.json").write_text(json.dumps(longest))
+    save(folder / "tokens.safetensors", counts=tokens, longest=np.array([longest]))
 
 
 class _Piece:
@@ -62,7 +61,7 @@ class _Piece:
 def _marked(documents: Iterable[Any], place: Place) -> Iterator[NDArray[np.integer]]:
     """The documents that hold anything, with their markers."""
     settings = place.settings
-    markers = [[] if marker is None else [marker] for marker in (settings.bos_id, settings.eos_id)]
+    before, after = markers_around(settings.bos_id, settings.eos_id)
     for document in documents:
         ids = as_ids(document)
         if not len(ids):
@@ -71,7 +70,7 @@ def _marked(documents: Iterable[Any], place: Place) -> Iterator[NDArray[np.integ
         for name, marker in (("bos_id", settings.bos_id), ("eos_id", settings.eos_id)):
             if marker is not None and (ids == marker).any():
                 raise marker_inside(name, marker)
-        yield np.concatenate((markers[0], ids, markers[1])).astype(np.int64)
+        yield np.concatenate((before, ids, after), dtype=np.int64, casting="unsafe")
 
 
 def _batches(documents: Iterable[NDArray[np.integer]], context: int) -> Iterator[list[_Piece]]:
@@ -112,9 +111,9 @@ def plan(place: Place, folder: Path) -> None:
         NGramError: no tokens, or no document as long as the order.
     """
     settings = place.settings
-    counted = place.folders(COUNT)
-    tokens = np.sum([load(each / "tokens.safetensors")["counts"] for each in counted], axis=0)
-    longest = max(json.loads((each / "longest.json").read_text()) for each in counted)
+    counted = [load(each / "tokens.safetensors") for each in place.folders(COUNT)]
+    tokens = np.sum([each["counts"] for each in counted], axis=0)
+    longest = max(int(each["longest"][0]) for each in counted)
     if not tokens.any():
         raise NGramError(NO_TOKENS)
     if longest < settings.order:

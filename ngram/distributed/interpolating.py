@@ -10,7 +10,7 @@ from ngram.distributed.contexts import mass_dtype
 from ngram.distributed.packing import begins, places_of
 from ngram.distributed.runs import Passing, Run, RunWriter, Sorter, merged, record, records_of, runs_in
 from ngram.distributed.settings import CONTEXT, DISCOUNT, Place, load
-from ngram.smoothing import checked_weights, unigram_of
+from ngram.smoothing import unigram_of
 
 
 def unigram(place: Place) -> np.ndarray:
@@ -19,7 +19,7 @@ def unigram(place: Place) -> np.ndarray:
     return unigram_of(
         load(place.folder(DISCOUNT) / f"{DISCOUNT}.safetensors")["unigrams"],
         settings.smoothing,
-        checked_weights(settings.smoothing, settings.interpolation, settings.order, settings.delta),
+        place.weights,
         bos_id=settings.bos_id,
         pad_vocab=settings.pad_vocab,
         delta=settings.delta,

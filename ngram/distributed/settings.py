@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ngram.distributed.packing import Packing
 from ngram.distributed.runs import damaged, record
-from ngram.smoothing import Smoothing
+from ngram.smoothing import Floats, Smoothing, checked_weights
 
 COUNT, PLAN, ADJUST, DISCOUNT = "count", "plan", "adjust", "discount"
 CONTEXT, INTERPOLATE, ASSEMBLE = "context", "interpolate", "assemble"
@@ -74,21 +76,26 @@ class Place:
         """Records that each of so many may hold and sort at a time."""
         return max(self.settings.memory // (_COPIES * dtype.itemsize * users), 1 << 10)
 
-    @cached_property
-    def counted(self) -> np.dtype:
-        """Of windows and how often they occur."""
-        return record(self.packing(self.settings.order), count=np.int64)
+    def counted(self, length: int) -> np.dtype:
+        """Of n-grams of a length, and windows of the longest: what they count."""
+        return record(self.packing(length), count=np.int64)
+
+    @property
+    def weights(self) -> Floats:
+        """One for each order."""
+        told = self.settings
+        return checked_weights(told.smoothing, told.interpolation, told.order, told.delta)
 
     @cached_property
     def ranges(self) -> list[range]:
         """The tokens of each part, from what was planned."""
         bounds = load(self.folder(PLAN) / "plan.safetensors")["bounds"].tolist()
-        return [range(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        return [range(*pair) for pair in pairwise(bounds)]
 
 
 def save(path: Path, **arrays: np.ndarray) -> None:
-    """Arrays in one file."""
-    save_file(arrays, path)
+    """Arrays in one file, with what it is checked by."""
+    save_file(arrays, path, {"crc32": _checksum(arrays)})
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
@@ -98,9 +105,18 @@ def load(path: Path) -> dict[str, np.ndarray]:
         NGramError: that is not there, or not whole.
     """
     try:
-        return load_file(path)
+        with safe_open(path, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            told = (file.metadata() or {}).get("crc32")
     except (OSError, SafetensorError) as error:
         raise damaged(path) from error
+    if told != _checksum(arrays):
+        raise damaged(path)
+    return arrays
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    return str(zlib.crc32(b"".join(name.encode() + arrays[name].tobytes() for name in sorted(arrays))))
 
 
 def said(settings: Settings) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ngram.distributed.interpolating import interpolate
 from ngram.distributed.settings import Place, Settings, said
 from ngram.errors import NGramError
 from ngram.smoothing import Smoothing, checked_weights
-from ngram.storage import write_atomically
+from ngram.storage import umask, write_atomically
 
 _FORMAT = "decoding-ngram-training/1"
 _LEAST_MEMORY = 64 << 20
@@ -88,16 +88,26 @@ class Training:
     ):
         check_size(vocab_size, order)
         check_markers(vocab_size, bos_id, eos_id)
-        check_whole(tasks=tasks, parts=tasks if parts is None else parts, memory=memory)
+        parts = tasks if parts is None else parts
+        check_whole(tasks=tasks, parts=parts, memory=memory)
         checked_weights(smoothing, interpolation, order, delta)
-        parts = min(tasks if parts is None else parts, vocab_size)
         if tasks < 1 or parts < 1:
             raise NGramError(f"tasks and parts must be at least 1, not {tasks} and {parts}")
         if memory < _LEAST_MEMORY:
             raise NGramError(f"memory must be at least {_LEAST_MEMORY >> 20} MiB, not {memory} bytes")
         weights = None if interpolation is None else tuple(map(float, interpolation))
         settings = Settings(
-            vocab_size, order, smoothing, bos_id, eos_id, pad_vocab, float(delta), weights, tasks, parts, memory
+            vocab_size,
+            order,
+            smoothing,
+            bos_id,
+            eos_id,
+            pad_vocab,
+            float(delta),
+            weights,
+            tasks,
+            min(parts, vocab_size),
+            memory,
         )
         self._place, self._documents, self._metadata = Place(settings, Path(work)), documents, dict(metadata or {})
         self._begin(source)
@@ -134,16 +144,19 @@ class Training:
         folder = self._place.folder(step.name, task)
         if folder.exists():
             return
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        unfinished: Path | None = None
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
             step.run(task, unfinished)
+            unfinished.chmod(0o777 & ~umask())
             os.replace(unfinished, folder)
         except OSError as error:
             if not folder.exists():  # else another process has done it meanwhile
-                raise NGramError(f"cannot write {folder}: {error.strerror}") from error
+                raise NGramError(f"task {task} of step {step.name} failed in {folder.parent}: {error}") from error
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            if unfinished is not None:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def run_all(self) -> None:
         """Does all tasks, one after the other, in this process."""

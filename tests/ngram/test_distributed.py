@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,22 +126,27 @@ class TestGoingOn:
         assert killed >= 3
         assert train(tmp_path / "all", documents, tasks=3) == in_memory(tmp_path, documents)
 
-    @pytest.mark.parametrize("step", ["count", "adjust", "context", "interpolate", "assemble"])
+    @pytest.mark.parametrize("step", ["count", "plan", "adjust", "discount", "context", "interpolate", "assemble"])
     def test_a_damaged_part_is_noticed(self, tmp_path, little, step):
         documents = corpus(9)
         training = Training(tmp_path, dealt(documents, 1), V)
         training.run_all()
-        part = max((tmp_path / step).rglob("*.run"), key=lambda path: path.stat().st_size)
-        content = bytearray(part.read_bytes())
-        content[len(content) // 2] ^= 1
-        part.write_bytes(content)
+        parts = [max((tmp_path / step).rglob("*.run"), key=lambda path: path.stat().st_size, default=None)]
+        parts += [part.with_suffix(".json") for part in parts if part]
         names = [each.name for each in training.steps]
-        for later in names[names.index(step) + 1 :]:
-            shutil.rmtree(tmp_path / later)
-        with pytest.raises(NGramError, match=f"{step}.* is damaged: remove the folder"):
-            training.run_all()
-            training.write(tmp_path / "model.safetensors")
-        assert not (tmp_path / "model.safetensors").exists()
+        for part in filter(None, [*parts, *(tmp_path / step).rglob("*.safetensors")]):
+            whole = part.read_bytes()
+            for place in (-1, len(whole) // 2):
+                content = bytearray(whole)
+                content[place] ^= 1
+                part.write_bytes(content)
+                for later in names[names.index(step) + 1 :]:
+                    shutil.rmtree(tmp_path / later, ignore_errors=True)
+                with pytest.raises(NGramError, match=f"{step}.* is damaged: remove the folder"):
+                    training.run_all()
+                    training.write(tmp_path / "model.safetensors")
+                assert not (tmp_path / "model.safetensors").exists()
+            part.write_bytes(whole)
 
     def test_a_part_that_is_cut_short_is_noticed(self, tmp_path, little):
         training = Training(tmp_path, dealt(corpus(9), 1), V)
@@ -149,6 +155,12 @@ class TestGoingOn:
         os.truncate(part, part.stat().st_size - 8)
         with pytest.raises(NGramError, match="is damaged"):
             training.run_all()
+
+    def test_what_documents_raise_is_said(self, tmp_path):
+        training = Training(tmp_path, lambda _: (Path("no.txt").read_text() for _ in range(1)), V)
+        with pytest.raises(NGramError, match=r"task 0 of step count failed in .*no\.txt"):
+            training.run_all()
+        assert not list((tmp_path / "count").iterdir())
 
 
 class TestRefusals:

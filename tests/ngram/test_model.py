@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 
 import ngram.layout
 import ngram.smoothing
@@ -319,3 +320,12 @@ def test_how_much_is_smoothed_at_a_time_changes_nothing(smoothing, monkeypatch):
         monkeypatch.setattr(module, "_AT_A_TIME", 7)
     pieces = NGramModel.train(documents, 50, order=4, smoothing=smoothing)
     assert all(torch.equal(getattr(pieces.tables, name), getattr(whole.tables, name)) for name in TENSORS)
+
+
+def test_a_file_is_as_the_library_writes_it(tmp_path):
+    model = NGramModel.train([1, 2, 1, 2, 3], 5, metadata={"name": 'ü "quoted"\n'})
+    model.save(tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        told = file.metadata()
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").read_bytes() == to_bytes(tensors, told)
