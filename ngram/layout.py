@@ -63,7 +63,10 @@ def tables_from_estimates(seen: NDArray[np.bool_], ngrams: Sequence[SortedNGrams
 
 def too_many(ngrams: int) -> NGramError:
     """What is raised for more n-grams than `MOST_NGRAMS`."""
-    return NGramError(f"{ngrams:,} n-grams are more than the {MOST_NGRAMS:,} that tables hold: lower the order")
+    return NGramError(
+        f"{ngrams:,} n-grams are more than the {MOST_NGRAMS:,} that training in memory holds: lower the order, or "
+        "train on disk (ngram.distributed)"
+    )
 
 
 def unigram_tables(row: Tensor, seen: Tensor) -> Tables:
@@ -117,13 +120,14 @@ def pack_nodes(counts: Tensor, codes: Tensor, books: Sequence[Tensor]) -> NodeFi
         books: float32 [K] of every prior.
     """
     run = 1 << RUN_BITS
-    distances = torch.zeros(len(counts) + 1, dtype=torch.int32)
-    torch.cumsum(counts, 0, dtype=torch.int32, out=distances[1:])
+    kind = torch.int32 if fits_int32(int(counts.sum())) else torch.int64
+    distances = torch.zeros(len(counts) + 1, dtype=kind)
+    torch.cumsum(counts, 0, dtype=kind, out=distances[1:])
     runs = distances[::run].clone()
     whole = len(distances) // run * run  # in place: there may be a hundred million of them
     distances[:whole].view(-1, run).sub_(runs[: whole // run, None])
     distances[whole:].sub_(runs[whole // run :])
-    small = max(int(distances.max()), int(codes.max())) < 2 * SMALL_BIAS
+    small = are_small(int(distances.max()), int(codes.max()))
     bias = SMALL_BIAS if small else 0
     nodes = torch.zeros(len(distances), 2, dtype=torch.int16 if small else torch.int32)
     nodes[:, 0] = distances.sub_(bias)
@@ -136,10 +140,20 @@ def pack_nodes(counts: Tensor, codes: Tensor, books: Sequence[Tensor]) -> NodeFi
     }
 
 
+def fits_int32(ngrams: int) -> bool:
+    """Whether ``runs`` of so many n-grams, with a bias, are int32."""
+    return ngrams + SMALL_BIAS < 1 << 31
+
+
+def are_small(distance: int, code: int) -> bool:
+    """Whether ``nodes`` with no higher numbers than these are int16."""
+    return max(distance, code) < 2 * SMALL_BIAS
+
+
 def join(shapes: Sequence[Shape], priors: Iterable[Tables], width: int | None = None) -> Tables:
     """Several priors in one trie, so that one call of `add_log_prior` can give every row another one.
 
-    Takes as much memory as they do; each can be let go of before the next one is made.
+    Takes as much memory as they do; each can be let go of before the next one is made. One by itself stays as it is.
 
     Args:
         shapes: `Tables.shape` of each.
@@ -153,6 +167,9 @@ def join(shapes: Sequence[Shape], priors: Iterable[Tables], width: int | None = 
     if len(sizes) != 1:
         raise NGramError(f"priors can be joined over one vocabulary, not over {len(sizes)}: {sorted(sizes)} token ids")
     (vocab_size,) = sizes
+    if len(shapes) == 1:  # as it is: one that is mapped stays so
+        (prior,) = priors
+        return prior.widened(width or vocab_size)
     order = max(len(shape.ngrams) for shape in shapes)
     per_order = [[shape.ngrams[k] if k < len(shape.ngrams) else 0 for shape in shapes] for k in range(order)]
     # Nodes of length 1: each prior's tokens and one empty node. Longer ones: all priors' and one empty node.

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ngram import arpa, storage
-from ngram.checks import check_markers, check_size
+from ngram.checks import check_markers, check_size, check_whole
 from ngram.counts import count_ngrams, documents_as_arrays
 from ngram.encoding import NEVER
 from ngram.errors import NGramError
 from ngram.layout import SortedNGrams, tables_from_estimates
+from ngram.pruning import pruned
 from ngram.smoothing import Smoothing, estimate
 from ngram.tables import Tables, add_log_prior
 
@@ -64,6 +65,7 @@ class NGramModel:
         pad_vocab: bool = False,
         delta: float = 0.1,
         interpolation: Sequence[float] | None = None,
+        prune: int | Sequence[int] = 0,
         metadata: Mapping[str, str] | None = None,
     ) -> NGramModel:
         """Trains a model on token ids.
@@ -85,6 +87,9 @@ class NGramModel:
                 ``lmplz --vocab_pad V`` does, which gives unseen ids more, and rows that fit new text better.
             delta: δ of additive smoothing.
             interpolation: its weights, one per order, shortest first; equal ones by default.
+            prune: n-grams that occur this often or less are left out, as by ``lmplz --prune``: one number for each
+                order, of which the last holds for the rest, or one for all orders but the first, whose must be 0. What
+                smoothing learns from counts it learns before.
             metadata: free text by key, saved with the model.
 
         Raises:
@@ -94,7 +99,14 @@ class NGramModel:
         check_markers(vocab_size, bos_id, eos_id)
         levels = count_ngrams(documents, vocab_size, order, bos_id, eos_id)
         seen, ngrams, estimates = estimate(
-            levels, order, smoothing, bos_id=bos_id, pad_vocab=pad_vocab, delta=delta, interpolation=interpolation
+            levels,
+            order,
+            smoothing,
+            bos_id=bos_id,
+            pad_vocab=pad_vocab,
+            delta=delta,
+            interpolation=interpolation,
+            prune=prune,
         )
         tables = tables_from_estimates(seen, [SortedNGrams(*each) for each in ngrams], estimates)
         return cls(tables, smoothing=smoothing, bos_id=bos_id, eos_id=eos_id, metadata=metadata)
@@ -133,6 +145,34 @@ class NGramModel:
         """The same model on another device."""
         return NGramModel(
             self.tables.to(device),
+            smoothing=self.smoothing,
+            bos_id=self.bos_id,
+            eos_id=self.eos_id,
+            metadata=self.metadata,
+        )
+
+    def pruned(self, ngrams: int, histories: NGramModel | None = None) -> NGramModel:
+        """The model with its ``ngrams`` most useful n-grams of two tokens and more (see `ngram.pruning`).
+
+        Single tokens all stay. Takes some 100 bytes of memory for each n-gram.
+
+        Args:
+            ngrams: how many stay.
+            histories: says how often contexts come: this model by default. For one of Kneser-Ney give another of the
+                same text, such as Witten-Bell's, whose order may be lower by one.
+
+        Raises:
+            NGramError: a number that is none, or histories of another vocabulary.
+        """
+        check_whole(ngrams=ngrams)
+        if histories is not None and histories.vocab_size != self.vocab_size:
+            raise NGramError(f"histories have {histories.vocab_size} token ids, and the model {self.vocab_size}")
+        if ngrams < 0:
+            raise NGramError(f"ngrams must be at least 0, not {ngrams}")
+        tables = self.to("cpu").tables
+        ends = float(np.log(1 / self.vocab_size)) if self.eos_id is None else float(tables.unigram[0, self.eos_id])
+        return NGramModel(
+            pruned(tables, ngrams, tables if histories is None else histories.to("cpu").tables, beginning=ends),
             smoothing=self.smoothing,
             bos_id=self.bos_id,
             eos_id=self.eos_id,
@@ -230,13 +270,18 @@ class NGramModel:
         storage.save(path, self.tables, header)
 
     @classmethod
-    def load(cls, path: str | PathLike) -> NGramModel:
+    def load(cls, path: str | PathLike, mmap: bool = False) -> NGramModel:
         """Opens a file that `save` wrote.
+
+        Args:
+            path: of the file.
+            mmap: whether to leave n-grams in the file. Opening then takes no time and no memory, look-ups read what
+                they need, and processes of one machine share it. What is damaged among n-grams is not noticed.
 
         Raises:
             NGramError: no file, or not a whole and consistent one.
         """
-        tables, header = storage.load(path)
+        tables, header = storage.load(path, mmap)
         return cls(tables, **header)
 
     @classmethod

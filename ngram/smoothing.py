@@ -73,6 +73,7 @@ def estimate(
     pad_vocab: bool = False,
     delta: float = 0.1,
     interpolation: Sequence[float] | None = None,
+    prune: int | Sequence[int] = 0,
 ) -> Smoothed:
     """Smooths n-grams while they are counted, so that few levels are in memory at a time.
 
@@ -84,11 +85,13 @@ def estimate(
         pad_vocab: what the uniform distribution below a Kneser-Ney unigram ranges over.
         delta: the pseudo-count of additive smoothing.
         interpolation: one weight per order for additive smoothing.
+        prune: cut-offs.
 
     Raises:
-        NGramError: an unknown smoothing, or weights that do not fit.
+        NGramError: an unknown smoothing, or weights or cut-offs that do not fit.
     """
     weights = checked_weights(smoothing, interpolation, order, delta)
+    cutoffs = checked_cutoffs(prune, order)
     counted = _with_adjusted_counts(levels, bos_id) if smoothing == "kneser-ney" else map(_with_counts, levels)
     level, counts = next(counted)
     seen = level.counts > 0
@@ -96,14 +99,46 @@ def estimate(
     with np.errstate(divide="ignore"):
         estimates = Estimates(np.log(probability), [], [])
     ngrams: list[tuple[Indices, Indices]] = []
+    kept = None
     for level, counts in counted:
         formula = formula_of(smoothing, counts_of_counts(counts), weights[: len(ngrams) + 2])
-        backoffs, deltas, probability = _smoothed(level, counts, probability, formula)
-        ngrams.append((level.parents, level.words))
-        estimates.backoffs.append(backoffs)
-        estimates.deltas.append(deltas)
+        contexts, kept = kept, _above(level.counts, cutoffs[len(ngrams) + 1])
+        backoffs, deltas, probability = _smoothed(level, counts, probability, formula, kept)
+        ngrams.append((_renumbered(_those(level.parents, kept), contexts), _those(level.words, kept)))
+        estimates.backoffs.append(_those(backoffs, contexts))
+        estimates.deltas.append(_those(deltas, kept))
         del level, counts, formula  # before the next level takes room
     return Smoothed(seen, ngrams, estimates)
+
+
+Kept = NDArray[np.bool_] | None
+"""Which n-grams are [N]; None if all are."""
+
+
+def _above(counts: Indices, cutoff: int) -> Kept:
+    return counts > cutoff if cutoff else None
+
+
+def _those(values: NDArray[Any], kept: Kept) -> NDArray[Any]:
+    return values if kept is None else values[kept]
+
+
+def _renumbered(positions: Indices, kept: Kept) -> Indices:
+    """Positions among those that are kept, of which all are."""
+    return positions if kept is None else (np.cumsum(kept, dtype=positions.dtype) - 1)[positions]
+
+
+def cut(mass: Floats, gamma: Floats, parents: Indices, kept: NDArray[np.bool_]) -> _Terms:
+    """Terms without some n-grams: their mass is left to the order below, as ``lmplz --prune`` leaves it.
+
+    Args:
+        mass, gamma: of a formula.
+        parents: of the n-grams.
+        kept: whether one is.
+    """
+    left = gamma + np.bincount(parents, weights=np.where(kept, 0, mass), minlength=len(gamma))
+    is_context = np.bincount(parents, weights=kept, minlength=len(gamma)) > 0
+    return _Terms(np.where(kept, mass, 0), np.where(is_context, left, 1.0))
 
 
 def unigram_of(
@@ -128,7 +163,7 @@ def formula_of(smoothing: Smoothing, t: Sequence[int], weights: Floats) -> Formu
 
 
 def _smoothed(
-    level: Level, counts: Indices, below: Floats, formula: Formula
+    level: Level, counts: Indices, below: Floats, formula: Formula, kept: Kept
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], Floats]:
     """One order k ≥ 2, some contexts at a time.
 
@@ -137,6 +172,7 @@ def _smoothed(
         counts: theirs, as the smoothing has them.
         below: p_{k−1} [N_{k−1}].
         formula: the smoothing.
+        kept: those that are not cut off, `Kept`.
 
     Returns:
         log γ [N_{k−1}], the deltas [N_k], and p_k [N_k].
@@ -146,6 +182,8 @@ def _smoothed(
     for contexts, ngrams in _blocks(level.parents, len(below)):
         parents = level.parents[ngrams] - contexts.start
         mass, gamma = formula(parents, counts[ngrams], contexts.stop - contexts.start)
+        if kept is not None:
+            mass, gamma = cut(mass, gamma, parents, kept[ngrams])
         lower = gamma[parents] * below[level.suffixes[ngrams]]
         probability[ngrams] = mass + lower
         backoffs[contexts] = np.log(gamma)
@@ -280,3 +318,19 @@ def checked_weights(smoothing: Smoothing, interpolation: Sequence[float] | None,
     if not (np.isfinite(delta) and delta > 0):
         raise NGramError(f"delta must be a positive number, not {delta}")
     return weights
+
+
+def checked_cutoffs(prune: int | Sequence[int], order: int) -> tuple[int, ...]:
+    """One cut-off per order.
+
+    Raises:
+        NGramError: what is none.
+    """
+    given = [0, prune] if isinstance(prune, int) and order > 1 else np.ravel(prune).tolist()
+    whole = all(isinstance(cutoff, int) and not isinstance(cutoff, bool) for cutoff in given)
+    if not whole or not 1 <= len(given) <= order or given[0] != 0 or sorted(given) != given:
+        raise NGramError(
+            f"prune must be whole numbers that do not fall, at most one for each of the {order} orders, the first 0, "
+            f"not {prune!r}"
+        )
+    return (*given, *given[-1:] * (order - len(given)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -16,14 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ngram.encoding import SMALL_VOCAB
+from ngram.encoding import RUN_BITS, SMALL_BIAS, SMALL_VOCAB
 from ngram.errors import NGramError
 from ngram.layout import pack_nodes
 from ngram.tables import MAX_ORDER, Tables
 
-FORMAT = "decoding-ngram/1"
+FORMAT = "decoding-ngram/2"
+_BEFORE = "decoding-ngram/1"  # counts and codes of nodes in the place of nodes and runs
 _ROUNDING = 1e-4
-_DTYPES = {"float32": "F32", "int32": "I32", "uint16": "U16", "int16": "I16", "bool": "BOOL"}  # the widest first
+_DTYPES = {"int64": "I64", "float32": "F32", "int32": "I32", "int16": "I16", "bool": "BOOL"}  # the widest first
 
 
 def write_atomically(path: str | PathLike, content: bytes) -> None:
@@ -65,50 +68,44 @@ def save(path: str | PathLike, tables: Tables, header: dict[str, Any]) -> None:
 
     Back-offs follow from a handful of small counts, so few values of them differ: they are kept in a code book.
     """
-    codes, counts = tables.backoff_codes(), tables.counts()
     tensors = {
         "unigram": tables.unigram[0],
         "seen": tables.seen[0],
         "backoff_values": tables.backoff_book,
-        "backoff_codes": codes,
-        "counts": counts,
+        "nodes": tables.nodes,
+        "runs": tables.runs,
         "words": tables.words,
         "deltas": tables.deltas,
     }
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
-    for name in ("backoff_codes", "counts"):
-        arrays[name] = arrays[name].astype(narrow(int(arrays[name].max())))
-    streams = {name: Stream(array.dtype, len(array), [array]) for name, array in arrays.items()}
-    save_streams(path, streams, tables.lengths, header)
+    streams = {name: Stream(array.dtype, array.shape, [array]) for name, array in arrays.items()}
+    save_streams(path, streams, {"lengths": list(tables.lengths), "widest": list(tables.widest), **header})
 
 
 class Stream(NamedTuple):
-    """A one-dimensional tensor that is written some of it at a time."""
+    """A tensor that is written some of it at a time, along its first dimension."""
 
     dtype: np.dtype
-    length: int
+    shape: tuple[int, ...]
     parts: Iterable[np.ndarray]
 
 
-def save_streams(
-    path: str | PathLike, streams: Mapping[str, Stream], lengths: Iterable[int], header: Mapping[str, Any]
-) -> None:
+def save_streams(path: str | PathLike, streams: Mapping[str, Stream], header: Mapping[str, Any]) -> None:
     """Writes the tensors of a model as a safetensors file, in the library's order, none of them held whole.
 
     Args:
         path: of the file.
         streams: by name.
-        lengths: as `Tables.lengths`.
-        header: what else is told of the model.
+        header: what is told of the model: ``lengths`` and ``widest`` of `Tables`, and more.
     """
-    told = json.dumps({"format": FORMAT, "lengths": list(lengths), **header})
+    told = json.dumps({"format": FORMAT, **header})
     content: dict[str, Any] = {"__metadata__": {"ngram": told}}
     names = sorted(streams, key=lambda name: (list(_DTYPES).index(streams[name].dtype.name), name))
     at = 0
     for name in names:
-        dtype, length, _ = streams[name]
-        end = at + length * dtype.itemsize
-        content[name] = {"dtype": _DTYPES[dtype.name], "shape": [length], "data_offsets": [at, end]}
+        dtype, shape, _ = streams[name]
+        end = at + math.prod(shape) * dtype.itemsize
+        content[name] = {"dtype": _DTYPES[dtype.name], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     front = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     front += b" " * (-len(front) % 8)
@@ -119,13 +116,13 @@ def save_streams(
                 file.write(np.ascontiguousarray(part, streams[name].dtype).data)
 
 
-def narrow(most: int) -> np.dtype:
-    """The dtype in which a file has numbers from 0 to this one."""
-    return np.dtype(np.uint16 if most < 1 << 16 else np.int32)
-
-
-def load(path: str | PathLike) -> tuple[Tables, dict[str, Any]]:
+def load(path: str | PathLike, mmap: bool = False) -> tuple[Tables, dict[str, Any]]:
     """Reads and checks what `save` wrote.
+
+    Args:
+        path: of the file.
+        mmap: whether to leave n-grams in the file, which is then read where it is looked up. They are not checked. A
+            file of the older format is read and checked all the same.
 
     Raises:
         NGramError: no file, or not a whole and consistent one.
@@ -139,10 +136,18 @@ def load(path: str | PathLike) -> tuple[Tables, dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise NGramError(f"{path} is not a whole n-gram model file: {error}") from error
-    if not isinstance(header, dict) or header.pop("format", None) != FORMAT:
+    found = header.pop("format", None) if isinstance(header, dict) else None
+    if found not in (FORMAT, _BEFORE):
         raise NGramError(f"{path} is not an n-gram model of the format {FORMAT}: train it again with this version")
     try:
-        tables = _tables(tensors, tuple(header.pop("lengths")))
+        lengths = tuple(header.pop("lengths"))
+        _require(len(lengths) < MAX_ORDER, f"its order is {len(lengths) + 1}, and {MAX_ORDER} is the highest")
+        tables = (_tables_before if found == _BEFORE else _tables)(tensors, lengths)
+        _check_shapes(tables)
+        if mmap and found == FORMAT:  # what would have to be read is told by the header
+            vars(tables).update(widest=_widest(header, tables), first_ngrams=_first_ngrams(tables))
+        else:
+            _check(tables)
         header = {name: header[name] for name in ("smoothing", "bos_id", "eos_id", "metadata")}
         _check_header(header, tables.vocab_size)
         return tables, header
@@ -155,45 +160,66 @@ class _DamagedError(Exception):
 
 
 def _tables(tensors: dict[str, Tensor], lengths: tuple[int, ...]) -> Tables:
-    _require(len(lengths) < MAX_ORDER, f"its order is {len(lengths) + 1}, and {MAX_ORDER} is the highest")
-    counts, codes = tensors["counts"].to(torch.int32), tensors["backoff_codes"].to(torch.int32)
-    values = tensors["backoff_values"]
-    _require(counts.ndim == 1 and counts.shape == codes.shape, "the contexts do not fit each other")
-    _require(values.dtype == torch.float32 and values.ndim == 1, "backoff_values must be one-dimensional float32")
-    known = not codes.numel() or (int(codes.min()) >= 0 and int(codes.max()) < values.numel())
-    _require(known, "a back-off is not in its code book")
-    _require(not counts.numel() or int(counts.min()) >= 0, "a context has a negative number of continuations")
-    _require(int(counts.sum()) < 1 << 31, "it has too many continuations")
-    tables = Tables(
+    nodes = tensors["nodes"]
+    return Tables(
         unigram=tensors["unigram"][None],
         seen=tensors["seen"][None],
-        **pack_nodes(counts, codes, [values]),
+        nodes=nodes,
+        runs=tensors["runs"],
+        backoff_book=tensors["backoff_values"],
+        book_starts=torch.tensor([SMALL_BIAS if nodes.dtype == torch.int16 else 0], dtype=torch.int32),
         words=tensors["words"],
         deltas=tensors["deltas"],
         lengths=lengths,
     )
-    _check(tables, counts)
-    return tables
 
 
-def _check(tables: Tables, counts: Tensor) -> None:
-    unigram = tables.unigram[0]
-    for name, values in (("unigram", unigram), ("backoff_values", tables.backoff_book), ("deltas", tables.deltas)):
+def _tables_before(tensors: dict[str, Tensor], lengths: tuple[int, ...]) -> Tables:
+    counts, codes = tensors["counts"].to(torch.int32), tensors["backoff_codes"].to(torch.int32)
+    _require(counts.ndim == 1 and counts.shape == codes.shape, "the contexts do not fit each other")
+    _require(not counts.numel() or int(counts.min()) >= 0, "a context has a negative number of continuations")
+    _require(not codes.numel() or int(codes.min()) >= 0, "a back-off is not in its code book")
+    nodes = pack_nodes(counts, codes, [tensors["backoff_values"]])
+    return _tables(tensors | {"nodes": nodes["nodes"], "runs": nodes["runs"]}, lengths)
+
+
+def _check_shapes(tables: Tables) -> None:
+    """What can be told of tensors without reading n-grams."""
+    for name, values in (
+        ("unigram", tables.unigram[0]),
+        ("backoff_values", tables.backoff_book),
+        ("deltas", tables.deltas),
+    ):
         _require(values.dtype == torch.float32 and values.ndim == 1, f"{name} must be one-dimensional float32")
+    for name, values in (("unigram", tables.unigram), ("backoff_values", tables.backoff_book)):
         _require(bool(torch.isfinite(values).all()), f"{name} holds numbers that are not finite")
-    _require(bool((unigram <= _ROUNDING).all()), "it holds probabilities above 1")
-    size = len(unigram)
+    _require(bool((tables.unigram <= _ROUNDING).all()), "it holds probabilities above 1")
+    size = tables.unigram.shape[1]
     _require(size > 0, "its vocabulary is empty")
     _require(tables.seen.shape == (1, size) and tables.seen.dtype == torch.bool, "seen does not fit the vocabulary")
     _require(all(isinstance(n, int) and n >= 0 for n in tables.lengths), "lengths must be whole numbers")
     _require(not tables.lengths or tables.lengths[0] == size, "lengths do not fit the vocabulary")
-    nodes = sum(tables.lengths) + len(tables.lengths) + 1
-    _require(counts.shape == (nodes,), "the contexts do not fit the lengths")
-    total = int(counts.sum())
-    _require(tables.words.shape == (total,) == tables.deltas.shape, "the n-grams do not fit the contexts")
+    nodes = sum(tables.lengths) + len(tables.lengths) + 2
+    _require(tables.nodes.shape == (nodes, 2), "the contexts do not fit the lengths")
+    _require(tables.nodes.dtype in (torch.int16, torch.int32), "nodes must be small integers")
+    _require(tables.runs.shape == (-(-nodes // (1 << RUN_BITS)),), "the contexts do not fit their runs")
+    _require(tables.runs.dtype in (torch.int32, torch.int64), "runs must be integers")
+    _require(tables.words.shape == tables.deltas.shape, "the n-grams do not fit each other")
     small = size <= SMALL_VOCAB
     _require(tables.words.dtype == (torch.int16 if small else torch.int32), "words do not fit the vocabulary")
+
+
+def _check(tables: Tables) -> None:
+    """All else."""
+    starts, codes, total = tables.starts(), tables.backoff_codes(), len(tables.words)
+    counts = starts.diff()
+    known = not codes.numel() or (int(codes.min()) >= 0 and int(codes.max()) < len(tables.backoff_book))
+    _require(known, "a back-off is not in its code book")
+    _require(bool((counts >= 0).all()), "a context has a negative number of continuations")
+    _require((int(starts[0]), int(starts[-1])) == (0, total), "the n-grams do not fit the contexts")
+    _require(bool(torch.isfinite(tables.deltas).all()), "deltas holds numbers that are not finite")
     ids = tables.token_ids(tables.words)
+    size = tables.vocab_size
     _require(not total or (int(ids.min()) >= 0 and int(ids.max()) < size), f"it holds token ids beyond its {size}")
     empty = [0, *(first + length for first, length in zip(tables.first_nodes, tables.lengths, strict=True))]
     _require(not counts[empty].any(), "an empty context has continuations")
@@ -201,6 +227,23 @@ def _check(tables: Tables, counts: Tensor) -> None:
     _require(ngrams[:-1] == list(tables.lengths[1:]), "the orders do not fit each other")
     for k in range(2, tables.order + 1):
         _require(bool((tables.ngram_keys(k).diff() > 0).all()), f"its {k}-grams are not sorted")
+
+
+def _widest(header: dict[str, Any], tables: Tables) -> tuple[int, ...]:
+    """The header's."""
+    widest = header["widest"]
+    _require(isinstance(widest, list) and len(widest) == len(tables.lengths), "widest does not fit the orders")
+    _require(
+        all(type(most) is int and 0 <= most <= tables.vocab_size for most in widest), "widest are no whole numbers"
+    )
+    return tuple(widest)
+
+
+def _first_ngrams(tables: Tables) -> tuple[int, ...]:
+    """From the lengths: a node of two tokens and more is an n-gram."""
+    ends = (*np.cumsum((0, *tables.lengths[1:])).tolist(), len(tables.words)) if tables.lengths else (0,)
+    _require(all(a <= b for a, b in pairwise(ends)), "the n-grams do not fit the lengths")
+    return ends
 
 
 def _check_header(header: dict[str, Any], vocab_size: int) -> None:

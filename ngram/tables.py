@@ -38,7 +38,7 @@ from ngram.walk import Walk, shares_of
 NO_KEY = torch.iinfo(torch.int64).max
 MAX_ORDER = 6
 MOST_NGRAMS = 2**31 - 1
-"""Longer than one token, all orders together: positions among them are int32."""
+"""Longer than one token, all orders together, that training in memory numbers."""
 MOST_ROWS_WALKED = 64
 TENSORS = ("unigram", "seen", "nodes", "runs", "backoff_book", "book_starts", "words", "deltas")
 
@@ -46,8 +46,8 @@ TENSORS = ("unigram", "seen", "nodes", "runs", "backoff_book", "book_starts", "w
 class Contexts(NamedTuple):
     """What precedes each row, for the orders 2 … n: row by row, shortest context first."""
 
-    starts: Tensor  # int32 [B · (n−1)], position of the node's first continuation
-    ends: Tensor  # int32 [B · (n−1)], one past its last; the same where the model lacks the context
+    starts: Tensor  # as `Tables.runs` [B · (n−1)], position of the node's first continuation
+    ends: Tensor  # the same [B · (n−1)], one past its last; as ``starts`` where the model lacks the context
     codes: Tensor  # int32 [B · (n−1)], position of log γ in the tables' book
 
 
@@ -69,8 +69,8 @@ class Tables:
         seen: ids that the corpus or the ARPA file holds, bool [S, V].
         nodes: of every node and one more at the end, the distance of its first continuation from that of its run, and
             the code of its log γ; small integers [C + 1, 2].
-        runs: position of the first continuation of every run of 16 nodes, plus the bias of ``nodes``; int32
-            [⌈(C + 1) / 16⌉].
+        runs: position of the first continuation of every run of 16 nodes, plus the bias of ``nodes``; int32, or int64
+            where there are more n-grams than that can count [⌈(C + 1) / 16⌉].
         backoff_book: log γ by code, float32 [K].
         book_starts: where each prior's codes begin in it, plus the bias of ``nodes``; int32 [S].
         words: the continuations' ids, ascending within a node; small integers [N].
@@ -123,11 +123,11 @@ class Tables:
         return {name: value for name, value in vars(self).items() if name != "_walk"}
 
     def starts(self) -> Tensor:
-        """Position of every node's first continuation, and the end: int32 [C + 1]. For the host, as the next two."""
+        """Where every node's continuations begin, and the end: as ``runs`` [C + 1]. For the host, as the next two."""
         return self.runs.repeat_interleave(1 << RUN_BITS)[: len(self.nodes)] + self.nodes[:, 0]
 
     def counts(self) -> Tensor:
-        """Number of continuations of every node, int32 [C]."""
+        """Number of continuations of every node, as ``runs`` [C]."""
         return self.starts().diff()
 
     def backoffs(self) -> Tensor:
@@ -223,7 +223,7 @@ class Tables:
         if is_walked(history):
             priors = prior.tolist() if isinstance(prior, Tensor) else repeat(prior)
             found = self._walk.find(history[:, 1 - self.order :].tolist(), priors)
-            return Contexts(*torch.tensor(found, dtype=torch.int32).view(-1, 3).unbind(1))
+            return Contexts(*torch.tensor(found, dtype=self.runs.dtype).view(-1, 3).unbind(1))
         longest = self.order - 1
         window = history[:, -longest:].clamp(max=self.vocab_size)
         if window.shape[1] < longest:
@@ -290,7 +290,7 @@ class Tables:
             float32 [B].
         """
         total = self.unigram[0, tokens]
-        if self.order == 1:
+        if self.order == 1 or not len(tokens):
             return total
         contexts = Contexts(*(each.view(len(tokens), -1) for each in self.find(history)))
         total = total + self.backoff_book[contexts.codes].sum(1)

@@ -24,6 +24,8 @@ PRIOR_FILE = "prior.safetensors"
 CONFIG_FILE = "style_prior.json"
 RATIO_FILE = "ratio.safetensors"
 _WHAT = "style prior"
+MAPPED = 1 << 30
+"""Bytes from which a file's n-grams stay in it, and are not checked."""
 
 
 class SavedStyle(NamedTuple):
@@ -92,8 +94,9 @@ def load_prior(path: str | PathLike, tokenizer: Any | None = None) -> NGramModel
         DecodingError: no such prior, a damaged one, or one of another tokenizer.
     """
     path = Path(path)
+    file = path / PRIOR_FILE if path.is_dir() else path
     try:
-        model = NGramModel.load(path / PRIOR_FILE if path.is_dir() else path)
+        model = NGramModel.load(file, mmap=file.is_file() and file.stat().st_size >= MAPPED)
     except NGramError as error:
         raise DecodingError(str(error)) from error
     if tokenizer is not None:

@@ -72,7 +72,7 @@ class _Order:
 
     def __init__(self, place: Place, length: int, folder: Path):
         self._place, self._length, self._packing = place, length, place.packing(length)
-        self._dtype = place.counted(length)
+        self._dtype = place.adjusted(length)
         self._sorter = Sorter(folder / str(length), self._dtype, place.rows(self._dtype, place.settings.order))
         self._is_adjusted = _is_adjusted(place) and length < place.settings.order
         self._held = np.empty(0, record(self._packing, count=np.int64, preceding=np.int64))
@@ -115,7 +115,8 @@ class _Order:
         amounts = found["preceding"] if self._is_adjusted else found["count"]
         amounts = _unless_first(self._place, first, amounts, found["count"])
         self.counts += np.bincount(np.minimum(amounts, _DISTINGUISHED), minlength=_DISTINGUISHED + 1)[:-1]
-        self._sorter.add(records_of(self._dtype, self._packing.reversed(found["key"]), count=amounts))
+        kept = found["count"] > self._place.settings.cutoffs[self._length - 1]
+        self._sorter.add(records_of(self._dtype, self._packing.reversed(found["key"]), count=amounts, kept=kept))
 
 
 def discount(place: Place, folder: Path) -> None:

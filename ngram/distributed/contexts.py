@@ -10,7 +10,7 @@ import numpy as np
 from ngram.distributed.packing import Packing, begins
 from ngram.distributed.runs import Records, RunWriter, Sorter, merged, record, records_of, runs_in
 from ngram.distributed.settings import ADJUST, DISCOUNT, Place, load
-from ngram.smoothing import Formula, formula_of
+from ngram.smoothing import Formula, cut, formula_of
 
 
 def context_dtype(place: Place, length: int) -> np.dtype:
@@ -44,16 +44,21 @@ def share(place: Place, part: int, folder: Path) -> None:
         rows = place.rows(dtype, 2)
         sorter = Sorter(folder / str(length), dtype, rows)
         writer = RunWriter(folder / f"contexts{length - 1}.run", of_contexts)
-        counted = runs_in(place.folders(ADJUST, str(length)), place.counted(length))
+        counted = runs_in(place.folders(ADJUST, str(length)), place.adjusted(length))
         ngrams = merged(counted, packing, place.ranges[part], rows)
         for some in _whole_contexts(ngrams, packing):
             contexts = packing.prefix(some["key"], length - 1)
             new = begins(contexts)
             parents = np.cumsum(new) - 1
             mass, gamma = formula(parents, some["count"], int(parents[-1]) + 1)
-            seen = np.bincount(parents)
-            writer.add(records_of(of_contexts, contexts[new], count=seen, backoff=np.log(gamma)))
-            sorter.add(records_of(dtype, packing.reversed(some["key"]), mass=mass, gamma=gamma[parents]))
+            kept = some["kept"]
+            if place.settings.cutoffs[length - 1]:
+                mass, gamma = cut(mass, gamma, parents, kept)
+            seen = np.bincount(parents, weights=kept).astype(np.int64)
+            known = records_of(of_contexts, contexts[new], count=seen, backoff=np.log(gamma))
+            writer.add(known[seen > 0])
+            terms = records_of(dtype, packing.reversed(some["key"]), mass=mass, gamma=gamma[parents])
+            sorter.add(terms[kept])
         writer.close()
         sorter.flush()
 

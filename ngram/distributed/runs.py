@@ -16,7 +16,7 @@ from ngram.errors import NGramError
 
 Records = NDArray[Any]
 """Structured [N]: ``key``, uint64 [W], and values."""
-_BLOCK = 1 << 14  # records of which a checksum is kept
+_BLOCK = 1 << 12  # records of which a checksum is kept: the least that is read of a run
 
 
 def record(packing: Packing, **values: type) -> np.dtype:
@@ -91,7 +91,6 @@ class Run:
             raise damaged(path) from error
         if not whole:
             raise damaged(path)
-        self._records = np.memmap(path, dtype, "r") if self._rows else np.empty(0, dtype)
 
     def __len__(self) -> int:
         return self._rows
@@ -100,7 +99,7 @@ class Run:
         """The records from one place to another, about so many at a time."""
         step = max(rows // _BLOCK, 1) * _BLOCK
         for at in range(begin // _BLOCK * _BLOCK, end, step):
-            block = np.array(self._records[at : min(at + step, self._rows)])
+            block = self._read(at, min(step, self._rows - at))
             for place in range(0, len(block), _BLOCK):
                 if zlib.crc32(block[place : place + _BLOCK].tobytes()) != self._sums[(at + place) // _BLOCK]:
                     raise damaged(self._path)
@@ -108,12 +107,16 @@ class Run:
             if len(block):
                 yield block
 
+    def _read(self, at: int, rows: int) -> Records:
+        """Not by a memory map: its pages would count as this process's memory."""
+        return np.fromfile(self._path, self.dtype, rows, offset=at * self.dtype.itemsize)
+
     def place(self, word: int) -> int:
         """How many records have a smaller first word in their key."""
         low, high = 0, self._rows
         while low < high:
             middle = (low + high) // 2
-            if int(self._records[middle]["key"][0]) < word:
+            if int(self._read(middle, 1)[0]["key"][0]) < word:
                 low = middle + 1
             else:
                 high = middle

@@ -29,6 +29,7 @@ class Settings:
     """Of a training. `NGramModel.train` documents those that it has too.
 
     Attributes:
+        cutoffs: one for each order.
         tasks: into which the documents are divided.
         parts: into which n-grams are divided, by their first or last token.
         memory: bytes that a task may take for n-grams.
@@ -42,6 +43,7 @@ class Settings:
     pad_vocab: bool
     delta: float
     interpolation: tuple[float, ...] | None
+    cutoffs: tuple[int, ...]
     tasks: int
     parts: int
     memory: int
@@ -79,6 +81,10 @@ class Place:
     def counted(self, length: int) -> np.dtype:
         """Of n-grams of a length, and windows of the longest: what they count."""
         return record(self.packing(length), count=np.int64)
+
+    def adjusted(self, length: int) -> np.dtype:
+        """The same, and whether they are kept."""
+        return record(self.packing(length), count=np.int64, kept=np.bool_)
 
     @property
     def weights(self) -> Floats:

@@ -21,10 +21,11 @@ from ngram.distributed.counting import count, plan
 from ngram.distributed.interpolating import interpolate
 from ngram.distributed.settings import Place, Settings, said
 from ngram.errors import NGramError
-from ngram.smoothing import Smoothing, checked_weights
+from ngram.smoothing import Smoothing, checked_cutoffs, checked_weights
 from ngram.storage import umask, write_atomically
 
 _FORMAT = "decoding-ngram-training/1"
+_SETTINGS = "training.json"
 _LEAST_MEMORY = 64 << 20
 
 
@@ -57,7 +58,7 @@ class Training:
         vocab_size: number of token ids, V.
         order: length of the longest n-gram, 1 to 6.
         smoothing: as `NGramModel.train` has it, and so ``bos_id``, ``eos_id``, ``pad_vocab``, ``delta``,
-            ``interpolation`` and ``metadata``.
+            ``interpolation``, ``prune`` and ``metadata``.
         tasks: into which the documents are divided.
         parts: into which n-grams are divided; as many as tasks by default.
         memory: bytes that a task may take for n-grams.
@@ -80,6 +81,7 @@ class Training:
         pad_vocab: bool = False,
         delta: float = 0.1,
         interpolation: Sequence[float] | None = None,
+        prune: int | Sequence[int] = 0,
         metadata: Mapping[str, str] | None = None,
         tasks: int = 1,
         parts: int | None = None,
@@ -105,6 +107,7 @@ class Training:
             pad_vocab,
             float(delta),
             weights,
+            checked_cutoffs(prune, order),
             tasks,
             min(parts, vocab_size),
             memory,
@@ -113,7 +116,7 @@ class Training:
         self._begin(source)
 
     def _begin(self, source: str) -> None:
-        path = self._place.work / "training.json"
+        path = self._place.work / _SETTINGS
         told = {"format": _FORMAT, "settings": said(self._place.settings), "source": source}
         if not path.exists():
             write_atomically(path, json.dumps(told, indent=1).encode())
@@ -139,11 +142,15 @@ class Training:
             Step(steps.ASSEMBLE, parts, lambda part, folder: assemble(place, part, folder)),
         ]
 
+    def is_done(self, step: Step, task: int) -> bool:
+        """Whether a task of a step is."""
+        return self._place.folder(step.name, task).exists()
+
     def run(self, step: Step, task: int) -> None:
         """Does a task of a step, if it is not done. All tasks of the steps before must be."""
-        folder = self._place.folder(step.name, task)
-        if folder.exists():
+        if self.is_done(step, task):
             return
+        folder = self._place.folder(step.name, task)
         unfinished: Path | None = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +159,7 @@ class Training:
             unfinished.chmod(0o777 & ~umask())
             os.replace(unfinished, folder)
         except OSError as error:
-            if not folder.exists():  # else another process has done it meanwhile
+            if not self.is_done(step, task):  # else another process has done it meanwhile
                 raise NGramError(f"task {task} of step {step.name} failed in {folder.parent}: {error}") from error
         finally:
             if unfinished is not None:
@@ -164,10 +171,22 @@ class Training:
             for task in range(step.tasks):
                 self.run(step, task)
 
+    def tidy(self) -> None:
+        """Removes what tasks that were killed left behind. No task may run meanwhile."""
+        for step in self.steps:
+            for left in (self._place.work / step.name).glob(".*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Removes all that was written, but for the model."""
+        for step in self.steps:
+            shutil.rmtree(self._place.work / step.name, ignore_errors=True)
+        (self._place.work / _SETTINGS).unlink(missing_ok=True)
+
     def write(self, path: str | PathLike) -> None:
         """Writes the model, which `NGramModel.load` opens, when all tasks are done.
 
         Raises:
-            NGramError: more n-grams than a model can have, or a file that cannot be written.
+            NGramError: a file that cannot be written.
         """
         write(self._place, Path(path), self._metadata)

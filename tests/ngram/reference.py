@@ -5,13 +5,26 @@ from collections import Counter
 
 
 class Reference:
-    def __init__(self, documents, vocab_size, order, smoothing, bos=None, eos=None, pad=False, delta=0.1, weights=None):
+    def __init__(
+        self,
+        documents,
+        vocab_size,
+        order,
+        smoothing,
+        bos=None,
+        eos=None,
+        pad=False,
+        delta=0.1,
+        weights=None,
+        cutoffs=None,
+    ):
         self.order, self.smoothing, self.bos, self.pad, self.delta = order, smoothing, bos, pad, delta
         self.weights = weights or [1.0] * order
         self.predicted = [w for w in range(vocab_size) if w != bos]
         markers = [[bos] if bos is not None else [], [eos] if eos is not None else []]
         texts = [markers[0] + list(document) + markers[1] for document in documents if len(document)]
         raw = Counter(tuple(t[i : i + k]) for t in texts for k in range(1, order + 1) for i in range(len(t) - k + 1))
+        self.kept = {gram for gram, count in raw.items() if cutoffs is None or count > cutoffs[len(gram) - 1]}
         self.counts = dict(raw)
         if smoothing == "kneser-ney":
             for gram in raw:
@@ -57,21 +70,29 @@ class Reference:
         grams = self.contexts.get(tuple(context))
         if grams is None:
             return lower
-        count = self.counts.get((*context, w), 0)
-        total = sum(self.counts[gram] for gram in grams)
+        if self.smoothing == "additive" and k == 1:
+            total = sum(self.counts[gram] for gram in grams)
+            return (self.counts.get((w,), 0) + self.delta) / (total + self.delta * len(self.predicted))
+        mass, gamma = self._terms(grams, k)
+        left = gamma + sum(mass[gram] for gram in grams if gram not in self.kept)
+        gram = (*context, w)
+        return (mass[gram] if gram in mass and gram in self.kept else 0) + left * lower
+
+    def _terms(self, grams, k):
+        """What each n-gram of a context has, and what is left for all tokens."""
+        counts = {gram: self.counts[gram] for gram in grams}
+        total = sum(counts.values())
         if self.smoothing == "witten-bell":
-            return (count + len(grams) * lower) / (total + len(grams))
+            total += len(grams)
+            return {gram: count / total for gram, count in counts.items()}, len(grams) / total
         if self.smoothing == "additive":
-            if k == 1:
-                return (count + self.delta) / (total + self.delta * len(self.predicted))
             share = self.weights[k - 1] / sum(self.weights[:k])
-            return share * count / total + (1 - share) * lower
-        d = self.discounts[k]
-        gamma = sum(d[min(self.counts[gram], 3)] for gram in grams) / total
-        return (count - d[min(count, 3)]) / total + gamma * lower
+            return {gram: share * count / total for gram, count in counts.items()}, 1 - share
+        taken = {gram: self.discounts[k][min(count, 3)] for gram, count in counts.items()}
+        return {gram: (counts[gram] - taken[gram]) / total for gram in grams}, sum(taken.values()) / total
 
     def log_row(self, context, vocab_size):
         return [math.log(p) if (p := self.probability(context, w)) else -math.inf for w in range(vocab_size)]
 
     def matches(self, context):
-        return tuple(context) in self.contexts
+        return any(gram in self.kept for gram in self.contexts.get(tuple(context), ()))

@@ -28,6 +28,7 @@ def cases(draw):
         "bos": bos,
         "eos": eos,
         "pad": draw(st.booleans()),
+        "prune": (0, *sorted(draw(st.lists(st.integers(0, 3), min_size=order - 1, max_size=order - 1)))),
         "contexts": draw(st.lists(st.lists(st.integers(-1, V + 1), min_size=5, max_size=5), min_size=1, max_size=6)),
     }
 
@@ -35,8 +36,10 @@ def cases(draw):
 def build(case):
     common = (case["order"], case["smoothing"])
     documents = [np.array(d, int) for d in case["documents"]]
-    model = NGramModel.train(documents, V, *common, bos_id=case["bos"], eos_id=case["eos"], pad_vocab=case["pad"])
-    return model, Reference(case["documents"], V, *common, case["bos"], case["eos"], case["pad"])
+    markers = {"bos_id": case["bos"], "eos_id": case["eos"]}
+    model = NGramModel.train(documents, V, *common, **markers, pad_vocab=case["pad"], prune=case["prune"])
+    reference = Reference(case["documents"], V, *common, case["bos"], case["eos"], case["pad"], cutoffs=case["prune"])
+    return model, reference
 
 
 def usable(context, longest):

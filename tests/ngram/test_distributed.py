@@ -59,6 +59,15 @@ class TestEquality:
         options = {"smoothing": smoothing, **markers}
         assert train(tmp_path, documents, tasks=3, **options) == in_memory(tmp_path, documents, **options)
 
+    @pytest.mark.parametrize("prune", [1, (0, 0, 2), (0, 1, 1), (0, 5, 400)])
+    @pytest.mark.parametrize("smoothing", SMOOTHINGS)
+    def test_cut_offs(self, tmp_path, little, smoothing, prune):
+        documents = corpus(4)
+        options = {"smoothing": smoothing, "prune": prune, "eos_id": 58}
+        wanted = in_memory(tmp_path, documents, **options)
+        assert len(wanted) < len(in_memory(tmp_path, documents, smoothing=smoothing, eos_id=58))
+        assert train(tmp_path, documents, tasks=3, **options) == wanted
+
     @pytest.mark.parametrize("tasks", [1, 2, 7])
     def test_however_documents_are_divided(self, tmp_path, little, tasks):
         documents = corpus(1)

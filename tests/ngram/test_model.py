@@ -187,9 +187,12 @@ def damaged_copies(path, folder):
     yield variant("code book", backoff_values=tensors["backoff_values"][:-1].clone())
     yield variant("nan", deltas=tensors["deltas"] * float("nan"))
     yield variant("dtype", unigram=tensors["unigram"].double())
-    counts = tensors["counts"].to(torch.int32)
-    counts[0], counts[1] = counts[0] + 1, counts[1] - 1
-    yield variant("counts", counts=counts.flip(0).contiguous())
+    yield variant("nodes", nodes=tensors["nodes"].flip(0).contiguous())
+    yield variant("runs", runs=tensors["runs"] + 1)
+    yield variant("too few runs", runs=tensors["runs"][:-1].clone())
+    negative = tensors["nodes"].clone()
+    negative[2, 0] -= 1
+    yield variant("negative", nodes=negative)
     for key in tensors:
         save_file({name: t for name, t in tensors.items() if name != key}, folder / f"without {key}", metadata)
         yield folder / f"without {key}"

@@ -1,5 +1,7 @@
 """The styles that an engine loads, and what they add."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -36,6 +38,18 @@ def test_saved_settings_apply_and_a_request_may_leave_lambda_out(saved, tokenize
     wanted = StylePrior.from_pretrained(saved["folder"])(history, scores)
     got = styles.add(scores.clone(), history, styles.layers(rows_of([(1, 0.7)], [(1, 0.7)])))
     assert_same_distribution(got, wanted)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at maps in /proc")
+def test_one_large_style_stays_in_its_file(saved, tokenizer, monkeypatch):
+    monkeypatch.setattr("decoding.style.files.MAPPED", 1)
+    declared = {"mine": DeclaredStyle(str(saved["file"]))}
+    styles = load_styles(declared, tokenizer, 60, "cpu")
+    assert str(saved["file"]) in Path("/proc/self/maps").read_text()
+    wanted = StylePrior(saved["file"], λ=0.5)
+    scores, history = torch.randn(2, 60), torch.tensor([[3, 4], [5, 6]])
+    got = styles.add(scores.clone(), history, styles.layers(rows_of([(0, 0.5)], [(0, 0.5)])))
+    assert_same_distribution(got, wanted(history, scores))
 
 
 def test_priors_that_do_not_fit_the_model_are_refused(saved, tokenizer, tmp_path):
