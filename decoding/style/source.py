@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -13,6 +13,7 @@ from decoding.errors import DecodingError
 from decoding.files import exists
 from decoding.hub import may_be_hub_id
 from decoding.style.files import SavedStyle, load_prior, read_folder, saved_kind
+from decoding.style.opening import is_address, unpacked_name
 from decoding.style.readers import has_known_suffix, read_documents
 from decoding.style.registered import registered_documents, registered_styles
 from decoding.tokens import text_fingerprint
@@ -68,9 +69,9 @@ class StyleSource:
         """Tells what a user means.
 
         Args:
-            spec: a registered name, a text file, a folder of texts, a file with fields, a saved prior, a folder of
-                `StylePrior.save_pretrained`, or a hub id. ``NAME=SPEC`` names it; ``FILE.jsonl#FIELD`` has the field.
-                What was told already stays as it is.
+            spec: a registered name, a text file, a folder of texts, a file with fields, the address of a file
+                (``s3://…``, ``https://…``), a saved prior, a folder of `StylePrior.save_pretrained`, or a hub id.
+                ``NAME=SPEC`` names it; ``FILE.jsonl#FIELD`` has the field. What was told already stays as it is.
             field: of texts in files, where ``spec`` gives none.
             unwrap: as the attribute.
 
@@ -89,8 +90,8 @@ class StyleSource:
         if own is not None and kind != "text":
             raise DecodingError(f"style {where} is {_WHAT[kind]} and has no field {own!r}")
         field = own or (field if kind == "text" else None)
-        path = Path(where.removesuffix(".gz"))
-        return cls(name or (path.name if kind == "hub" else path.stem), kind, where, field, unwrap, bool(name))
+        own_name = Path(where).name if kind == "hub" else Path(unpacked_name(where)).stem
+        return cls(name or own_name, kind, where, field, unwrap, bool(name))
 
     def name_of(self, model: NGramModel) -> str:
         """The name that counts, given the saved prior's own."""
@@ -115,9 +116,9 @@ class StyleSource:
         if not self.is_text:
             raise DecodingError(f"style {self.where} is {_WHAT[self.kind]}: what is wanted here is its text")
         if self.kind == "registered":
-            found = registered_documents(self.where) or []
+            found: Iterable[str] = registered_documents(self.where) or []
         else:
-            found = read_documents(Path(self.where), self.field, self.unwrap)
+            found = read_documents(self.where, self.field, self.unwrap)
         documents = tuple(text for text in found if text.strip())
         if not documents:
             raise DecodingError(f"style corpus {self.where} holds no text")
@@ -166,7 +167,7 @@ def _kind_of(where: str) -> Kind:
         return "registered"
     if (saved := saved_kind(where)) is not None:
         return saved
-    if exists(where):
+    if exists(where) or is_address(where):
         return "text"
     if may_be_hub_id(where) and not has_known_suffix(where):
         return "hub"

@@ -25,7 +25,7 @@ from decoding.tokens import (
     tokenizer_fingerprint,
 )
 from ngram import NGramError, NGramModel
-from ngram.smoothing import Smoothing
+from ngram.smoothing import Smoothing, checked_cutoffs
 from ngram.storage import FORMAT
 from ngram.tables import MAX_ORDER
 
@@ -33,7 +33,7 @@ DEFAULT_ORDER = 3
 DEFAULT_SMOOTHING = "kneser-ney"
 
 
-def check_training(order: int, smoothing: str) -> None:
+def check_training(order: int, smoothing: str, prune: Sequence[int] = (0,)) -> None:
     """Refuses parameters of `train_prior` before a text is read.
 
     Raises:
@@ -43,47 +43,65 @@ def check_training(order: int, smoothing: str) -> None:
         raise DecodingError(f"order must be a whole number from 1 to {MAX_ORDER}, not {order!r}")
     if smoothing not in get_args(Smoothing):
         raise DecodingError(f"unknown smoothing {smoothing!r}: choose from {', '.join(get_args(Smoothing))}")
+    try:
+        checked_cutoffs(prune, int(order))
+    except NGramError as error:
+        raise DecodingError(str(error)) from error
 
 
 def train_prior(
-    corpus: Corpus, tokenizer: Any, order: int = DEFAULT_ORDER, smoothing: str = DEFAULT_SMOOTHING
+    corpus: Corpus,
+    tokenizer: Any,
+    order: int = DEFAULT_ORDER,
+    smoothing: str = DEFAULT_SMOOTHING,
+    prune: Sequence[int] = (0,),
 ) -> NGramModel:
     """Trains an n-gram model of a corpus and marks it with the tokenizer's fingerprint.
 
     Every document ends on the tokenizer's end-of-sequence token, so that the prior knows where texts end. Unseen ids
     share in the uniform distribution (``pad_vocab`` of `NGramModel.train`): a model may write words that the corpus
-    lacks.
+    lacks. ``prune`` is that of `NGramModel.train`.
 
     Raises:
         DecodingError: the corpus is too short, or the parameters are off.
     """
-    return prior_of_tokens(tokenize(corpus.documents, tokenizer), corpus, tokenizer, order, smoothing)
+    check_training(order, smoothing, prune)
+    return prior_of_tokens(tokenize(corpus.documents, tokenizer), corpus, tokenizer, order, smoothing, prune)
+
+
+def joined(corpora: Sequence[Corpus]) -> Corpus:
+    """Several corpora as one, which is called as the first."""
+    return Corpus(corpora[0].name, tuple(text for corpus in corpora for text in corpus.documents))
 
 
 def prior_of_tokens(
-    documents: Sequence[np.ndarray], corpus: Corpus, tokenizer: Any, order: int, smoothing: str
+    documents: Sequence[np.ndarray],
+    corpus: Corpus,
+    tokenizer: Any,
+    order: int,
+    smoothing: str,
+    prune: Sequence[int] = (0,),
 ) -> NGramModel:
     """`train_prior` for a corpus that is tokenized already."""
-    name, sha256 = tokenizer_fingerprint(tokenizer)
     controls = control_ids(tokenizer)
     texts = [text for ids in documents for text in texts_within(ids, controls)]
+    options = options_of(corpus.name, tokenizer)
+    options["metadata"] |= {"corpus_sha256": corpus.sha256}
     try:
-        return NGramModel.train(
-            texts,
-            vocab_size=id_count(tokenizer),
-            order=order,
-            smoothing=smoothing,  # type: ignore[arg-type]  # checked there
-            eos_id=tokenizer.eos_token_id,
-            pad_vocab=True,
-            metadata={
-                "style": corpus.name,
-                "corpus_sha256": corpus.sha256,
-                "tokenizer": name,
-                "tokenizer_sha256": sha256,
-            },
-        )
+        return NGramModel.train(texts, order=order, smoothing=smoothing, prune=prune, **options)  # type: ignore[arg-type]
     except NGramError as error:
         raise DecodingError(f"cannot train a prior of style {corpus.name!r}: {error}") from error
+
+
+def options_of(style: str, tokenizer: Any) -> dict[str, Any]:
+    """What `NGramModel.train` is told of a style and a tokenizer, for every prior."""
+    name, sha256 = tokenizer_fingerprint(tokenizer)
+    return {
+        "vocab_size": id_count(tokenizer),
+        "eos_id": tokenizer.eos_token_id,
+        "pad_vocab": True,
+        "metadata": {"style": style, "tokenizer": name, "tokenizer_sha256": sha256},
+    }
 
 
 def name_and_file(

@@ -174,7 +174,7 @@ def _family(metric: Metric, totals: dict[str | None, np.ndarray]) -> Any:
     from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
     from prometheus_client.utils import floatToGoString
 
-    kind = HistogramMetricFamily if metric.borders else CounterMetricFamily
+    kind: Any = HistogramMetricFamily if metric.borders else CounterMetricFamily
     family = kind(metric.name, metric.what, labels=[] if metric.label is None else [metric.label])
     for label, numbers in totals.items():
         labels = [] if label is None else [label]

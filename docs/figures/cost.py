@@ -70,6 +70,15 @@ def temperature() -> str:
     return table([HEADS, *bench_table("bench_temperature.json", _as_they_are("bench_temperature.json"))])
 
 
+def pruning() -> str:
+    """Perplexity against size."""
+    lines = [["text", "", "n-grams", "file", "perplexity of held-out text"]]
+    for each in read("bench_pruning.json")["models"]:
+        size = [f"{each['ngrams']:,}", f"{each['bytes'] / 1e6:.1f} MB"]
+        lines.append([each["corpus"], each["what"], *size, f"{each['perplexity']:.1f}"])
+    return table(lines)
+
+
 def _as_they_are(file: str) -> dict[str, str]:
     return {each["what"]: each["what"] for each in read(file)["figures"]}
 

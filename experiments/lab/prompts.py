@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from decoding.errors import DecodingError
-from decoding.style.text import read_text
+from decoding.style.opening import read_text
 
 DEFAULT_PROMPTS = Path(__file__).with_name("prompts.txt")
 

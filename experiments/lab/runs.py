@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from filelock import FileLock, Timeout
 
 from decoding.environment import environment
 from decoding.errors import DecodingError
@@ -20,11 +21,23 @@ from decoding.files import require_writable
 from decoding.models import model_fingerprint
 from decoding.tokens import tokenizer_fingerprint
 from experiments.lab.cells import Cell
+from experiments.lab.progress import progress_of_cells
 from ngram.storage import write_atomically
 
-HEADER, CELLS = "run.json", "cells"
+HEADER, CELLS, LOCK = "run.json", "cells", ".lock"
 ADDED_SINCE_0_1_0 = ("tokenizer_sha256", "definitions")
 C = TypeVar("C", bound=Cell)
+
+Elsewhere = Callable[[Path, Sequence[str], Callable[[], int], str], None]
+"""Has cells done by other processes: the run's folder, the cells' keys, what counts those done, and a title."""
+elsewhere: ContextVar[Elsewhere | None] = ContextVar("elsewhere", default=None)
+"""What does the cells of this command, if it does not do them itself."""
+part: ContextVar[frozenset[str] | None] = ContextVar("part", default=None)
+"""The keys of the cells that this process does, for a command that has them done elsewhere."""
+
+
+class PartDone(Exception):  # noqa: N818 (no error)
+    """Ends a command that had a part of its cells to do, and did it."""
 
 
 def settings_of(name: str, model: Any, tokenizer: Any | None = None) -> dict[str, Any]:
@@ -65,6 +78,13 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike, settings: dict[str, Any], resume: bool):
         self.path = Path(path)
         settings = json.loads(json.dumps(settings))
+        if part.get() is None:
+            self._begin(settings, resume)
+            return
+        with FileLock(self.path / ".header.lock"):  # other parts come to the same folder
+            self._begin(settings, resume)
+
+    def _begin(self, settings: dict[str, Any], resume: bool) -> None:
         held = self._held_settings()
         environments = held.pop("environments", []) if held else []
         if held is None or not resume:
@@ -105,10 +125,23 @@ class RunFolder:
         write_atomically(self._cells / f"{cell.key}.json", json.dumps(record, ensure_ascii=False).encode())
 
 
-def progress_of_cells() -> Progress:
-    """A bar that counts cells, with the time spent and left. It goes where errors go: results may be piped."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True))
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds a folder's lock.
+
+    Raises:
+        DecodingError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DecodingError(f"another run works in {folder}: wait for it, or choose another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def finish(
@@ -121,6 +154,8 @@ def finish(
 ) -> dict[C, dict[str, Any]]:
     """Measures the cells that are not on disk yet, with progress, and keeps each.
 
+    Under `elsewhere` others measure them, and under `part` these alone are measured here.
+
     Args:
         folder: of the run.
         cells: all of them.
@@ -131,20 +166,39 @@ def finish(
 
     Returns:
         ``records``.
+
+    Raises:
+        DecodingError: another process works on this run.
     """
     records = {} if records is None else records
-    records |= {cell: record for cell in cells if (record := folder.read(cell)) is not None}
+    records |= _held(folder, cells)
     todo = [cell for cell in cells if cell not in records]
-    with progress_of_cells() as progress:
-        task = progress.add_task(title, total=len(todo))
-        for cell in todo:
-            record = measured(cell)
-            folder.write(cell, record)
-            records[cell] = record
-            progress.advance(task)
-            if summary is not None:
-                progress.console.print(summary(cell, record), highlight=False, soft_wrap=True)
+    mine, send = part.get(), elsewhere.get()
+    if mine is not None and not mine.isdisjoint(cell.key for cell in cells):
+        for cell in (cell for cell in todo if cell.key in mine):
+            records[cell] = measured(cell)
+            folder.write(cell, records[cell])
+        raise PartDone
+    with nullcontext() if mine is not None else alone_in(folder.path):
+        if send is not None and todo:
+            keys = [cell.key for cell in todo]
+            send(folder.path, keys, lambda: sum(folder.read(cell) is not None for cell in todo), title)
+            records |= _held(folder, todo)
+            todo = [cell for cell in todo if cell not in records]
+        with progress_of_cells() as progress:
+            task = progress.add_task(title, total=len(todo))
+            for cell in todo:
+                record = measured(cell)
+                folder.write(cell, record)
+                records[cell] = record
+                progress.advance(task)
+                if summary is not None:
+                    progress.console.print(summary(cell, record), highlight=False, soft_wrap=True)
     return records
+
+
+def _held(folder: RunFolder, cells: Sequence[C]) -> dict[C, dict[str, Any]]:
+    return {cell: record for cell in cells if (record := folder.read(cell)) is not None}
 
 
 def _differing(held: dict[str, Any], settings: dict[str, Any]) -> list[str]:

@@ -18,7 +18,8 @@ from chunkllm.training.lessons import ReadingOptions
 from chunkllm.training.loop import require_positions
 from decoding.style.source import Corpus
 from experiments.lab.cells import Cell
-from experiments.lab.runs import RunFolder, progress_of_cells, settings_of
+from experiments.lab.progress import progress_of_cells
+from experiments.lab.runs import RunFolder, settings_of
 from experiments.lab.tables import markdown
 from experiments.long_context.evaluate import pieces_of
 from experiments.long_context.train import CHECKPOINT

@@ -15,6 +15,7 @@ from chunkllm.training import ReadingOptions, TrainingOptions
 from decoding.cli import options as shared
 from decoding.cli.groups import Group
 from decoding.errors import DecodingError
+from experiments.lab import spreading
 
 _number = partial(click.option, show_default=True, type=click.IntRange(min=1))
 
@@ -169,6 +170,7 @@ def calibrate(
 @shared.unwrap
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
 @shared.resume
+@spreading.of_cells
 def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, out: Path, **chosen: Any) -> None:
     """Perplexity, agreement, attention held and passkeys found on held-out TEXTS, for chunk selection and others."""
     from chunkllm.calibration import open_saved

@@ -14,7 +14,8 @@ from decoding.environment import environment
 from decoding.errors import DecodingError
 from decoding.files import require_writable
 from decoding.style.source import Corpus, StyleSource, load_corpus
-from experiments.lab.runs import check_unused, progress_of_cells, settings_of
+from experiments.lab.progress import progress_of_cells
+from experiments.lab.runs import check_unused, settings_of
 from experiments.long_context import training_report
 
 CHECKPOINT = "checkpoint"

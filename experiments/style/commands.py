@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from decoding.cli.sections import Command
 from decoding.errors import DecodingError
 from decoding.files import require_writable
 from decoding.style.registered import DEFAULT_STYLE
+from experiments.lab import spreading
 
 
 @click.group(cls=Group)
@@ -23,7 +25,7 @@ def style() -> None:
 
 
 @style.command()
-@click.argument("corpus")
+@click.argument("corpora", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A .safetensors file, or a folder.")
 @shared.lambda_or_auto
 @shared.steering
@@ -34,14 +36,24 @@ def style() -> None:
 @shared.order
 @shared.smoothing
 @shared.unwrap
+@click.option(
+    "--prune", type=shared.CutOffs(), default="0", help="Leave out what occurs so often or less, by order: 0,0,1."
+)
+@spreading.workers
+@click.option("--tasks", type=click.IntRange(min=1), help="Into which each step is divided. As many as workers.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder for what is written meanwhile: OUT.work.")
+@click.option("--memory", type=shared.Size(), default="4GB", show_default=True, help="Of each worker, at most.")
 @click.pass_context
-def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | None, **options: Any) -> None:
-    """Trains a prior on CORPUS (a registered name, text file, folder, or file with fields) for a model's tokenizer.
+def train(ctx: click.Context, corpora: tuple[str, ...], out: Path, lambda_: float | str | None, **options: Any) -> None:
+    """Trains a prior for a model's tokenizer on SOURCEs: registered names, text files, folders, files with fields.
 
     A .safetensors file holds the n-gram model alone. A folder also holds how it steers: λ, mode and guards.
+
+    With --executor it is trained on disk, by workers, and may outgrow memory. SOURCEs may then be addresses that fsspec
+    knows too, of files or folders, with wildcards. The same command goes on where it was stopped.
     """
     from decoding.models import load_model, load_tokenizer
-    from decoding.style.training import train_prior
+    from decoding.style.training import joined, train_prior
 
     default = click.core.ParameterSource.DEFAULT
     asked = [name for name in ("lambda_", *shared.STEERING) if ctx.get_parameter_source(name) != default]
@@ -50,17 +62,71 @@ def train(ctx: click.Context, corpus: str, out: Path, lambda_: float | str | Non
     if out.suffix != ".safetensors" and not asked:
         raise DecodingError(f"--out must end in .safetensors, not {out.name!r}; a folder also keeps --mode or --lambda")
     require_writable(out)
+    if options["executor"] is not None:
+        _train_on_disk(corpora, out, options)
+        return
+    spreading.refuse_without_executor(ctx, "tasks", "work", "memory")
     tokenizer = load_tokenizer(options["model"])
     if out.suffix == ".safetensors":
-        (source,) = shared.sources([corpus], options)
-        prior = train_prior(source.corpus(), tokenizer, options["order"], options["smoothing"])
+        corpus = joined([source.corpus() for source in shared.sources(corpora, options)])
+        prior = train_prior(corpus, tokenizer, options["order"], options["smoothing"], options["prune"])
         prior.save(out)
         click.echo(f"{out}: {len(prior):,} n-grams, {out.stat().st_size / len(prior):.1f} bytes each")
         return
-    steered = shared.style_prior(corpus, lambda_, options)
+    if len(corpora) > 1:
+        raise DecodingError("a folder that keeps how a style steers is made of one SOURCE: give a folder of texts")
+    if any(options["prune"]):
+        raise DecodingError("--prune makes a .safetensors file: name one with --out")
+    steered = shared.style_prior(corpora[0], lambda_, options)
     model = load_model(options["model"], options["dtype"], options["device"]) if steered.needs_model else None
     steered.bind(tokenizer, model).save_pretrained(out)
     click.echo(f"{out}: mode {steered.mode}, λ={steered.lambda_:g}")
+
+
+def _train_on_disk(corpora: tuple[str, ...], out: Path, options: dict[str, Any]) -> None:
+    from decoding.style.on_disk import training_on_disk
+    from experiments.style.train_on_disk import train
+
+    if out.suffix != ".safetensors":
+        raise DecodingError("--executor writes a .safetensors file: leave --lambda, --mode and guards to who uses it")
+    workers = spreading.workers_of(options, options["memory"])
+    work = options["work"] or out.with_name(f"{out.name}.work")
+    training = training_on_disk(
+        shared.sources(corpora, options),
+        options["model"],
+        work,
+        order=options["order"],
+        smoothing=options["smoothing"],
+        prune=options["prune"],
+        tasks=options["tasks"] or workers.count,
+        memory=options["memory"],
+    )
+    try:
+        is_written = train(training, workers, work, out)
+    except KeyboardInterrupt:
+        click.echo(f"\ninterrupted; what is done is kept in {work}: the same command goes on", err=True)
+        sys.exit(130)
+    if is_written:
+        click.echo(f"{out}: {out.stat().st_size / 1e6:,.1f} MB")
+    else:
+        click.echo(f"handed to Slurm, which writes {out} last; the same command goes on where a job failed")
+
+
+@style.command()
+@click.argument("prior")
+@click.option("--ngrams", required=True, type=click.IntRange(min=0), help="Of two tokens and more, that stay.")
+@click.option("--histories", help="Another saved prior of the text, such as Witten-Bell's: how often contexts come.")
+@click.option("--out", required=True, type=shared.Writable(), help="A .safetensors file.")
+def prune(prior: str, ngrams: int, histories: str | None, out: Path) -> None:
+    """Leaves out the n-grams of a saved PRIOR that it misses least, by entropy, down to a number."""
+    from decoding.style.source import StyleSource
+
+    if out.suffix != ".safetensors":
+        raise DecodingError(f"--out must end in .safetensors, not {out.name!r}")
+    other = None if histories is None else StyleSource.parse(histories).saved().model
+    smaller = StyleSource.parse(prior).saved().model.pruned(ngrams, other)
+    smaller.save(out)
+    click.echo(f"{out}: {len(smaller):,} n-grams")
 
 
 @style.command()
@@ -142,6 +208,7 @@ def evaluate(prior: str, text: str, model: str, order: int, smoothing: str, **op
 @shared.unwrap
 @shared.out
 @shared.resume
+@spreading.of_cells
 def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) -> None:
     """Priors in all modes beside prompting and LoRA: style (by a judge of its own), fluency, diversity, copying.
 
@@ -222,6 +289,7 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
 @shared.out
 @shared.resume
 @click.option("--json", "as_json", is_flag=True, help="Print the folder and the table's rows as JSON, for programs.")
+@spreading.of_cells
 def sweep(
     lambdas: tuple[float, ...], styles: tuple[str, ...], seeds: tuple[int, ...], as_json: bool, **options: Any
 ) -> None:
@@ -314,6 +382,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 @shared.smoothing
 @shared.out
 @shared.resume
+@spreading.of_cells
 def reproduce_style(data: Path, **options: Any) -> None:
     """Three corpora × eight λ × three seeds, beside unsteered texts of the same entropy (arXiv 2601.16224)."""
     from experiments.lab.prompts import DEFAULT_PROMPTS, read_prompts
@@ -358,3 +427,46 @@ def bench_vllm(model: str, max_new_tokens: int, rounds: int, out: Path | None) -
     from experiments.style import vllm_bench
 
     vllm_bench.main(model, max_new_tokens, rounds, out)
+
+
+@click.command(name="training")
+@click.option(
+    "--style", "spec", type=shared.STYLE_NAME, default=DEFAULT_STYLE, show_default=True, help=shared.style_help
+)
+@click.option("--tokens", default=250_000_000, show_default=True, type=click.IntRange(min=1), help="To draw.")
+@click.option("--workers", type=shared.Numbers("workers"), default="1,2", show_default=True, help="Numbers of them.")
+@click.option("--memory", type=shared.Size(), default="1GiB", show_default=True, help="For n-grams, of each worker.")
+@click.option("--in-memory/--on-disk-alone", default=True, help="Train in memory, too.")
+@click.option("--lmplz", type=click.Path(exists=True, path_type=Path), help="KenLM's trainer, to compare with.")
+@shared.model
+@shared.figures
+def bench_training(spec: str, workers: tuple[float, ...], out: Path | None, **options: Any) -> None:
+    """Measures training on disk, on tokens drawn from a style's n-grams. Let the machine be idle."""
+    from experiments.style import training_bench
+
+    (source,) = shared.sources([spec], {})
+    training_bench.main(
+        source.corpus(),
+        options["model"],
+        options["tokens"],
+        tuple(map(int, workers)),
+        options["memory"],
+        options["in_memory"],
+        options["lmplz"],
+        out,
+    )
+
+
+@click.command(name="pruning")
+@click.option("--style", "specs", type=shared.STYLE_NAME, multiple=True, help=f"{shared.style_help} May repeat.")
+@shared.model
+@shared.field
+@shared.unwrap
+@shared.figures
+def bench_pruning(specs: tuple[str, ...], model: str, out: Path | None, **options: Any) -> None:
+    """Measures perplexity against size, of models that are pruned by counts and by entropy."""
+    from experiments.style import pruning_bench
+    from experiments.style.cells import DEFAULT_STYLES
+
+    sources = shared.sources(specs or DEFAULT_STYLES, options)
+    pruning_bench.main([source.corpus() for source in sources], model, out)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import LogitsProcessor
 
@@ -238,7 +239,9 @@ class Comparison:
         if not method.lora or cell.style is None:
             return nullcontext()
         style, folder = self.styles[cell.style], self.folder.path / "lora" / cell.style
-        train_lora(self.model, style.documents, folder, self.options.lora, self.tokenizer.eos_token_id)
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # other processes may want it too
+            train_lora(self.model, style.documents, folder, self.options.lora, self.tokenizer.eos_token_id)
         return with_lora(self.model, folder, method.lora)
 
     def _written(

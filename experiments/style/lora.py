@@ -21,7 +21,7 @@ from decoding.errors import DecodingError
 from decoding.files import require_writable
 from decoding.models import model_fingerprint
 from experiments.lab.libraries import required
-from experiments.lab.runs import progress_of_cells
+from experiments.lab.progress import progress_of_cells
 from ngram.storage import write_atomically
 
 RECORD = "training.json"

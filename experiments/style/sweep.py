@@ -108,13 +108,14 @@ class Sweep:
         finish(self.folder, cells, self._measured, self.records, _summary)
 
     def _measured(self, cell: SweepCell) -> dict[str, Any]:
+        unsteered = self._unsteered_tokens(cell)
         texts: list[dict[str, Any]] = []
         seconds = prior_seconds = 0.0
         for start, prompts in self._batches():
             batch = self.engine.generate(cell, start, prompts)
             seconds += batch.seconds
             prior_seconds += batch.prior_seconds
-            texts += self._measure_batch(cell, start, batch)
+            texts += self._measure_batch(cell, start, batch, unsteered)
         count = sum(len(text["tokens"]) for text in texts)
         speed = {"tokens_per_second": count / seconds, "speed": 1 - prior_seconds / seconds}
         return {**asdict(cell), **speed, "texts": texts}
@@ -124,7 +125,9 @@ class Sweep:
         for start in range(0, len(self.options.prompts), size):
             yield start, list(self.options.prompts[start : start + size])
 
-    def _measure_batch(self, cell: SweepCell, start: int, batch: Batch) -> list[dict[str, Any]]:
+    def _measure_batch(
+        self, cell: SweepCell, start: int, batch: Batch, unsteered: Tensor | None
+    ) -> list[dict[str, Any]]:
         steps: dict[str, list[Tensor]] = {"base_log_prob": [], "log_prob": [], "js": [], "entropy": []}
         for step, (raw, processed) in enumerate(batch.steps):
             base = raw.float().masked_fill(torch.isneginf(processed), -torch.inf)  # the ruled-out end of sequence
@@ -135,7 +138,6 @@ class Sweep:
             steps["entropy"].append(metrics.entropy(processed))
         rows = {name: torch.stack(values, 1).cpu() for name, values in steps.items()}
         judges = [cell.style] if cell.style is not None else list(self.styles)
-        unsteered = self._unsteered_tokens(cell.seed)
         texts = []
         shifts = rows["log_prob"] - rows["base_log_prob"]
         for row, ids in enumerate(batch.tokens.cpu()):
@@ -154,10 +156,14 @@ class Sweep:
             texts.append(text)
         return texts
 
-    def _unsteered_tokens(self, seed: int) -> Tensor | None:
-        """Of every prompt, int64 [prompts, T]; None while that cell itself is measured."""
-        record = self.records.get(SweepCell(None, 0.0, 1.0, seed))
-        return None if record is None else torch.tensor([text["tokens"] for text in record["texts"]])
+    def _unsteered_tokens(self, cell: SweepCell) -> Tensor | None:
+        """What the unsteered cell of a cell's seed wrote, of every prompt, int64 [prompts, T]; of that itself None."""
+        unsteered = SweepCell(None, 0.0, 1.0, cell.seed)
+        if cell == unsteered:
+            return None
+        if unsteered not in self.records:  # another process has it to do, and may not have come to it
+            self.records[unsteered] = self.folder.read(unsteered) or self._measured(unsteered)
+        return torch.tensor([text["tokens"] for text in self.records[unsteered]["texts"]])
 
     @staticmethod
     def _against_style(style: Style, prompt: Tensor, tokens: Tensor) -> dict[str, float | None]:

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from decoding.cli import options as shared
 from decoding.cli.groups import Group
 from decoding.errors import DecodingError
+from experiments.lab import spreading
 
 _data = click.option(
     "--data", required=True, type=click.Path(path_type=Path), help="Folder that the tasks' files are relative to."
@@ -47,6 +48,7 @@ def temperature() -> None:
 @shared.device
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the collection.")
 @shared.resume
+@spreading.of_cells
 def collect(tasks: tuple[str, ...], suite: str, data: Path, limit: int, out: Path, resume: bool, **chosen: Any) -> None:
     """Scores a model on tasks at every temperature; goes on with --resume after an interruption."""
     from decoding.models import load_model, load_tokenizer

@@ -24,7 +24,7 @@ from decoding.models import DEFAULT_MODEL, resolve_model
 from decoding.vllm import engine_args
 from decoding.vllm.declaration import BLOCK_SIZE
 from decoding.vllm.v1 import take_in
-from experiments.lab.runs import progress_of_cells
+from experiments.lab.progress import progress_of_cells
 from experiments.long_context.rows.text import figures, row
 
 

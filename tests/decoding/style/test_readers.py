@@ -1,11 +1,14 @@
 """What people give as texts: formats, encodings, folders, and what is none of them."""
 
+import bz2
 import codecs
 import csv
 import gzip
 import json
+import lzma
 import warnings
 
+import fsspec
 import pytest
 
 from decoding import DecodingError, StylePrior
@@ -64,12 +67,59 @@ def test_every_format_gives_the_same_texts(tmp_path, name):
         load_corpus(f"{tmp_path / name}#text")
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "d.parquet"])
-def test_packed_by_gzip(tmp_path, name):
+def zstandard(content):
+    return pytest.importorskip("zstandard").compress(content)
+
+
+PACKINGS = {".gz": gzip.compress, ".bz2": bz2.compress, ".XZ": lzma.compress, ".zst": zstandard}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed(tmp_path, name, packing):
     FORMATS[name](tmp_path / name)
-    (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
-    corpus = load_corpus(f"{tmp_path / name}.gz#body")
+    packed = tmp_path / f"{name}{packing}"
+    packed.write_bytes(PACKINGS[packing]((tmp_path / name).read_bytes()))
+    corpus = load_corpus(f"{packed}#body")
     assert corpus.documents == KEPT and corpus.name == "d"
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packed_in_several_pieces_and_cut_off(tmp_path, packing):
+    lines = [json.dumps({"body": f"text {i}"}) + "\n" for i in range(9)]
+    packed = [PACKINGS[packing]("".join(lines[i : i + 3]).encode()) for i in (0, 3, 6)]
+    path = tmp_path / f"d.jsonl{packing}"
+    path.write_bytes(b"".join(packed))
+    assert load_corpus(f"{path}#body").documents == tuple(f"text {i}" for i in range(9))
+    path.write_bytes(b"".join(packed)[:-6])
+    with pytest.raises(DecodingError, match="cannot read"):
+        load_corpus(f"{path}#body")
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "t.txt"])
+def test_addresses(tmp_path, name):
+    content = b"a text" if name == "t.txt" else (FORMATS[name](tmp_path / name), (tmp_path / name).read_bytes())[1]
+    with fsspec.open(f"memory://corpora/{name}", "wb") as file:
+        file.write(content)
+    corpus = load_corpus(f"memory://corpora/{name}" + ("" if name == "t.txt" else "#body"))
+    assert corpus.documents == (("a text",) if name == "t.txt" else KEPT) and corpus.name == name[0]
+
+
+@pytest.mark.parametrize("address", ["memory://nowhere/a.txt", "nosuch://bucket/a.txt", "http://127.0.0.1:9/a.txt"])
+def test_addresses_where_nothing_can_be_read(address):
+    with pytest.raises(DecodingError, match=f"cannot read {address}"):
+        load_corpus(address)
+
+
+def test_a_folder_of_files_with_fields(tmp_path):
+    for name in FORMATS:
+        FORMATS[name](tmp_path / name)
+    (tmp_path / "notes.txt").write_text("other")
+    with pytest.warns(UserWarning, match=r"1 files were left out: notes\.txt \(no file with fields\)"):
+        assert load_corpus(f"{tmp_path}#body").documents == KEPT * len(FORMATS)
+    (tmp_path / "d.jsonl").write_text('{"body": "ok"}\n{"text": "no"}')
+    with pytest.raises(DecodingError, match=r"d\.jsonl, line 2: no text field 'body'"):
+        load_corpus(f"{tmp_path}#body")
 
 
 @pytest.mark.parametrize(
@@ -81,6 +131,7 @@ def test_packed_by_gzip(tmp_path, name):
         lambda text: codecs.BOM_UTF16_BE + text.encode("utf-16-be"),
         lambda text: text.encode("utf-32"),
         lambda text: gzip.compress(text.encode("utf-16")),
+        lambda text: bz2.compress(text.encode("utf-32")),
         lambda text: text.replace("\n", "\r\n").encode(),
         lambda text: text.replace("\n", "\r").encode(),
     ],
@@ -89,6 +140,30 @@ def test_encodings_by_their_mark_and_one_line_end(tmp_path, encoded):
     text = "né\nthe sea\n日本\n"
     (tmp_path / "t.txt").write_bytes(encoded(text))
     assert load_corpus(str(tmp_path / "t.txt")).documents == (text,)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_encodings_and_line_ends_of_files_that_are_read_by_lines(tmp_path, encoding, end):
+    lines = [json.dumps({"body": text}, ensure_ascii=False) for text in TEXTS]
+    (tmp_path / "d.jsonl").write_bytes(end.join(lines).encode(encoding))
+    assert load_corpus(f"{tmp_path / 'd.jsonl'}#body").documents == KEPT
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"body": "ok"}\n{"body": "\xff"}', "is not UTF-8 \\(behind line 0"),
+        (b'{"body": "o\0k"}', "is a binary file"),
+        (b" \n\n", "is blank"),
+        (b"", "is blank"),
+        (b"<!DOCTYPE html>", "is HTML"),
+    ],
+)
+def test_lines_that_are_none(tmp_path, content, says):
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(DecodingError, match=says):
+        load_corpus(f"{tmp_path / 'd.jsonl'}#body")
 
 
 def test_line_ends_within_fields(tmp_path):
