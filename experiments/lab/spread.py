@@ -29,7 +29,7 @@ from experiments.lab.progress import progress_of_cells
 
 Kind = Literal["local", "ray", "slurm"]
 _TRIES = 3  # of a task whose worker is gone
-_LOOK = 0.5  # seconds between looks at what is done
+_LOOK = 2.0  # seconds between looks at what is done
 
 
 @dataclass(frozen=True)

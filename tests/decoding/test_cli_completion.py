@@ -26,7 +26,7 @@ def offered(words, incomplete):
         ([], "", ["bench", "chat", "chunk", "completion", "doctor", "generate", "lm-eval", "playground", "reproduce",
                   "serve", "style", "sweep", "temperature"]),
         (["bench"], "vllm", ["vllm", "vllm-long-context"]),
-        (["style"], "", ["compare", "eval", "info", "train"]),
+        (["style"], "", ["compare", "eval", "info", "prune", "train"]),
         (["chat"], "--te", ["--temperature"]),
         (["generate", "--style"], "", registered_styles()),
         (["sweep", "--style"], "king", ["king-james"]),

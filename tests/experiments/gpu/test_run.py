@@ -113,17 +113,20 @@ def test_without_time_nothing_is_begun(folder):
 
 
 def test_an_interruption_keeps_what_was_found(folder):
-    note = folder / "started"
+    note, caught = folder / "started", threading.Event()
 
     def interrupt():
         while not (note.exists() and note.read_text()):
             time.sleep(0.05)
-        time.sleep(0.5)  # Python swallows what is raised while a fork returns: until the runner waits
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        wait = 0.5  # Python swallows what is raised while a fork returns: until the runner waits
+        while not caught.wait(wait):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            wait = 10.0  # on a busy machine the fork may not have returned
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         ran(folder, piece("finds", finds), piece("hangs", hangs, note=str(note)), minutes=1.0)
+    caught.set()
     assert not is_running(int(note.read_text()))
     assert read(folder / "finds.json")["status"] == DONE
     held = read(folder / "hangs.json")

@@ -235,7 +235,6 @@ class TestOnRay:
             ("fails", "task 1 of stage a failed: the text is blank"),
             ("lacks", "a worker lacks pyarrow"),
             ("memory", "a worker ran out of memory at stage a"),
-            ("is always killed", "a worker was killed at stage a"),
         ],
     )
     def test_what_fails_is_said_and_the_same_again_goes_on(self, tmp_path, ray, worse, says):
