@@ -70,6 +70,17 @@ def temperature() -> str:
     return table([HEADS, *bench_table("bench_temperature.json", _as_they_are("bench_temperature.json"))])
 
 
+def training() -> str:
+    """Of training on disk."""
+    return table([HEADS, *bench_table("bench_training.json", _as_they_are("bench_training.json"))])
+
+
+def trained(name: str) -> str:
+    """What was trained on: "tokens", in millions; "text_bytes", in GB."""
+    amount = read("bench_training.json")[name]
+    return f"{amount / 1e9:.2f} GB" if name == "text_bytes" else f"{amount / 1e6:.0f} million"
+
+
 def pruning() -> str:
     """Perplexity against size."""
     lines = [["text", "", "n-grams", "file", "perplexity of held-out text"]]

@@ -139,14 +139,15 @@ def main(
         seconds: dict[Any, float] = {}
         for number in workers:
             seconds[number], peak = _apart(_on_disk, ids, folder, size, number, memory)
+            what = f"on disk, {number} worker{'s' * (number > 1)}"
             figures += [
-                _seconds(f"on disk, {number} worker{'s' * (number > 1)}", seconds[number]),
-                _memory(f"the same, peak of a worker, of {_size(memory)} for n-grams", peak, 4),
+                _seconds(what, seconds[number]),
+                _memory(f"{what}, peak of each, of {_size(memory)} for n-grams", peak, 4),
             ]
         ngrams = len(NGramModel.load(folder / "disk.safetensors", mmap=True))
         if in_memory:
             seconds["memory"], peak = _apart(_in_memory, ids, folder, size)
-            figures += [_seconds("in memory", seconds["memory"]), _memory("the same, peak", peak)]
+            figures += [_seconds("in memory", seconds["memory"]), _memory("in memory, peak", peak)]
         if lmplz is not None:
             seconds["lmplz"], _ = _apart(_by_lmplz, ids, folder, lmplz, memory)
             figures.append(_seconds(f"lmplz -S {_size(memory)}", seconds["lmplz"]))
