@@ -49,7 +49,9 @@ def training_on_disk(
         name: of the style; that of the first source by default.
         field: of texts, in files that have fields.
         unwrap: as `StyleSource` has it.
-        order, smoothing, prune: of the prior.
+        order: of the prior.
+        smoothing: of the prior.
+        prune: its cut-offs, as for `NGramModel.train`.
         tasks: into which each step is divided.
         memory: bytes that a process may take, with all that it is made of.
 
