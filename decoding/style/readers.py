@@ -104,7 +104,7 @@ def _read_folder(folder: Path, field: str | None, join_lines: bool | None) -> It
                 raise
             left_out.append(f"{path.name} ({str(error).removeprefix(f'{path} ')})")
     if not read:
-        raise DecodingError(f"folder {folder} holds no {_wanted(field)} that can be read{_named(left_out)}")
+        raise DecodingError(f"folder {folder} holds no {what_is_wanted(field)} that can be read{_named(left_out)}")
     if left_out:
         _report(f"of folder {folder}, {len(left_out)} files were left out{_named(left_out)}")
 
@@ -112,11 +112,17 @@ def _read_folder(folder: Path, field: str | None, join_lines: bool | None) -> It
 def of_folder(folder: Path, field: str | None) -> tuple[list[Path], list[str]]:
     """The files of a folder whose texts are wanted, and what is left out and why."""
     all_ = files_of(folder)
-    wanted = [path for path in all_ if (is_text_file(path) if field is None else has_fields(path))]
-    return wanted, [f"{path.name} (no {_wanted(field)})" for path in all_ if path not in wanted]
+    left_out = [f"{path.name} (no {what_is_wanted(field)})" for path in all_ if not is_wanted(path, field)]
+    return [path for path in all_ if is_wanted(path, field)], left_out
 
 
-def _wanted(field: str | None) -> str:
+def is_wanted(where: str | PathLike, field: str | None) -> bool:
+    """Whether a file of a folder has texts: in this field, or as one of its .txt files."""
+    return has_fields(where) if field is not None else is_text_file(where)
+
+
+def what_is_wanted(field: str | None) -> str:
+    """Such files, in words."""
     return ".txt file" if field is None else "file with fields"
 
 
@@ -129,7 +135,7 @@ def files_of(folder: Path) -> list[Path]:
     ]
 
 
-def is_text_file(path: Path) -> bool:
+def is_text_file(path: str | PathLike) -> bool:
     """Whether a file of a folder is read as one of its texts."""
     return format_of(path) == ".txt"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -107,19 +107,35 @@ class StyleSource:
         """Whether there are texts, from which a prior can be trained for any tokenizer."""
         return self.kind in ("registered", "text")
 
-    def corpus(self) -> Corpus:
-        """The texts.
+    def require_text(self) -> None:
+        """Refuses a saved prior or style.
 
         Raises:
-            DecodingError: a saved prior or style, or texts that cannot be read, or none that is not blank.
+            DecodingError: it is one.
         """
         if not self.is_text:
             raise DecodingError(f"style {self.where} is {_WHAT[self.kind]}: what is wanted here is its text")
+
+    def texts(self) -> Iterator[str]:
+        """One after the other, without blank ones.
+
+        Raises:
+            DecodingError: a saved prior or style, or texts that cannot be read.
+        """
+        self.require_text()
         if self.kind == "registered":
             found: Iterable[str] = registered_documents(self.where) or []
         else:
             found = read_documents(self.where, self.field, self.unwrap)
-        documents = tuple(text for text in found if text.strip())
+        return (text for text in found if text.strip())
+
+    def corpus(self) -> Corpus:
+        """The texts together.
+
+        Raises:
+            DecodingError: a saved prior or style, or texts that cannot be read, or none that is not blank.
+        """
+        documents = tuple(self.texts())
         if not documents:
             raise DecodingError(f"style corpus {self.where} holds no text")
         return Corpus(self.name, documents)

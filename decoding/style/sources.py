@@ -13,8 +13,7 @@ from typing import Any
 
 from decoding.errors import DecodingError
 from decoding.style.opening import PACKED, format_of, is_address
-from decoding.style.readers import check_format, has_fields, is_text_file, of_folder, read_documents
-from decoding.style.registered import registered_documents
+from decoding.style.readers import check_format, has_fields, is_wanted, of_folder, what_is_wanted
 from decoding.style.source import StyleSource
 
 _TIMES = 8  # the memory that a text takes while it is read, in its bytes
@@ -34,14 +33,6 @@ class Piece:
     source: StyleSource
     state: str
     size: int
-
-    def texts(self) -> Iterator[str]:
-        """All, without blank ones."""
-        if self.source.kind == "registered":
-            found: Iterator[str] = iter(registered_documents(self.source.where) or [])
-        else:
-            found = read_documents(self.source.where, self.source.field, self.source.unwrap)
-        return (text for text in found if text.strip())
 
     @property
     def is_one_text(self) -> bool:
@@ -100,13 +91,13 @@ class Pieces:
         count = len(self.pieces)
         if count >= self.tasks:
             for piece in self.pieces[task :: self.tasks]:
-                yield from piece.texts()
+                yield from piece.source.texts()
             return
         piece, place = self.pieces[task % count], task // count
         sharers = len(range(task % count, self.tasks, count))
         if piece.is_one_text and place:
             return
-        for number, text in enumerate(piece.texts()):
+        for number, text in enumerate(piece.source.texts()):
             if number % sharers == place:
                 yield text
 
@@ -120,8 +111,7 @@ class Pieces:
 
 
 def _pieces(source: StyleSource) -> list[Piece]:
-    if not source.is_text:
-        source.corpus()  # which says what is wrong
+    source.require_text()
     if source.kind == "registered":
         return [Piece(source, "", 0)]
     return _at_address(source) if is_address(source.where) else _here(source)
@@ -169,7 +159,7 @@ def _listed(system: Any, path: str, source: StyleSource) -> list[str]:
     if source.where.startswith(("http://", "https://")) or not system.isdir(path):  # a web page is no folder
         return [path]
     files = [each for each in sorted(system.find(path)) if not _is_hidden(each, path)]
-    return [each for each in files if (is_text_file(Path(each)) if source.field is None else has_fields(each))]
+    return [each for each in files if is_wanted(each, source.field)]
 
 
 def _is_hidden(path: str, below: str) -> bool:
@@ -181,5 +171,5 @@ def _one_of(source: StyleSource, where: str) -> StyleSource:
 
 
 def _nothing(source: StyleSource) -> DecodingError:
-    wanted = "no .txt file" if source.field is None else "no file with fields"
-    return DecodingError(f"{source.where} holds {wanted}: name files, or say with --field which field is the text")
+    wanted = what_is_wanted(source.field)
+    return DecodingError(f"{source.where} holds no {wanted}: name files, or say with --field which field is the text")

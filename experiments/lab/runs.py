@@ -111,14 +111,21 @@ class RunFolder:
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
         """A finished cell's record, or None."""
-        for name in (cell.key, cell.label):
-            path = self._cells / f"{name}.json"
-            if path.is_file():
-                try:
-                    return json.loads(path.read_bytes())
-                except (OSError, ValueError) as error:
-                    raise DecodingError(f"{path} is damaged ({error}): remove it and go on with --resume") from error
-        return None
+        path = self._file(cell)
+        if path is None:
+            return None
+        try:
+            return json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise DecodingError(f"{path} is damaged ({error}): remove it and go on with --resume") from error
+
+    def holds(self, cell: Cell) -> bool:
+        """Whether a cell is finished, without reading its record."""
+        return self._file(cell) is not None
+
+    def _file(self, cell: Cell) -> Path | None:
+        paths = (self._cells / f"{name}.json" for name in (cell.key, cell.label))
+        return next((path for path in paths if path.is_file()), None)
 
     def write(self, cell: Cell, record: dict[str, Any]) -> None:
         """Keeps a finished cell."""
@@ -182,7 +189,7 @@ def finish(
     with nullcontext() if mine is not None else alone_in(folder.path):
         if send is not None and todo:
             keys = [cell.key for cell in todo]
-            send(folder.path, keys, lambda: sum(folder.read(cell) is not None for cell in todo), title)
+            send(folder.path, keys, lambda: sum(map(folder.holds, todo)), title)
             records |= _held(folder, todo)
             todo = [cell for cell in todo if cell not in records]
         with progress_of_cells() as progress:

@@ -196,18 +196,18 @@ def _training(ids: np.ndarray, vocab: int, lmplz: Path | None) -> list[Figure]:
             NGramModel.train(read, vocab, order=3).save(saved)
 
         def theirs(_: int) -> None:
-            with open(text) as source, open(Path(folder) / "m.arpa", "w") as target:
-                subprocess.run(
-                    [lmplz, "-o", "3", "-S", "1G", "-T", folder],
-                    stdin=source,
-                    stdout=target,
-                    stderr=subprocess.DEVNULL,
-                    check=True,
-                )
+            run_lmplz(lmplz, text, Path(folder), 1 << 30)
 
         own, other = interleaved([ours, theirs], 5)
     ratio, shown = ratio_of(own, other)
     return [*figures, Figure(what, ratio, shown, target, ratio < 1)]
+
+
+def run_lmplz(lmplz: Path, text: Path, folder: Path, memory: int) -> None:
+    """Has KenLM train a model of order 3 on ids as text, with so many bytes to sort in; it stays in the folder."""
+    with text.open() as source, (folder / "m.arpa").open("w") as target:
+        command: list[str | Path] = [lmplz, "-o", "3", "-S", f"{memory >> 20}M", "-T", folder]
+        subprocess.run(command, stdin=source, stdout=target, stderr=subprocess.DEVNULL, check=True)
 
 
 def _training_memory(ids: np.ndarray, vocab: int) -> Figure:

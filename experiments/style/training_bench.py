@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from decoding.style.source import Corpus
 from decoding.tokens import id_count, tokenize
 from experiments.lab.figures import Figure, report
 from experiments.lab.spread import Workers
+from experiments.style.bench import run_lmplz
 from experiments.style.train_on_disk import train
 from ngram import NGramModel
 from ngram.distributed import Training
@@ -209,9 +209,7 @@ def _by_lmplz(ids: Path, folder: Path, lmplz: Path, memory: int) -> float:
         for document in Shards(ids, 1).whole():
             file.write(" ".join(map(str, document.tolist())) + "\n")
     began = time.perf_counter()
-    with text.open() as source, (folder / "model.arpa").open("w") as target:
-        command: list[str | Path] = [lmplz, "-o", "3", "-S", f"{memory >> 20}M", "-T", folder]
-        subprocess.run(command, stdin=source, stdout=target, stderr=subprocess.DEVNULL, check=True)
+    run_lmplz(lmplz, text, folder, memory)
     return time.perf_counter() - began
 
 
