@@ -103,7 +103,7 @@ figures: .venv/test.done
 	touch $@
 
 .venv/test.done: .venv/run.done
-	$(PIP) --editable .[defaults,tasks,compare,cluster,playground,docs,eval,dev]
+	$(PIP) --editable .[defaults,tasks,compare,suites,cluster,playground,docs,eval,dev]
 	$(PIP) "kenlm>=0.3" || echo "kenlm needs a C++ compiler and cmake: the tests against it will be skipped"
 	touch $@
 

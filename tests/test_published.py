@@ -56,15 +56,14 @@ def test_the_check_sees_a_changed_table(tmp_path, capsys):
     assert run("--check", pages=[page]) == 0
 
 
-@pytest.mark.parametrize("file", [vllm.BENCH, vllm.AGAIN])
-def test_speeds_of_rounds_are_those_that_the_benchmark_printed(file):
-    for each in data.read(file)["figures"]:
+def test_speeds_of_rounds_are_those_that_the_benchmark_printed():
+    for each in data.read(vllm.BENCH)["figures"]:
         context, batch = re.match(r"([\d,]+) tokens, batch (\d)", each["what"]).groups()
-        which = (batch, context.replace(",", ""), file)
+        which = (batch, context.replace(",", ""))
         assert f"{vllm.faster(*which)} of at most {vllm.at_most(*which)}" == each["shown"]
 
 
-@pytest.mark.parametrize("table", [front.table, vllm.kept, vllm.speed, vllm.again])
+@pytest.mark.parametrize("table", [front.table, vllm.kept, vllm.speed])
 def test_tables_for_other_pages(table):
     blank, heads, _, *lines = table().splitlines()
     assert blank == "" and len(lines) >= 1

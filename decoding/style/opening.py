@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 from decoding.errors import DecodingError
 
@@ -195,9 +196,18 @@ def one_line_end(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def is_web_address(where: str | PathLike) -> bool:
+    """Whether this is the address of a page, which has no folders and no wildcards, but may have a query."""
+    return str(where).startswith(("http://", "https://"))
+
+
+def _path_of(where: str | PathLike) -> Path:
+    return Path(urlsplit(str(where)).path if is_web_address(where) else str(where))
+
+
 def format_of(where: str | PathLike) -> str:
     """The ending of a file's name, in lower case, without that of its packing."""
-    suffixes = [suffix.lower() for suffix in Path(str(where)).suffixes[-2:]]
+    suffixes = [suffix.lower() for suffix in _path_of(where).suffixes[-2:]]
     if suffixes[-1:] and suffixes[-1] in PACKED:
         return (suffixes[:-1] or [""])[-1]
     return "".join(suffixes[-1:])
@@ -205,5 +215,10 @@ def format_of(where: str | PathLike) -> str:
 
 def unpacked_name(where: str | PathLike) -> str:
     """A file's name, without the ending of its packing."""
-    name = Path(str(where)).name
-    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in PACKED else name
+    name = _path_of(where).name
+    return name[: -len(Path(name).suffix)] if is_packed(name) else name
+
+
+def is_packed(where: str | PathLike) -> bool:
+    """Whether a file's name says that it is packed."""
+    return _path_of(where).suffix.lower() in PACKED

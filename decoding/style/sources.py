@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from decoding.errors import DecodingError
-from decoding.style.opening import PACKED, format_of, is_address
+from decoding.style.opening import format_of, is_address, is_packed, is_web_address
 from decoding.style.readers import check_format, has_fields, is_wanted, of_folder, what_is_wanted
 from decoding.style.source import StyleSource
 
@@ -48,7 +48,7 @@ class Piece:
         where = self.source.where
         if self.source.kind == "registered" or (has_fields(where) and format_of(where) != ".json"):
             return
-        size = self.size * (_UNPACKED if Path(where).suffix.lower() in PACKED else 1)
+        size = self.size * (_UNPACKED if is_packed(where) else 1)
         if size * _TIMES > memory:
             raise DecodingError(
                 f"{where} is read whole, and its {self.size / 1e9:.2f} GB would not fit into --memory: give more, "
@@ -153,10 +153,12 @@ def _at_address(source: StyleSource) -> list[Piece]:
 
 def _listed(system: Any, path: str, source: StyleSource) -> list[str]:
     """The files that an address means."""
+    if is_web_address(path):
+        return [path]
     if has_magic(path):
         fixed = re.split(r"[*?[]", path)[0]
         return [each for each in sorted(system.glob(path)) if not _is_hidden(each, fixed)]
-    if source.where.startswith(("http://", "https://")) or not system.isdir(path):  # a web page is no folder
+    if not system.isdir(path):
         return [path]
     files = [each for each in sorted(system.find(path)) if not _is_hidden(each, path)]
     return [each for each in files if is_wanted(each, source.field)]

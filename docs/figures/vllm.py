@@ -9,7 +9,7 @@ from experiments.lab.tables import plus_minus
 from figures.data import Row, figure, read, row, table
 from figures.long_context import BEST, text_row
 
-BENCH, AGAIN = "bench_vllm_long_context.json", "bench_vllm_8k.json"
+BENCH = "bench_vllm_long_context.json"
 BLOCKS = "adapter, by layer, in vLLM, blocks of 32"
 
 
@@ -30,41 +30,34 @@ def _pair(each: Row) -> list[str]:
 
 def speed() -> str:
     """Tokens per second against vLLM without, by context and batch."""
-    lines = [["tokens in the cache", "batch 4: tokens per second, against vLLM without", "batch 1", "target"]]
-    for context in (4096, 8192, 16_384, 32_768):
-        found = [_found(BENCH, batch, context) for batch in (4, 1)]
-        cells = [_cell(BENCH, batch, context) for batch in (4, 1)]
-        lines.append([f"{context:,}", *cells, found[0]["target"]])
+    heads = ["batch 4: tokens per second, against vLLM without", "target", "a lone request", "target"]
+    lines = [["tokens in the cache", *heads]]
+    for context in (4096, 8192, 32_768):
+        cells = [cell for batch in (4, 1) for cell in (_cell(batch, context), _found(batch, context)["target"])]
+        lines.append([f"{context:,}", *cells])
     return table(lines)
 
 
-def again() -> str:
-    """8,192 tokens, measured again in more and shorter turns."""
-    lines = [["tokens in the cache", "batch 4: tokens per second, against vLLM without", "batch 1", "target"]]
-    cells = [_cell(AGAIN, batch, 8192) for batch in (4, 1)]
-    return table([*lines, ["8,192", *cells, _found(AGAIN, 4, 8192)["target"]]])
-
-
-def faster(batch: int | str, context: int | str, file: str = BENCH) -> str:
+def faster(batch: int | str, context: int | str) -> str:
     """The median of the turns' ratios with its quartiles."""
-    return _ratio(file, batch, context, "selected")
+    return _ratio(batch, context, "selected")
 
 
-def at_most(batch: int | str, context: int | str, file: str = BENCH) -> str:
+def at_most(batch: int | str, context: int | str) -> str:
     """What attention for nothing would give."""
-    return _ratio(file, batch, context, "short").split()[0]
+    return _ratio(batch, context, "short").split()[0]
 
 
-def _cell(file: str, batch: int, context: int) -> str:
-    missed = ": missed" if _found(file, batch, context)["met"] is False else ""
-    return f"{faster(batch, context, file)}, at most {at_most(batch, context, file)}{missed}"
+def _cell(batch: int, context: int) -> str:
+    missed = ": missed" if _found(batch, context)["met"] is False else ""
+    return f"{faster(batch, context)}, at most {at_most(batch, context)}{missed}"
 
 
-def _found(file: str, batch: int, context: int) -> Row:
+def _found(batch: int, context: int) -> Row:
     what = f"{context:,} tokens, batch {batch}: tokens per second with selection, against vLLM without"
-    return figure(file, what)
+    return figure(BENCH, what)
 
 
-def _ratio(file: str, batch: int | str, context: int | str, kind: str) -> str:
-    seconds = read(file)["seconds_of_steps"][f"batch {batch}, {context}"]
+def _ratio(batch: int | str, context: int | str, kind: str) -> str:
+    seconds = read(BENCH)["seconds_of_steps"][f"batch {batch}, {context}"]
     return ratio_of(np.array(seconds["stock"]), np.array(seconds[kind]))[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -31,7 +31,7 @@ def sent_to(workers: Workers, callback: Callable[..., Any], params: Mapping[str,
         again = here | {"out": folder.absolute(), "resume": True}
         count = min(workers.count, len(keys))
         parts = [frozenset(keys[rank::count]) for rank in range(count)]
-        part = _Part(callback.__module__, callback.__name__, again, parts)
+        part = _Part(callback.__module__, callback.__name__, again, parts, Path.cwd())
         stage = Stage(title, count, part, lambda _: False, len(keys), counted)
         if workers.kind != "slurm":
             run([stage], workers)
@@ -55,12 +55,14 @@ class _Part:
         module, name: of the command.
         params: as the command takes them.
         parts: keys of cells, by task.
+        typed_in: the folder that paths are relative to: a cluster's workers stand elsewhere.
     """
 
     module: str
     name: str
     params: Mapping[str, Any]
     parts: Sequence[frozenset[str]]
+    typed_in: Path
 
     def __call__(self, task: int) -> None:
         command = getattr(import_module(self.module), self.name)
@@ -69,7 +71,12 @@ class _Part:
         logs.mkdir(exist_ok=True)
         token = runs.part.set(self.parts[task])
         try:
-            with (logs / f"worker-{task}.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            with (
+                (logs / f"worker-{task}.txt").open("a") as log,
+                redirect_stdout(log),
+                redirect_stderr(log),
+                chdir(self.typed_in),
+            ):
                 callback(**self.params)
         except runs.PartDone:
             pass

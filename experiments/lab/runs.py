@@ -25,7 +25,10 @@ from experiments.lab.progress import progress_of_cells
 from ngram.storage import write_atomically
 
 HEADER, CELLS, LOCK = "run.json", "cells", ".lock"
-ADDED_SINCE_0_1_0 = ("tokenizer_sha256", "definitions")
+ADDED_SINCE_0_1_0 = (
+    *("tokenizer_sha256", "definitions"),
+    *("suites", "budgets", "lengths", "examples", "lossless", "tasks", "data"),
+)
 C = TypeVar("C", bound=Cell)
 
 Elsewhere = Callable[[Path, Sequence[str], Callable[[], int], str], None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -82,6 +82,21 @@ class QuestScorer(Scorer):
         return torch.cat((scaled.relu(), -(-scaled).relu()), -1)
 
 
+def limit_of(kept: float) -> dict[str, Any]:
+    """A share of the tokens so far, up to 1, or a number of tokens, as `ChunkSelection` and results name it."""
+    return {"retention": kept} if kept <= 1 else {"budget": int(kept)}
+
+
+def kept_of(row: Mapping[str, Any]) -> float:
+    """The reverse, of a row of results."""
+    return row["retention"] if "retention" in row else row["budget"]
+
+
+def kept_shown(kept: float) -> str:
+    """In tables."""
+    return f"{100 * kept:g} %" if kept <= 1 else f"{int(kept):,} tokens"
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a selection is attached to.
@@ -90,13 +105,13 @@ class Setting:
         model: a causal language model.
         tokenizer: its tokenizer.
         adapters: of the model, or its calibration, if there is one.
-        retention: share of tokens to keep.
+        kept: a share of the tokens so far, up to 1, or else so many tokens.
     """
 
     model: Any
     tokenizer: Any
     adapters: ChunkAdapters | ChunkCalibration | None
-    retention: float
+    kept: float
 
     @property
     def scaling(self) -> float:
@@ -109,12 +124,12 @@ class Setting:
 
     def by_sentence(self, scorer: Scorer | None, **options: Any) -> Attachment:
         """Chunks as ChunkLLM has them, with the trained detector if there is one, whoever scores."""
-        selection = ChunkSelection(self.adapters, scorer=scorer, retention=self.retention, **options)
+        selection = ChunkSelection(self.adapters, scorer=scorer, **limit_of(self.kept), **options)
         return selection.attach(self.model, self.tokenizer)
 
     def by_length(self, scorer: Scorer, length: int, **options: Any) -> Attachment:
         """Chunks of one length."""
-        selection = ChunkSelection(scorer=scorer, retention=self.retention, max_chunk=length, **options)
+        selection = ChunkSelection(scorer=scorer, **limit_of(self.kept), max_chunk=length, **options)
         return selection.attach(self.model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,14 @@ from decoding.cli.groups import Group
 from decoding.errors import DecodingError
 from experiments.lab import spreading
 
+# Which options of `chunk eval` belong to which suites.
+_OF_SUITES = {
+    ("perplexity",): ("pieces", "context", "scored"),
+    ("passkey",): ("passkey_lengths", "passkey_depths", "passkey_keys"),
+    ("ruler",): ("questions",),
+    ("longbench",): ("longbench",),
+    ("ruler", "longbench", "completion"): ("lengths", "examples", "tasks", "lossless"),
+}
 _number = partial(click.option, show_default=True, type=click.IntRange(min=1))
 
 
@@ -143,7 +152,16 @@ def calibrate(
 
 
 @chunk.command(name="eval")
-@click.argument("texts", nargs=-1, required=True)
+@click.argument("texts", nargs=-1)
+@click.option(
+    "--suite",
+    "suites",
+    multiple=True,
+    type=click.Choice(["perplexity", "passkey", "ruler", "longbench", "completion"]),
+    default=("perplexity", "passkey"),
+    show_default=True,
+    help="What to measure. May repeat.",
+)
 @click.option("--adapters", help="A folder or a hub id, also of a calibration; the embedded ones by default.")
 @click.option("--no-adapters", is_flag=True, help="Leave out what needs some: for models without.")
 @click.option("--method", "methods", multiple=True, help="Of the table's methods. May repeat; all by default.")
@@ -155,14 +173,27 @@ def calibrate(
     show_default=True,
     help="Shares of keys and values to keep.",
 )
-@_number("--pieces", default=8, help="Of text, as many of each of TEXTS.")
-@_number("--context", default=8192, help="Tokens of a piece.")
-@_number("--scored", default=512, help="Of them predicted, the last.")
+@click.option("--budget", "budgets", type=shared.Numbers("budget"), help="Numbers of tokens to keep. [default: none]")
+@_number("--pieces", default=8, help="Perplexity: of text, as many of each of TEXTS.")
+@_number("--context", default=8192, help="Perplexity: tokens of a piece.")
+@_number("--scored", default=512, help="Perplexity: of them predicted, the last.")
 @click.option(
     "--passkey-lengths", type=shared.Numbers("lengths"), default="1000,2000,4000", show_default=True, help="In tokens."
 )
 @_number("--passkey-depths", default=6, help="Places for the key, from first to last.")
 @_number("--passkey-keys", default=2, help="Prompts for each length and place.")
+@click.option(
+    "--lengths",
+    type=shared.Numbers("lengths"),
+    default="4096,8192",
+    show_default=True,
+    help="Suites of tasks: of prompts with their answers, in tokens.",
+)
+@_number("--examples", default=10, help="Suites of tasks: of each task and length.")
+@click.option("--task", "tasks", multiple=True, help="Of the suites' tasks. May repeat; all by default.")
+@click.option("--questions", metavar="NAME=FILE", multiple=True, help="RULER: JSON lines for the task qa_NAME.")
+@click.option("--longbench", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Its folder.")
+@click.option("--lossless", is_flag=True, help="Suites of tasks: also what the lossless mode's drafts get right.")
 @shared.model
 @shared.dtype
 @shared.device
@@ -172,35 +203,83 @@ def calibrate(
 @shared.resume
 @spreading.of_cells
 def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, out: Path, **chosen: Any) -> None:
-    """Perplexity, agreement, attention held and passkeys found on held-out TEXTS, for chunk selection and others."""
+    """Perplexity, passkeys and suites of tasks on held-out TEXTS, for chunk selection and other ways to select.
+
+    RULER hides its needles in TEXTS; completion goes on with them, which should be code; LongBench needs none.
+    """
     from chunkllm.calibration import open_saved
     from decoding.models import load_model, load_tokenizer
+    from decoding.style.source import load_corpus
     from experiments.lab.runs import check_unused, settings_of
     from experiments.long_context import report
-    from experiments.long_context.evaluate import EvalOptions, checked_retentions, chosen_methods, fingerprint, prepare
+    from experiments.long_context.asked import EvalOptions, checked_retentions, chosen_methods
+    from experiments.long_context.evaluate import fingerprint, prepare
+    from experiments.long_context.suites.answering import add_others
+    from experiments.long_context.suites.opening import digests, open_tasks
 
     if not chosen["resume"]:
         check_unused(out)
+    _refuse_without_suite(chosen["suites"])
     opened = None if no_adapters else open_saved(adapters)
     options = EvalOptions(
+        suites=tuple(dict.fromkeys(chosen["suites"])),
         methods=chosen_methods(chosen["methods"], opened),
         retentions=checked_retentions(chosen["retentions"]),
+        budgets=tuple(map(int, chosen["budgets"] or ())),
         context=chosen["context"],
         scored=chosen["scored"],
         passkey_lengths=tuple(map(int, chosen["passkey_lengths"])),
         passkey_depths=chosen["passkey_depths"],
         passkey_keys=chosen["passkey_keys"],
+        lengths=tuple(map(int, chosen["lengths"])),
+        examples=chosen["examples"],
+        lossless=chosen["lossless"],
     )
+    if not texts and set(options.suites) - {"longbench", "passkey"}:
+        raise DecodingError("give TEXTS: to predict, to hide things in, or to complete")
+    corpora = [load_corpus(source) for source in shared.sources(texts, chosen)]
+    questions = {name: Path(path) for name, path in map(_named, chosen["questions"])}
+    as_it_stands = shared.sources(texts, chosen | {"unwrap": False}) if "completion" in options.suites else ()
+    documents, code = (
+        [document for corpus in each for document in corpus.documents]
+        for each in (corpora, map(load_corpus, as_it_stands))
+    )
+    tasks = open_tasks(options.suites, documents, code, questions, chosen["longbench"], chosen["tasks"])
     tokenizer = load_tokenizer(chosen["model"])
     model = load_model(chosen["model"], chosen["dtype"], chosen["device"])
-    about = {**settings_of(chosen["model"], model, tokenizer), "adapters": fingerprint(opened)}
-    sources = shared.sources(texts, chosen)
+    about = {
+        **settings_of(chosen["model"], model, tokenizer),
+        "adapters": fingerprint(opened),
+        "data": digests(questions, chosen["longbench"]),
+    }
     evaluation = prepare(
-        sources, None, chosen["pieces"], model, tokenizer, about, opened, options, out, chosen["resume"]
+        corpora, chosen["pieces"], tasks, model, tokenizer, about, opened, options, out, chosen["resume"]
     )
     cells = shared.until_interrupted(evaluation.run, out)
-    click.echo(report.write(cells, options, evaluation.folder.settings, out))
-    click.echo(f"look at {out / 'quality.png'} and {out / 'passkey.png'}")
+    others = add_others(out, cells, tasks)
+    click.echo(report.write(cells, options, evaluation.folder.settings, out, others))
+    click.echo(f"look at the pictures in {out}")
+
+
+def _refuse_without_suite(suites: Sequence[str]) -> None:
+    """Refuses options of suites that are not measured.
+
+    Raises:
+        DecodingError: names one.
+    """
+    ctx = click.get_current_context(silent=True)  # none in a process that measures a part of the cells
+    for wanted, names in _OF_SUITES.items():
+        for name in names if ctx is not None and not set(wanted) & set(suites) else ():
+            if ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT:
+                option = next(param.opts[0] for param in ctx.command.params if param.name == name)
+                raise DecodingError(f"{option} goes with --suite {' or '.join(wanted)}")
+
+
+def _named(told: str) -> tuple[str, str]:
+    name, equals, path = told.partition("=")
+    if not (name and equals and path):
+        raise DecodingError(f"--questions must read like squad=questions.jsonl, not {told!r}")
+    return name, path
 
 
 @chunk.command(name="picture")

@@ -38,8 +38,8 @@ from decoding.tokens import tokenize
 from experiments.lab.device import device_here, free
 from experiments.lab.figures import Figure, ratio_of, report
 from experiments.long_context.bench import BenchOptions, contents, random_model, selection
-from experiments.long_context.evaluate import read
 from experiments.long_context.paths import DEFAULT, DENSE, SELECTED, filled
+from experiments.long_context.reading import read
 
 Saved = ChunkAdapters | ChunkCalibration
 LOSSLESS, LOOKUP = "lossless", "prompt lookup"
@@ -151,7 +151,7 @@ def on_text(
             path = DEFAULT if way == LOOKUP else way
             cache, chunks = stack.enter_context(filled(path, model, prompt.states, chosen, ended, tokenizer))
             if way in once:
-                stack.enter_context(_always_drafting())
+                stack.enter_context(always_drafting())
             if way in (ATTENDED, ATTENDED_SAMPLED):
                 stack.enter_context(_by_true_attention())
             if way == LOOKUP:
@@ -190,7 +190,8 @@ def _reading_on(model: Any, cache: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _always_drafting() -> Iterator[None]:
+def always_drafting() -> Iterator[None]:
+    """The lossless mode drafts as many tokens each time, whatever it costs."""
     own = Pace.length
     setattr(Pace, "length", lambda _, active, most: min(_DRAFTED, most))  # noqa: B010
     try:

@@ -12,30 +12,47 @@ import numpy as np
 from experiments.lab.cells import Cell
 from experiments.lab.pictures import literal, plt, save
 from experiments.lab.tables import markdown, plus_minus
-from experiments.long_context.baselines import FULL
-from experiments.long_context.evaluate import EvalOptions, PasskeyCell, ShortCell, TextCell, answers_key
+from experiments.long_context.asked import EvalOptions, PasskeyCell, ShortCell, TextCell
+from experiments.long_context.baselines import FULL, kept_of, kept_shown, limit_of
+from experiments.long_context.suites import report as suites
 from ngram.storage import write_atomically
 
 _COLORS = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
 Cells = Mapping[Cell, Mapping[str, Any]]
 
 
-def write(cells: Cells, options: EvalOptions, settings: Mapping[str, Any], out: Path) -> str:
-    """Writes results.json, results.md, quality.png, recall.png and passkey.png; returns the tables as text."""
-    rows = text_rows(cells, options)
-    found = passkey_rows(cells, options)
-    parts = ["### Held-out text\n\n" + markdown(_text_table(rows))]
-    if found:
-        parts.append("### Passkeys found, %\n\n" + markdown(_passkey_table(found, options)))
-    parts.append(_short_line(cells[ShortCell()]))
+def write(
+    cells: Cells, options: EvalOptions, settings: Mapping[str, Any], out: Path, others: Sequence[TextCell] = ()
+) -> str:
+    """Writes results.json, results.md and the pictures of what was measured; returns the tables as text.
+
+    Args:
+        cells: records.
+        options: what was asked for.
+        settings: of the run.
+        out: its folder.
+        others: methods that ran elsewhere.
+    """
+    content: dict[str, Any] = {"settings": settings}
+    parts = []
+    if ShortCell() in cells:
+        content |= {"text": text_rows(cells, options), "short": cells[ShortCell()]}
+        parts.append("### Held-out text\n\n" + markdown(_text_table(content["text"])))
+        _draw_quality(content["text"], options, out / "quality.png")
+        _draw_recall(content["text"], options, out / "recall.png")
+    if options.passkeys:
+        content["passkey"] = passkey_rows(cells, options)
+        parts.append("### Passkeys found, %\n\n" + markdown(_passkey_table(content["passkey"], options)))
+        _draw_passkeys(content["passkey"], options, out / "passkey.png")
+    if rows := suites.rows(cells, [*options.compared, *others]):
+        content |= {"tasks": rows, "lossless": suites.lossless_rows(cells), "cpu_hours": suites.cpu_hours(cells)}
+        parts += suites.tables(rows, content["lossless"])
+        suites.draw(rows, out / "tasks.png")
+    if ShortCell() in cells:
+        parts.append(_short_line(cells[ShortCell()]))
     text = "\n".join(parts)
-    content = {"settings": settings, "text": rows, "short": cells[ShortCell()], "passkey": found}
     write_atomically(out / "results.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
     write_atomically(out / "results.md", text.encode())
-    _draw_quality(rows, options, out / "quality.png")
-    _draw_recall(rows, options, out / "recall.png")
-    if found:
-        _draw_passkeys(found, options, out / "passkey.png")
     return text
 
 
@@ -48,7 +65,7 @@ def _short_line(cell: Mapping[str, Any]) -> str:
 
 
 def text_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
-    """A row for every method and retention: perplexity, its ratio to full attention's, agreement, recall."""
+    """A row for every method and what it keeps: perplexity, its ratio to full attention's, agreement, recall."""
     base = np.array(cells[TextCell(FULL, 1.0)]["nll"])
     rows = []
     for compared in options.compared:
@@ -58,7 +75,7 @@ def text_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
         rows.append(
             {
                 "method": method,
-                "retention": compared.retention,
+                **limit_of(compared.kept),
                 "kv_retention": cell["kv_retention"],
                 "perplexity": float(np.exp(losses.mean())),
                 "ratio": float(np.exp(more.mean())),
@@ -79,31 +96,29 @@ def _error(values: np.ndarray) -> float | None:
 
 
 def passkey_rows(cells: Cells, options: EvalOptions) -> list[dict[str, Any]]:
-    """Shares of keys found, a matrix of lengths by depths for every method and retention."""
-    if not options.passkey_lengths:
-        return []
+    """Shares of keys found, a matrix of lengths by depths for every method and what it keeps."""
     rows = []
     for compared in options.compared:
         shares = [
             [
-                float(np.mean(cells[PasskeyCell(length, i)]["hits"][answers_key(compared)]))
+                float(np.mean(cells[PasskeyCell(length, i)]["hits"][compared.name]))
                 for i in range(options.passkey_depths)
             ]
             for length in options.passkey_lengths
         ]
-        rows.append({"method": compared.method, "retention": compared.retention, "found": shares})
+        rows.append({"method": compared.method, **limit_of(compared.kept), "found": shares})
     return rows
 
 
 def _text_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     columns = ["perplexity", "against full attention", "KL, 10⁻³ nats", "same next token, %", "attention held, %"]
-    lines = [["kept, %", "method", *columns]]
+    lines = [["kept", "method", *columns]]
     for row in rows:
         ratio = plus_minus(row["ratio"], row["ratio_error"], 4)
         moved = plus_minus(row["divergence"], row["divergence_error"], 2, 1e3)
         lines.append(
             [
-                f"{100 * row['retention']:g}",
+                kept_shown(kept_of(row)),
                 row["method"],
                 f"{row['perplexity']:.3f}",
                 ratio,
@@ -116,11 +131,11 @@ def _text_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _passkey_table(rows: Sequence[Mapping[str, Any]], options: EvalOptions) -> list[list[str]]:
-    lines = [["kept, %", "method", *(f"{length:,} tokens" for length in options.passkey_lengths), "all"]]
+    lines = [["kept", "method", *(f"{length:,} tokens" for length in options.passkey_lengths), "all"]]
     for row in rows:
         by_length = [float(np.mean(shares)) for shares in row["found"]]
         figures = [f"{100 * share:.0f}" for share in (*by_length, float(np.mean(by_length)))]
-        lines.append([f"{100 * row['retention']:g}", row["method"], *figures])
+        lines.append([kept_shown(kept_of(row)), row["method"], *figures])
     return lines
 
 
@@ -137,9 +152,9 @@ def _draw_quality(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path:
         is_logarithmic = title.startswith("divergence")
         ends = [] if is_logarithmic else [full]
         for i, method in enumerate(options.methods):
-            line = sorted([row for row in rows if row["method"] == method] + ends, key=lambda row: row["retention"])
+            line = sorted([row for row in rows if row["method"] == method] + ends, key=lambda row: row["kv_retention"])
             style = "-" if method.startswith("adapter") else "--" if method.startswith("pooled") else ":"
-            x = [100 * row["retention"] for row in line]
+            x = [100 * row["kv_retention"] for row in line]
             axis.plot(x, [value(row) for row in line], f"o{style}", **_look(i, method), ms=4)
         if is_logarithmic:
             axis.set_yscale("log")
@@ -159,42 +174,42 @@ def _look(number: int, method: str) -> dict[str, Any]:
 
 
 def _draw_recall(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
-    shares = sorted({row["retention"] for row in rows if row["recall_by_layer"]})
-    size = (5 * len(shares) + 1, 4)
-    figure, axes = plt.subplots(1, max(len(shares), 1), figsize=size, layout="constrained", squeeze=False)
-    for axis, share in zip(axes[0], shares, strict=False):
+    amounts = sorted({kept_of(row) for row in rows if row["recall_by_layer"]})
+    size = (5 * len(amounts) + 1, 4)
+    figure, axes = plt.subplots(1, max(len(amounts), 1), figsize=size, layout="constrained", squeeze=False)
+    for axis, kept in zip(axes[0], amounts, strict=False):
         for i, method in enumerate(options.methods):
-            row = next(row for row in rows if (row["method"], row["retention"]) == (method, share))
+            row = next(row for row in rows if (row["method"], kept_of(row)) == (method, kept))
             axis.plot([100 * held for held in row["recall_by_layer"]], **_look(i, method), lw=1.2)
-        axis.set_title(f"attention held, %, {100 * share:g} % kept", fontsize=10)
+        axis.set_title(f"attention held, %, {kept_shown(kept)} kept", fontsize=10)
         axis.set_xlabel("layer")
         axis.grid(alpha=0.3)
-    if shares:
+    if amounts:
         axes[0, 0].legend(fontsize=7)
     save(figure, path)
 
 
 def _draw_passkeys(rows: Sequence[Mapping[str, Any]], options: EvalOptions, path: Path) -> None:
-    shares = sorted({row["retention"] for row in rows if row["method"] != FULL})
+    amounts = sorted({kept_of(row) for row in rows if row["method"] != FULL})
     names = [FULL, *options.methods]
     grid: dict[str, Any] = {
-        "figsize": (2.1 * len(names), 2 * len(shares) + 0.6),
+        "figsize": (2.1 * len(names), 2 * len(amounts) + 0.6),
         "layout": "constrained",
         "squeeze": False,
     }
-    figure, axes = plt.subplots(len(shares), len(names), sharex=True, sharey=True, **grid)
+    figure, axes = plt.subplots(len(amounts), len(names), sharex=True, sharey=True, **grid)
     image = None
-    for line, share in zip(axes, shares, strict=True):
+    for line, kept in zip(axes, amounts, strict=True):
         for axis, name in zip(line, names, strict=True):
-            wanted = (name, 1.0 if name == FULL else share)
-            found = next(row["found"] for row in rows if (row["method"], row["retention"]) == wanted)
+            wanted = (name, 1.0 if name == FULL else kept)
+            found = next(row["found"] for row in rows if (row["method"], kept_of(row)) == wanted)
             image = axis.imshow(np.array(found), vmin=0, vmax=1, cmap="cividis", aspect="auto")
             axis.set_yticks(
                 range(len(options.passkey_lengths)), [f"{n:,}" for n in options.passkey_lengths], fontsize=8
             )
             last = options.passkey_depths - 1
             axis.set_xticks((0, last), ("first", "last"), fontsize=8)
-        line[0].set_ylabel(f"{100 * share:g} % kept", fontsize=9)
+        line[0].set_ylabel(f"{kept_shown(kept)} kept", fontsize=9)
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(literal(name).replace(" (", "\n("), fontsize=8)
     if image is not None:

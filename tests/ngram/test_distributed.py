@@ -108,6 +108,42 @@ class TestEquality:
         assert train(tmp_path, documents, tasks=2, parts=3, order=5) == in_memory(tmp_path, documents, order=5)
 
 
+class TestMemory:
+    """Of a process that does all tasks, one after the other."""
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+    def test_a_task_takes_what_it_may(self, tmp_path):
+        few, many = (peak_of(training, tmp_path / f"{count}", count) for count in (10, 6000))
+        assert many - few <= (4 / 3) * (64 << 20)  # in memory 6 million tokens take some 400 MB
+
+
+def training(work, count):
+    Training(work, lambda _: (drawn(seed) for seed in range(count)), 50_000, memory=64 << 20).run_all()
+
+
+def drawn(seed):
+    """A document of new n-grams, most of them."""
+    return np.minimum(np.random.default_rng(seed).zipf(1.2, 1000), 49_999)
+
+
+def peak_of(work, *arguments):
+    """The most bytes that a process of its own took for some work."""
+    ours, theirs = get_context("spawn").Pipe(duplex=False)
+    process = get_context("spawn").Process(target=report_peak, args=(theirs, work, *arguments))
+    process.start()
+    theirs.close()
+    peak = ours.recv()
+    process.join()
+    return peak
+
+
+def report_peak(answer, work, *arguments):
+    work(*arguments)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    answer.send(1024 * int(line.split()[1]))
+
+
 class TestGoingOn:
     def test_what_is_done_is_not_done_again(self, tmp_path, little, monkeypatch):
         documents = corpus(7)

@@ -20,7 +20,7 @@ import pytest
 from decoding import Policy, StylePrior, TemperatureSelector, generate
 from decoding.models import DEFAULT_MODEL, load_tokenizer, resolve_model
 from decoding.style.training import name_and_file
-from experiments.long_context.evaluate import passkey_prompt
+from experiments.long_context.passkeys import passkey_prompt
 from tests.serving.test_grafana import OF_VLLM
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test` runs these in .venv-vllm")

@@ -18,13 +18,13 @@ def figures(full: Tensor, pressed: Tensor, targets: Tensor) -> dict[str, float]:
     }
 
 
-def row(name: str, retention: float, by_text: list[dict[str, float]]) -> dict[str, Any]:
-    """Means over texts, with standard errors."""
+def row(name: str, kept: float, by_text: list[dict[str, float]]) -> dict[str, Any]:
+    """Means over texts, with standard errors; of a method that keeps a share, up to 1, or so many tokens."""
     columns = {key: torch.tensor([text[key] for text in by_text], dtype=torch.float64) for key in by_text[0]}
     errors = {key: float(values.std() / len(values) ** 0.5) for key, values in columns.items()}
     return {
         "method": name,
-        "retention": retention,
+        **({"retention": kept} if kept <= 1 else {"budget": int(kept)}),
         "ratio": float(columns["more"].mean().exp()),
         "ratio_error": errors["more"],
         "divergence": float(columns["divergence"].mean()),

@@ -6,7 +6,10 @@ import csv
 import gzip
 import json
 import lzma
+import threading
 import warnings
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pytest
@@ -14,6 +17,7 @@ import pytest
 from decoding import DecodingError, StylePrior
 from decoding.hub import may_be_hub_id
 from decoding.style.source import StyleSource, load_corpus
+from decoding.style.sources import Pieces
 from decoding.style.text import prose, unwrap
 from decoding.style.training import name_and_file
 
@@ -109,6 +113,18 @@ def test_addresses(tmp_path, name):
 def test_addresses_where_nothing_can_be_read(address):
     with pytest.raises(DecodingError, match=f"cannot read {address}"):
         load_corpus(address)
+
+
+def test_an_address_of_the_web_may_have_a_query(tmp_path):
+    pytest.importorskip("aiohttp")
+    FORMATS["d.jsonl"](tmp_path / "d.jsonl")
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = f"http://127.0.0.1:{server.server_port}/d.jsonl?token=[a]*"
+        assert load_corpus(where, "body").documents == KEPT
+        assert tuple(Pieces.of([where], 2, "body").texts(0))  # no wildcards
+        server.shutdown()
 
 
 def test_a_folder_of_files_with_fields(tmp_path):

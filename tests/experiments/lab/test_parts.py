@@ -49,8 +49,11 @@ def rows_of(result):
 
 
 @pytest.mark.slow
-def test_workers_give_the_cells_of_one(sweep, tmp_path):
-    rows, spread = rows_of(sweep("alone")), rows_of(sweep("spread", "--executor", "local", "--workers", "2"))
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.ray)])
+def test_workers_give_the_cells_of_one(sweep, tmp_path, executor):
+    if executor == "ray":
+        pytest.importorskip("ray")
+    rows, spread = rows_of(sweep("alone")), rows_of(sweep("spread", "--executor", executor, "--workers", "2"))
     wanted = cells_in(tmp_path / "alone")
     assert len(wanted) == 6
     assert_alike(cells_in(tmp_path / "spread"), wanted)

@@ -9,9 +9,11 @@ from chunkllm import CalibrationConfig, ChunkAdapters, ChunkCalibration, ChunkSe
 from decoding.cli import cli
 from decoding.errors import DecodingError
 from experiments.long_context import bench as chunk_bench
-from experiments.long_context import evaluate as chunk_eval
+from experiments.long_context import passkeys, reading
+from experiments.long_context.asked import EvalOptions, TextCell, chosen_methods
 from experiments.long_context.baselines import FULL, METHODS, QuestScorer
-from experiments.long_context.evaluate import EvalOptions, TextCell, passkey_prompt, slices
+from experiments.long_context.evaluate import slices
+from experiments.long_context.passkeys import passkey_prompt
 from tests.chunkllm.conftest import VOCAB, tiny_model
 from tests.conftest import WORDS, make_model, make_tokenizer
 
@@ -23,7 +25,7 @@ OPTIONS = EvalOptions(
 @pytest.fixture(scope="module")
 def speller():
     """A tokenizer that knows the passkey template's words, and digits one by one are unknown."""
-    filler = chunk_eval._TASK + chunk_eval._FILLER + chunk_eval._KEY + chunk_eval._QUESTION
+    filler = passkeys.TASK + passkeys.FILLER + passkeys.KEY + passkeys.QUESTION
     return make_tokenizer([*WORDS, *filler.split()])
 
 
@@ -98,10 +100,10 @@ def test_what_is_scored_is_what_the_model_says_token_by_token(long_model, spelle
     ids = torch.randint(3, len(speller), (2, 100))
     with torch.inference_mode():
         logits = long_model(ids).logits[:, 59:-1].log_softmax(-1)
-        prompts, full = chunk_eval.read(long_model, ids[:, :60], ids[:, 60:])
+        prompts, full = reading.read(long_model, ids[:, :60], ids[:, 60:])
     torch.testing.assert_close(full, logits, rtol=0, atol=2e-4)
     with torch.inference_mode(), ChunkSelection(retention=1.0).attach(long_model) as chunks:
-        scored = chunk_eval.score_texts(long_model, chunks, prompts, ids[:, 60:], full)
+        scored = reading.score_texts(long_model, chunks, prompts, ids[:, 60:], full)
     expected = -logits.gather(-1, ids[:, 60:, None])[..., 0]
     torch.testing.assert_close(torch.tensor(scored["nll"]), expected, rtol=0, atol=2e-4)
     assert torch.tensor(scored["divergence"]).abs().max() < 1e-4
@@ -114,9 +116,9 @@ def test_a_model_with_sliding_layers_goes_on_where_the_prompt_ended():
     ids = torch.randint(3, VOCAB, (2, 100), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         logits = model(ids).logits[:, 59:-1].log_softmax(-1)
-        prompts, full = chunk_eval.read(model, ids[:, :60], ids[:, 60:])
+        prompts, full = reading.read(model, ids[:, :60], ids[:, 60:])
         with ChunkSelection(retention=1.0).attach(model) as chunks:
-            scored = chunk_eval.score_texts(model, chunks, prompts, ids[:, 60:], full)
+            scored = reading.score_texts(model, chunks, prompts, ids[:, 60:], full)
     torch.testing.assert_close(full, logits, rtol=0, atol=2e-4)
     expected = -logits.gather(-1, ids[:, 60:, None])[..., 0]
     torch.testing.assert_close(torch.tensor(scored["nll"]), expected, rtol=0, atol=2e-4)
@@ -125,15 +127,15 @@ def test_a_model_with_sliding_layers_goes_on_where_the_prompt_ended():
 def test_methods_that_need_what_adapters_do_not_tell_are_left_out(long_model):
     plain = ChunkAdapters.for_model(long_model, width=2)
     told = ChunkAdapters.for_model(long_model, width=2, sensitivity=(0.01, 0.02))
-    assert set(chunk_eval.chosen_methods((), told)) == set(METHODS) - {FULL}
-    without_layers = set(chunk_eval.chosen_methods((), plain))
+    assert set(chosen_methods((), told)) == set(METHODS) - {FULL}
+    without_layers = set(chosen_methods((), plain))
     assert set(METHODS) - {FULL} - without_layers == {name for name in METHODS if name.endswith("by layer")}
-    assert not any("adapter" in name for name in chunk_eval.chosen_methods((), None))
+    assert not any("adapter" in name for name in chosen_methods((), None))
     calibration = ChunkCalibration(CalibrationConfig(told.config.shape, told.config.sensitivity))
-    by_calibration = set(chunk_eval.chosen_methods((), calibration))
+    by_calibration = set(chosen_methods((), calibration))
     assert by_calibration == {name for name in METHODS if name != FULL and not name.startswith("adapter")}
     with pytest.raises(DecodingError, match="no method 'adapter, by layer'"):
-        chunk_eval.chosen_methods(("adapter, by layer",), plain)
+        chosen_methods(("adapter, by layer",), plain)
 
 
 def test_quest_bounds_every_key_of_its_page():
