@@ -16,16 +16,18 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ngram.encoding import RUN_BITS, SMALL_BIAS, SMALL_VOCAB
 from ngram.errors import NGramError
 from ngram.layout import pack_nodes
-from ngram.tables import MAX_ORDER, Tables
+from ngram.tables import MAX_ORDER, TENSORS, Tables
 
 FORMAT = "decoding-ngram/2"
 _BEFORE = "decoding-ngram/1"  # counts and codes of nodes in the place of nodes and runs
 _ROUNDING = 1e-4
+_TOLD = ("lengths", "widest", "first_ngrams")
 _DTYPES = {"int64": "I64", "float32": "F32", "int32": "I32", "int16": "I16", "bool": "BOOL"}  # the widest first
 
 
@@ -153,6 +155,28 @@ def load(path: str | PathLike, mmap: bool = False) -> tuple[Tables, dict[str, An
         return tables, header
     except (KeyError, TypeError, AttributeError, RuntimeError, _DamagedError) as error:
         raise NGramError(f"{path} is damaged: {error}") from error
+
+
+def save_tables(path: str | PathLike, tables: Tables) -> None:
+    """Writes tables as they lie in memory, of several priors too, for `map_tables` of the same version."""
+    told = {name: list(getattr(tables, name)) for name in _TOLD}
+    save_file({name: getattr(tables, name).contiguous() for name in TENSORS}, path, {"tables": json.dumps(told)})
+
+
+def map_tables(path: str | PathLike) -> Tables:
+    """Tables that `save_tables` wrote, which stay in their file.
+
+    Raises:
+        NGramError: no file, or not a whole one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = {name: tuple(each) for name, each in json.loads(file.metadata()["tables"]).items()}
+            tables = Tables(**{name: file.get_tensor(name) for name in TENSORS}, lengths=told.pop("lengths"))
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise NGramError(f"{path} holds no tables: {error}") from error
+    vars(tables).update(told)
+    return tables
 
 
 class _DamagedError(Exception):

@@ -21,10 +21,11 @@ from decoding.style.steering import Guards, Stops, guards_of, stops_of
 from decoding.style.training import name_and_file
 from decoding.vllm.declaration import DeclaredStyle
 from decoding.vllm.fallbacks import fell_back
+from decoding.vllm.joined import Joined
 from decoding.vllm.requests import Held, Request, read_request
 from ngram import NGramError
 from ngram.layout import join
-from ngram.tables import Tables
+from ngram.tables import Shape, Tables
 
 
 class Chosen(NamedTuple):
@@ -72,6 +73,7 @@ class LoadedStyles:
         width: columns of the model's logits.
         device: where the logits are.
         stop_ids: more ids that end a text than the priors know of.
+        joined: joins them, as `ngram.layout.join` does.
 
     Attributes:
         names: of the styles.
@@ -85,6 +87,7 @@ class LoadedStyles:
         width: int,
         device: torch.device | str,
         stop_ids: Sequence[int] = (),
+        joined: Callable[[Sequence[Shape], Iterable[Tables], int], Tables] = join,
     ):
         self.names = names
         self._index = {name: i for i, name in enumerate(names)}
@@ -107,7 +110,7 @@ class LoadedStyles:
             mixtures.append(_mixture_of(prior))
             self._held.append(Held(prior.guards, prior.settings.steer_stop))
             self._stop_ids.update(prior.stop_ids)
-        self._tables = join(shapes, (opened(name).tables for name in names), width).to(device)
+        self._tables = joined(shapes, (opened(name).tables for name in names), width).to(device)
         self._stops = stops_of(sorted(self._stop_ids), width, device)
         self._own = self.holds(self._held)
         order = self._tables.order
@@ -301,7 +304,10 @@ def load_styles(
         return prior
 
     try:
-        return LoadedStyles(list(declared), opened, width, device, stop_ids)
+        on_disk = None
+        if torch.device(device).type == "cpu":
+            on_disk = Joined.of(declared, list(map(source_of, declared)), width)
+        return LoadedStyles(list(declared), opened, width, device, stop_ids, on_disk.tables if on_disk else join)
     except NGramError as error:
         raise DecodingError(str(error)) from error
     finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -73,13 +73,14 @@ class RunFolder:
         path: the folder.
         settings: what all cells have in common. A run goes on only under the same settings.
         resume: whether the folder may hold a run already.
+        growing: names of settings that may be others when it goes on, since they say which cells there are.
 
     Raises:
         DecodingError: the folder cannot be written, holds a run or other files, or a run with other settings.
     """
 
-    def __init__(self, path: str | os.PathLike, settings: dict[str, Any], resume: bool):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, settings: dict[str, Any], resume: bool, growing: Collection[str] = ()):
+        self.path, self._growing = Path(path), growing
         settings = json.loads(json.dumps(settings))
         if part.get() is None:
             self._begin(settings, resume)
@@ -92,7 +93,7 @@ class RunFolder:
         environments = held.pop("environments", []) if held else []
         if held is None or not resume:
             check_unused(self.path)
-        elif differing := _differing(held, settings):
+        elif differing := [name for name in _differing(held, settings) if name not in self._growing]:
             raise DecodingError(
                 f"the run in {self.path} has another {differing[0]} ({_shown(held.get(differing[0]))}, "
                 f"not {_shown(settings.get(differing[0]))}): choose another --out"

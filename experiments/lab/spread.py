@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -84,22 +85,29 @@ class Workers:
     sbatch: Mapping[str, str] = field(default_factory=dict)
 
 
-def run(stages: Sequence[Stage], workers: Workers) -> None:
+def run(stages: Sequence[Stage], workers: Workers) -> dict[str, float]:
     """Does all tasks that are left, a stage when the one before is whole, with progress.
 
     Args:
         stages: in their order.
         workers: which do them; not Slurm's.
 
+    Returns:
+        Seconds that each stage took, by name.
+
     Raises:
         DecodingError: a task failed, or workers that there are not.
     """
+    seconds = {}
     with _ENGINES[workers.kind](workers) as engine, progress_of_cells() as progress:
         for stage in stages:
+            began = time.perf_counter()
             done, amount = stage.progress
             shown = progress.add_task(stage.name, total=amount, completed=done)
             with _watching(partial(_show, progress, shown, stage)):
                 engine(stage, stage.todo)
+            seconds[stage.name] = time.perf_counter() - began
+    return seconds
 
 
 def _show(progress: Progress, shown: TaskID, stage: Stage) -> None:

@@ -211,7 +211,7 @@ def prepare(
         "tasks": list(tasks),
         **asdict(options),
     }
-    folder = RunFolder(out, settings, resume)
+    folder = RunFolder(out, settings, resume, growing=("suites", "tasks", "lengths", "examples"))
     if texts:
         held = {"scored": options.scored, "ids": [text[: options.context].tolist() for text in texts]}
         write_atomically(out / TEXTS_FILE, json.dumps(held).encode())  # for methods that run elsewhere

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from decoding.errors import DecodingError
 from decoding.models import load_model, load_tokenizer
 from decoding.style.prior import StylePrior
 from decoding.style.source import Corpus
@@ -206,8 +207,11 @@ def _training(ids: np.ndarray, vocab: int, lmplz: Path | None) -> list[Figure]:
 def run_lmplz(lmplz: Path, text: Path, folder: Path, memory: int) -> None:
     """Has KenLM train a model of order 3 on ids as text, with so many bytes to sort in; it stays in the folder."""
     with text.open() as source, (folder / "m.arpa").open("w") as target:
-        command: list[str | Path] = [lmplz, "-o", "3", "-S", f"{memory >> 20}M", "-T", folder]
-        subprocess.run(command, stdin=source, stdout=target, stderr=subprocess.DEVNULL, check=True)
+        # Fixed discounts only where the corpus gives none: every token of a large drawn one is frequent.
+        command: list[str | Path] = [lmplz, "-o", "3", "-S", f"{memory >> 20}M", "-T", folder, "--discount_fallback"]
+        done = subprocess.run(command, stdin=source, stdout=target, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise DecodingError(f"{lmplz} failed: {done.stderr.strip()[-500:]}")
 
 
 def _training_memory(ids: np.ndarray, vocab: int) -> Figure:

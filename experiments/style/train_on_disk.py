@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class _Write:
         self.training.write(self.out)
 
 
-def train(training: Training, workers: Workers, work: Path, out: Path) -> bool:
+def train(training: Training, workers: Workers, work: Path, out: Path) -> dict[str, float] | None:
     """Does what is left of a training, and writes the model.
 
     Args:
@@ -50,7 +51,7 @@ def train(training: Training, workers: Workers, work: Path, out: Path) -> bool:
         out: the model's file.
 
     Returns:
-        Whether the model is written; False if Slurm will do it.
+        Seconds that each step took, by name, and writing; None if Slurm will do it.
     """
     stages = []
     for step in training.steps:
@@ -58,13 +59,15 @@ def train(training: Training, workers: Workers, work: Path, out: Path) -> bool:
         stages.append(Stage(step.name, step.tasks, tasks, tasks.is_done))
     if workers.kind == "slurm":
         submit([*stages, Stage("write", 1, _Write(training, out.absolute()), lambda _: False)], workers, work)
-        return False
+        return None
     with alone_in(work):
         training.tidy()
-        run(stages, workers)
+        seconds = run(stages, workers)
+        began = time.perf_counter()
         training.write(out)
+        seconds["write"] = time.perf_counter() - began
         training.remove()
     with suppress(OSError):  # whatever else is there stays
         (work / LOCK).unlink()
         work.rmdir()
-    return True
+    return seconds

@@ -10,13 +10,14 @@ import multiprocessing
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from decoding.errors import DecodingError
 from decoding.models import load_tokenizer
 from decoding.style.source import Corpus
 from decoding.tokens import id_count, tokenize
@@ -126,91 +127,118 @@ def main(
         out: file for the figures.
     """
     tokenizer = load_tokenizer(model)
-    size = id_count(tokenizer)
     text = np.concatenate(tokenize(corpus.documents, tokenizer))
-    figures = []
     with tempfile.TemporaryDirectory(prefix="decoding-bench-") as name:
         folder = Path(name)
         (ids := folder / "ids").mkdir()
         draw(text, tokens, ids)
-        count = sum(np.load(path, mmap_mode="r").size for path in ids.glob("*.npy"))
-        texts = tokenizer.batch_decode(np.load(ids / "00000.npy")[:64])
-        per_token = sum(len(each.encode()) for each in texts) / (64 * _DOCUMENT)
-        seconds: dict[Any, float] = {}
-        for number in workers:
-            seconds[number], peak = _apart(_on_disk, ids, folder, size, number, memory)
-            what = f"on disk, {number} worker{'s' * (number > 1)}"
-            figures += [
-                _seconds(what, seconds[number]),
-                _memory(f"{what}, peak of each, of {_size(memory)} for n-grams", peak, 4),
-            ]
-        ngrams = len(NGramModel.load(folder / "disk.safetensors", mmap=True))
-        if in_memory:
-            seconds["memory"], peak = _apart(_in_memory, ids, folder, size)
-            figures += [_seconds("in memory", seconds["memory"]), _memory("in memory, peak", peak)]
-        if lmplz is not None:
-            seconds["lmplz"], _ = _apart(_by_lmplz, ids, folder, lmplz, memory)
-            figures.append(_seconds(f"lmplz -S {_size(memory)}", seconds["lmplz"]))
-            ratio = seconds[workers[0]] / seconds["lmplz"]
-            figures.append(Figure("on disk, one worker, against lmplz", ratio, f"{ratio:.2f}×", "≤ 1.5×", ratio <= 1.5))
-        if len(workers) > 1:
-            ratio = seconds[workers[0]] / seconds[workers[1]]
-            what = f"{workers[1]} workers against {workers[0]}"
-            figures.append(Figure(what, ratio, f"{ratio:.2f}×", "≥ 1.7×", ratio >= 1.7))
-        written = (folder / "disk.safetensors").stat().st_size
-    about = {
-        "corpus": corpus.name,
-        "tokens": count,
-        "text_bytes": round(count * per_token),
-        "ngrams": ngrams,
-        "model_bytes": written,
-        "order": 3,
-    }
-    title = f"training on {count:,} tokens, some {about['text_bytes'] / 1e9:.2f} GB of text, drawn from {corpus.name}"
-    report(figures, title, about, out)
+        drawn = [np.load(path, mmap_mode="r") for path in sorted(ids.glob("*.npy"))]
+        texts = tokenizer.batch_decode(drawn[0][:64])
+        count = sum(each.size for each in drawn)
+        text_bytes = round(count * sum(len(each.encode()) for each in texts) / (64 * _DOCUMENT))
+        about: dict[str, Any] = {"corpus": corpus.name, "tokens": count, "text_bytes": text_bytes, "order": 3}
+        figures: list[Figure] = []
+        try:
+            _measure(folder, ids, id_count(tokenizer), workers, memory, in_memory, lmplz, figures, about)
+        finally:  # what was measured is told, whatever comes
+            title = f"training on {count:,} tokens, some {text_bytes / 1e9:.2f} GB of text, drawn from {corpus.name}"
+            report(figures, title, about, out)
 
 
-def _apart(work: Callable[..., float], *arguments: Any) -> tuple[float, float]:
-    """Seconds of some work in a process of its own, and the most bytes that one of it and its workers took."""
+def _measure(
+    folder: Path,
+    ids: Path,
+    size: int,
+    workers: Sequence[int],
+    memory: int,
+    in_memory: bool,
+    lmplz: Path | None,
+    figures: list[Figure],
+    about: dict[str, Any],
+) -> None:
+    seconds: dict[Any, float] = {}
+    about["seconds_of_steps"] = {}
+    for number in workers:
+        seconds[number], peak, about["seconds_of_steps"][number] = _apart(_on_disk, ids, folder, size, number, memory)
+        what = f"on disk, {number} worker{'s' * (number > 1)}"
+        figures += [
+            _seconds(what, seconds[number]),
+            _memory(f"{what}, peak of each, of {_size(memory)} for n-grams", peak, 4),
+        ]
+    if len(workers) > 1:
+        ratio = seconds[workers[0]] / seconds[workers[1]]
+        what = f"{workers[1]} workers against {workers[0]}"
+        figures.append(Figure(what, ratio, f"{ratio:.2f}×", "≥ 1.7×", ratio >= 1.7))
+    written = folder / "disk.safetensors"
+    about |= {"ngrams": len(NGramModel.load(written, mmap=True)), "model_bytes": written.stat().st_size}
+    if in_memory:
+        seconds["memory"], peak, _ = _apart(_in_memory, ids, folder, size)
+        figures += [_seconds("in memory", seconds["memory"]), _memory("in memory, peak", peak)]
+    if lmplz is not None:
+        seconds["lmplz"], _, _ = _apart(_by_lmplz, ids, folder, lmplz, memory)
+        figures.append(_seconds(f"lmplz -S {_size(memory)}", seconds["lmplz"]))
+        ratio = seconds[workers[0]] / seconds["lmplz"]
+        figures.append(Figure("on disk, one worker, against lmplz", ratio, f"{ratio:.2f}×", "≤ 1.5×", ratio <= 1.5))
+
+
+Work = Callable[..., tuple[float, Mapping[str, float]]]
+"""Gives its seconds, and those of its steps."""
+
+
+def _apart(work: Work, *arguments: Any) -> tuple[float, float, Mapping[str, float]]:
+    """Seconds of some work in a process of its own, the most bytes that one of it and its workers took, and its steps'.
+
+    Raises:
+        DecodingError: it failed.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_measured, args=(theirs, work, arguments))
     process.start()
     theirs.close()
-    seconds, peak = ours.recv()
+    try:
+        found = ours.recv()
+    except EOFError as error:
+        raise DecodingError("a measurement's process was killed: is there memory for it?") from error
     process.join()
-    return seconds, peak
+    if isinstance(found, DecodingError):
+        raise found
+    return found
 
 
-def _measured(answer: Any, work: Callable[..., float], arguments: Sequence[Any]) -> None:
-    seconds = work(*arguments)
+def _measured(answer: Any, work: Work, arguments: Sequence[Any]) -> None:
+    try:
+        seconds, steps = work(*arguments)
+    except DecodingError as error:
+        answer.send(error)
+        return
     children, own = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
-    answer.send((seconds, (children or own) * 1024))
+    answer.send((seconds, (children or own) * 1024, steps))
 
 
-def _on_disk(ids: Path, folder: Path, size: int, workers: int, memory: int) -> float:
+def _on_disk(ids: Path, folder: Path, size: int, workers: int, memory: int) -> tuple[float, Mapping[str, float]]:
     began = time.perf_counter()
     work = folder / f"work{workers}"
     tasks = 2 * workers
     training = Training(work, Shards(ids, tasks), size, order=3, pad_vocab=True, tasks=tasks, memory=memory)
-    train(training, Workers("local", workers), work, folder / "disk.safetensors")
-    return time.perf_counter() - began
+    steps = train(training, Workers("local", workers), work, folder / "disk.safetensors")
+    return time.perf_counter() - began, steps or {}
 
 
-def _in_memory(ids: Path, folder: Path, size: int) -> float:
+def _in_memory(ids: Path, folder: Path, size: int) -> tuple[float, Mapping[str, float]]:
     began = time.perf_counter()
     NGramModel.train(Shards(ids, 1).whole(), size, order=3, pad_vocab=True).save(folder / "memory.safetensors")
-    return time.perf_counter() - began
+    return time.perf_counter() - began, {}
 
 
-def _by_lmplz(ids: Path, folder: Path, lmplz: Path, memory: int) -> float:
+def _by_lmplz(ids: Path, folder: Path, lmplz: Path, memory: int) -> tuple[float, Mapping[str, float]]:
     text = folder / "ids.txt"
     with text.open("w") as file:
         for document in Shards(ids, 1).whole():
             file.write(" ".join(map(str, document.tolist())) + "\n")
     began = time.perf_counter()
     run_lmplz(lmplz, text, folder, memory)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, {}
 
 
 def _seconds(what: str, seconds: float) -> Figure:

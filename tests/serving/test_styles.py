@@ -52,6 +52,33 @@ def test_one_large_style_stays_in_its_file(saved, tokenizer, monkeypatch):
     assert_same_distribution(got, wanted(history, scores))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at maps in /proc")
+def test_large_styles_are_joined_once_into_a_file(saved, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    declared = {name: DeclaredStyle(str(path)) for name, path in saved.items()}
+    in_memory = load_styles(declared, tokenizer, 60, "cpu")
+    assert not (tmp_path / "decoding-middleware" / "joined").exists()
+    monkeypatch.setattr("decoding.style.files.MAPPED", 1)
+    scores, history = torch.randn(2, 60), torch.tensor([[3, 4], [5, 6]])
+    rows = rows_of([(0, 0.5), (1, 0.25)], [(1, 0.5)])
+    wanted = in_memory.add(scores.clone(), history, in_memory.layers(rows))
+    for _ in range(2):
+        styles = load_styles(declared, tokenizer, 60, "cpu")
+        assert torch.equal(styles.add(scores.clone(), history, styles.layers(rows)), wanted)
+        (folder,) = (tmp_path / "decoding-middleware" / "joined").iterdir()
+        assert str(folder / "tables.safetensors") in Path("/proc/self/maps").read_text()
+        monkeypatch.setattr("decoding.vllm.joined.join", None)  # not again
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("decoding.style.files.MAPPED", 1)
+    (folder / "tables.safetensors").write_bytes(b"cut off")
+    styles = load_styles(declared, tokenizer, 60, "cpu")
+    assert torch.equal(styles.add(scores.clone(), history, styles.layers(rows)), wanted)
+    saved["file"].touch()
+    load_styles(declared, tokenizer, 60, "cpu")
+    assert len([each for each in folder.parent.iterdir() if each.is_dir()]) == 2
+
+
 def test_priors_that_do_not_fit_the_model_are_refused(saved, tokenizer, tmp_path):
     declared = {"mine": DeclaredStyle(str(saved["file"]))}
     with pytest.raises(DecodingError, match="style 'mine'.*another model's"):

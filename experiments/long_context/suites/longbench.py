@@ -1,7 +1,7 @@
 """LongBench's data sets (Bai et al. 2024, arXiv 2308.14508), and LongBench v2 (arXiv 2412.15204), from a folder.
 
-The folder is that of a release: ``config/dataset2prompt.json`` and ``dataset2maxlen.json`` with ``data/*.jsonl``; or, of v2,
-``prompts/0shot.txt`` with ``data.json`` or ``data.jsonl``. What does not fit is cut in its middle.
+The folder is that of a release: ``config/dataset2prompt.json`` and ``dataset2maxlen.json`` with ``data/*.jsonl``. Of v2
+it is ``prompts/0shot.txt`` with ``data.json`` or ``data.jsonl``. What does not fit is cut in its middle.
 """
 
 from __future__ import annotations

@@ -354,10 +354,23 @@ def test_a_run_answers_suites(folders, tmp_path):
     right = {path.stem: json.loads(path.read_text())["answers"][0] for path in (out / "cells").glob("*.json")}
     elsewhere = {"method": "kvpress Oracle", "kept": 64, "written": right}
     (out / "others" / "oracle.json").write_text(json.dumps(elsewhere))
+    cells = {path.name for path in (out / "cells").iterdir()}
     again = run(folders, out, "--lossless", "--dtype", "float32", "--resume")
-    assert again.exit_code == 0, again.output
+    assert again.exit_code == 0 and cells == {path.name for path in (out / "cells").iterdir()}
     rows = json.loads((out / "results.json").read_text())["tasks"]
     assert {row["score"] for row in rows if row["method"] == "kvpress Oracle"} == {1.0}
+
+
+def test_a_run_grows(folders, tmp_path):
+    out = tmp_path / "out"
+    assert run(folders, out, "--examples", "1").exit_code == 0
+    first = {path.name: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    done = run(folders, out, "--examples", "2", "--lengths", "240,256", "--resume")
+    assert done.exit_code == 0, done.output
+    cells = {path.name: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
+    assert len(first) == 2 and len(cells) == 8 and first.items() <= cells.items()
+    refused = run(folders, out, "--budget", "120", "--resume")
+    assert refused.exit_code == 2 and "has another budgets" in refused.output
 
 
 @pytest.mark.parametrize(
