@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from figures.data import bench_table, figure, quoted, read, table
 
 HEADS = ["", "measured", "target"]
@@ -79,6 +81,34 @@ def trained(name: str) -> str:
     """What was trained on: "tokens", in millions; "text_bytes", in GB."""
     amount = read("bench_training.json")[name]
     return f"{amount / 1e9:.2f} GB" if name == "text_bytes" else f"{amount / 1e6:.0f} million"
+
+
+def on_paper(what: str) -> str:
+    """Of training on 100 GB of text by 32 workers, from what the steps of one worker took: see `_on_paper`."""
+    found = _on_paper(100e9, 32)[what]
+    return f"{found:.1f}" if what in ("micros", "rest_micros", "write_micros") else f"{found:.2g}"
+
+
+def _on_paper(text_bytes: float, workers: int) -> dict[str, float]:
+    """Counting goes by tokens, the other steps by n-grams, whose number grows as it did between two sizes."""
+    data = read("bench_training.json")
+    steps, tokens, ngrams = data["seconds_of_steps"]["1"], data["tokens"], data["ngrams"]
+    smaller = quoted("n-grams of fewer drawn tokens")
+    growth = np.log(ngrams / smaller["ngrams"]) / np.log(tokens / smaller["tokens"])
+    all_tokens = text_bytes / data["text_bytes"] * tokens
+    all_ngrams = ngrams * (all_tokens / tokens) ** growth
+    rest = sum(steps[name] for name in ("adjust", "context", "interpolate", "assemble"))
+    return {
+        "micros": 1e6 * steps["count"] / tokens,
+        "rest_micros": 1e6 * rest / ngrams,
+        "write_micros": 1e6 * steps["write"] / ngrams,
+        "growth": growth,
+        "tokens": all_tokens / 1e9,
+        "ngrams": all_ngrams / 1e9,
+        "count_minutes": steps["count"] / tokens * all_tokens / workers / 60,
+        "rest_minutes": rest / ngrams * all_ngrams / workers / 60,
+        "write_minutes": steps["write"] / ngrams * all_ngrams / 60,
+    }
 
 
 def pruning() -> str:

@@ -268,8 +268,10 @@ def _refuse_without_suite(suites: Sequence[str]) -> None:
         DecodingError: names one.
     """
     ctx = click.get_current_context(silent=True)  # none in a process that measures a part of the cells
+    if ctx is None:
+        return
     for wanted, names in _OF_SUITES.items():
-        for name in names if ctx is not None and not set(wanted) & set(suites) else ():
+        for name in () if set(wanted) & set(suites) else names:
             if ctx.get_parameter_source(name) != click.core.ParameterSource.DEFAULT:
                 option = next(param.opts[0] for param in ctx.command.params if param.name == name)
                 raise DecodingError(f"{option} goes with --suite {' or '.join(wanted)}")

@@ -160,7 +160,7 @@ def on_text(
 
     records = {way: Record(name, ids.shape[1], way) for way in (*timed, *once)}
     own: list[int] = []
-    for ways in (*[timed] * setting.rounds, once):
+    for ways in (*(_turned(timed, turn) for turn in range(setting.rounds)), once):
         for way in ways:
             record = records[way]
             clock, chunks = written(way)
@@ -170,6 +170,11 @@ def on_text(
             record.same = None if way in (SAMPLED, ATTENDED_SAMPLED) else _same(clock.tokens, own)
             _tell(record, chunks)
     yield from records.values()
+
+
+def _turned(ways: Sequence[str], turn: int) -> Sequence[str]:
+    """In another order each time: what a way leaves in caches and allocators should not be the same one's lot."""
+    return (*ways[turn % len(ways) :], *ways[: turn % len(ways)])
 
 
 @contextmanager
@@ -272,10 +277,10 @@ def on_random(
             records = {way: Record(text, context, way) for way in ways}
             script = _Script(context + _LAST + setting.tokens + 1, acceptance, model.config.vocab_size)
             ids = script.tokens[: context + _LAST].expand(batch, -1).to(model.device)
-            for _ in range(setting.rounds):
-                for way, record in records.items():
+            for turn in range(setting.rounds):
+                for way in _turned(ways, turn):
                     show(f"{options.shape}, {context:,} tokens × {batch}, {way}")
-                    _write_script(record, model, ids, script, context, setting)
+                    _write_script(records[way], model, ids, script, context, setting)
                     free()  # two caches of long contexts may not fit
             yield from records.values()
 

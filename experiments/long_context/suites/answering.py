@@ -64,18 +64,19 @@ class Examination:
                 options = example.new_tokens, ends, example.ends_line
                 (written[compared.name],) = write(self.model, chunks, prompt, self.tokenizer, *options)
                 retention[compared.name] = chunks.stats["kv_retention"]
-        record = {
+        lossless = {f"{kept:g}": self._losslessly(prompt, example, ends, kept) for kept in self.lossless}
+        for each in lossless.values():
+            each["same"] = each["written"] == written[TextCell(FULL, 1.0).name]
+        return {
             "tokens": ids.shape[1],
             "answers": example.answers,
             "choices": example.choices,
             "written": written,
             "scores": {name: task.score(text, example) for name, text in written.items()},
             "kv_retention": retention,
-            "lossless": {f"{kept:g}": self._losslessly(prompt, example, ends, kept) for kept in self.lossless},
+            "lossless": lossless,
+            "cpu_seconds": time.process_time() - began,
         }
-        for each in record["lossless"].values():
-            each["same"] = each["written"] == written[TextCell(FULL, 1.0).name]
-        return record | {"cpu_seconds": time.process_time() - began}
 
     def _leave(self, cell: AnswerCell, ids: torch.Tensor, example: Example, ends: list[int]) -> None:
         told = {"ids": ids[0].tolist(), "new_tokens": example.new_tokens, "ends": ends, "ends_line": example.ends_line}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from decoding.errors import DecodingError
 from experiments.long_context.suites.scores import CODE_NOISE, similar_code
@@ -37,13 +38,18 @@ class NextLine:
             is_plain = len(line) >= _SHORTEST and not any(noise in line for noise in CODE_NOISE)
             if not is_plain or window.fits(_behind(lines[:place], line)):
                 continue
-            return window.longest(lambda units, at=place, it=line: _behind(lines[at - units : at], it), 1, place)
+            before = lines[:place]
+            return window.longest(partial(_behind_last, before, line), 1, place)
         raise DecodingError(f"the text has no line behind {window.tokens:,} tokens: give more, or shorter --lengths")
 
     def score(self, written: str, example: Example) -> float:
         """See `Task`."""
         bare = "\n".join(map(str.strip, written.split("\n")))
         return similar_code(bare, example.answers[0], ())
+
+
+def _behind_last(lines: Sequence[str], line: str, count: int) -> Example:
+    return _behind(lines[-count:], line)
 
 
 def _behind(lines: Sequence[str], line: str) -> Example:

@@ -25,11 +25,15 @@ class Questions:
     """A set of questions, whose documents can stand among each other's.
 
     Args:
-        asked: in their order.
+        told: in their order; those that have no answer, as some of SQuAD 2, have documents all the same.
+
+    Attributes:
+        asked: those that have one.
     """
 
-    def __init__(self, asked: Sequence[Asked]):
-        self.asked = asked
+    def __init__(self, told: Sequence[Asked]):
+        self._told = told
+        self.asked = [each for each in told if each.answers]
 
     @classmethod
     def read(cls, path: Path) -> Questions:
@@ -46,17 +50,17 @@ class Questions:
             lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DecodingError(f"{path} cannot be read: {error}") from error
-        asked = [_asked(path, place, line) for place, line in enumerate(lines, 1) if line.strip()]
-        if not asked:
-            raise DecodingError(f"{path} has no questions")
-        return cls([each for each in asked if each.answers])  # SQuAD 2 has some that cannot be answered
+        found = cls([_asked(path, place, line) for place, line in enumerate(lines, 1) if line.strip()])
+        if not found.asked:
+            raise DecodingError(f"{path} has no questions with an answer")
+        return found
 
     def others(self, number: int, rng: random.Random) -> list[str]:
         """Documents that a question is not about: those of its title first, then the others, each in any order."""
         mine = self.asked[number]
-        alike = [each for each in self.asked if mine.title is not None and each.title == mine.title]
+        alike = [each for each in self._told if mine.title is not None and each.title == mine.title]
         found: dict[str, None] = {}
-        for group in (alike, self.asked):
+        for group in (alike, self._told):
             documents = sorted({document for each in group for document in each.documents})
             rng.shuffle(documents)
             found |= dict.fromkeys(documents)

@@ -90,7 +90,7 @@ def tables(rows: Sequence[Row], lossless: Sequence[Row]) -> Iterator[str]:
         examples = of_length[0]["examples"]
         yield f"### Tasks, {length:,} tokens, {examples} examples each, score × 100\n\n" + markdown(table(of_length))
     if lossless:
-        yield "### Lossless: drafted tokens that are right, %\n\n" + markdown(_lossless_table(lossless))
+        yield "### Lossless: drafted tokens that are right, %\n\n" + markdown(lossless_table(lossless))
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
@@ -125,7 +125,8 @@ def _by_method(rows: Sequence[Row]) -> dict[tuple[str, float], dict[str, Row]]:
     return found
 
 
-def _lossless_table(rows: Sequence[Row]) -> list[list[str]]:
+def lossless_table(rows: Sequence[Row]) -> list[list[str]]:
+    """A line for each length and what drafts read."""
     tasks = _different(row["task"] for row in rows)
     lines = [["tokens", "drafts read", *tasks, "same text"]]
     groups: dict[tuple[int, float], dict[str, Row]] = {}

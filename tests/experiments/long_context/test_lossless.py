@@ -48,7 +48,7 @@ def test_random_contexts_accept_as_they_are_told(monkeypatch, acceptance):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     monkeypatch.setitem(bench.SHAPES, "tiny", shape | {"num_key_value_heads": 2, "vocab_size": 64})
     options = bench.BenchOptions("tiny", torch.float32, (200,))
-    with lossless._always_drafting():
+    with lossless.always_drafting():
         records = {each.way: each for each in lossless.on_random(options, acceptance, SETTING, lambda _: None)}
     assert records[LOSSLESS].acceptance == acceptance
     assert records[LOSSLESS].tokens == records[DEFAULT].tokens == 12

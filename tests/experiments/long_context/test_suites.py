@@ -186,6 +186,10 @@ def test_questions_are_read_as_squad_and_hotpotqa_have_them(questions, tmp_path)
     assert len(others) == len(set(others)) == 799 and asked.documents[0] not in others
     assert set(others[:3]) == {f"person{i} did it." for i in (4, 6, 7)}  # of the same title
     (tmp_path / "hotpot.jsonl").write_text("\n".join(map(json.dumps, HOTPOT)))
+    unanswered = {"question": "no?", "context": "of no use", "answers": {"text": []}}
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, [SQUAD[0], unanswered])))
+    two = Questions.read(tmp_path / "two.jsonl")
+    assert len(two.asked) == 1 and two.others(0, random.Random(0)) == ["of no use"]
     (hotpot,) = Questions.read(tmp_path / "hotpot.jsonl").asked
     assert hotpot.documents == ("A\nIt is so.", "B\nRome.") and hotpot.answers == ("Rome",)
 
