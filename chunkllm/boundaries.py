@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from chunkllm.errors import ChunkError
 
+_punctuation: WeakKeyDictionary[Any, Tensor] = WeakKeyDictionary()
 _ENDS_SENTENCE = re.compile(r"[.!?…。！？][\"'”’»)\]]*\s*$|\n")
 
 
@@ -69,9 +71,15 @@ def boundary_labels(text: str, tokenizer: Any, language: str = "en") -> tuple[np
 
 
 def punctuation_boundaries(tokenizer: Any) -> Tensor:
-    """bool [V]: does the token's text end a sentence, or a line? Stands in where no detector is trained."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return torch.tensor([_ENDS_SENTENCE.search(text) is not None for text in texts])
+    """bool [V]: does the token's text end a sentence, or a line? Stands in where no detector is trained.
+
+    Looked up once for a tokenizer, which takes seconds where it has many tokens, and again if it gets more.
+    """
+    table = _punctuation.get(tokenizer)
+    if table is None or len(table) != len(tokenizer):
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        table = _punctuation[tokenizer] = torch.tensor([_ENDS_SENTENCE.search(text) is not None for text in texts])
+    return table
 
 
 class Agreement(NamedTuple):

@@ -81,6 +81,9 @@ def test_punctuation():
     table = punctuation_boundaries(tokenizer)
     assert table.dtype == torch.bool and len(table) == len(tokenizer)
     assert [word for word in ends + others if table[tokenizer.convert_tokens_to_ids(word)]] == ends
+    assert punctuation_boundaries(tokenizer) is table  # looked up once
+    tokenizer.add_tokens(["over."])
+    assert len(punctuation_boundaries(tokenizer)) == len(table) + 1 and punctuation_boundaries(tokenizer)[-1]
 
 
 @pytest.mark.real
