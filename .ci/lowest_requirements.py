@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pip._vendor.packaging.requirements import Requirement
 
-EXTRAS = ("defaults", "tasks", "compare", "parquet", "cluster")
+EXTRAS = ("defaults", "tasks", "compare", "suites", "parquet", "cluster")
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 for line in [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]:

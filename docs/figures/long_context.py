@@ -9,11 +9,9 @@ import numpy as np
 from chunkllm.selection import layer_weights
 from experiments.lab.figures import ratio_of
 from experiments.lab.tables import plus_minus
-from experiments.long_context.suites import report
 from figures.data import Row, bench_line, figure, read, row, table
 
 RESULTS, TRAINING, BENCH = "long_context/results.json", "long_context/training.json", "bench_long_context.json"
-TASKS = "long_context/ruler.json"
 CALIBRATED, CALIBRATION = "long_context/calibrated.json", "long_context/calibration.json"
 BEST = "adapter, by layer"
 _FEW = (BEST, "fixed chunks (FixLLM)", "pages (Quest)", "sinks + recent (StreamingLLM)")
@@ -125,16 +123,6 @@ def more_perplexity(method: str, kept: float | str) -> str:
 def divergence(method: str, kept: str) -> str:
     """From full attention, in 10⁻³ nats."""
     return f"{1e3 * text_row(method, kept)['divergence']:.2f}"
-
-
-def by_task(length: int) -> str:
-    """What every method answers to RULER's tasks, of prompts of a length."""
-    return table(report.table([each for each in read(TASKS)["tasks"] if each["length"] == length]))
-
-
-def lossless_by_task() -> str:
-    """What the lossless mode's drafts get right in RULER's tasks."""
-    return table(report.lossless_table(read(TASKS)["lossless"]))
 
 
 def speed() -> str:

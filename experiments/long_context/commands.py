@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,9 @@ from decoding.cli import options as shared
 from decoding.cli.groups import Group
 from decoding.errors import DecodingError
 from experiments.lab import spreading
+
+if TYPE_CHECKING:
+    from experiments.long_context.asked import EvalOptions
 
 # Which options of `chunk eval` belong to which suites.
 _OF_SUITES = {
@@ -212,7 +215,7 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
     from decoding.style.source import load_corpus
     from experiments.lab.runs import check_unused, settings_of
     from experiments.long_context import report
-    from experiments.long_context.asked import EvalOptions, checked_retentions, chosen_methods
+    from experiments.long_context.asked import chosen_methods
     from experiments.long_context.evaluate import fingerprint, prepare
     from experiments.long_context.suites.answering import add_others
     from experiments.long_context.suites.opening import digests, open_tasks
@@ -221,37 +224,18 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
         check_unused(out)
     _refuse_without_suite(chosen["suites"])
     opened = None if no_adapters else open_saved(adapters)
-    options = EvalOptions(
-        suites=tuple(dict.fromkeys(chosen["suites"])),
-        methods=chosen_methods(chosen["methods"], opened),
-        retentions=checked_retentions(chosen["retentions"]),
-        budgets=tuple(map(int, chosen["budgets"] or ())),
-        context=chosen["context"],
-        scored=chosen["scored"],
-        passkey_lengths=tuple(map(int, chosen["passkey_lengths"])),
-        passkey_depths=chosen["passkey_depths"],
-        passkey_keys=chosen["passkey_keys"],
-        lengths=tuple(map(int, chosen["lengths"])),
-        examples=chosen["examples"],
-        lossless=chosen["lossless"],
-    )
+    options = _eval_options(chosen, chosen_methods(chosen["methods"], opened))
     if not texts and set(options.suites) - {"longbench", "passkey"}:
         raise DecodingError("give TEXTS: to predict, to hide things in, or to complete")
-    corpora = [load_corpus(source) for source in shared.sources(texts, chosen)]
     questions = {name: Path(path) for name, path in map(_named, chosen["questions"])}
-    as_it_stands = shared.sources(texts, chosen | {"unwrap": False}) if "completion" in options.suites else ()
-    documents, code = (
-        [document for corpus in each for document in corpus.documents]
-        for each in (corpora, map(load_corpus, as_it_stands))
-    )
-    tasks = open_tasks(options.suites, documents, code, questions, chosen["longbench"], chosen["tasks"])
+    corpora = [load_corpus(source) for source in shared.sources(texts, chosen)]
+    as_they_stand = shared.sources(texts, chosen | {"unwrap": False}) if "completion" in options.suites else ()
+    code = list(map(load_corpus, as_they_stand))
+    tasks = open_tasks(options.suites, corpora, code, questions, chosen["longbench"], chosen["tasks"])
     tokenizer = load_tokenizer(chosen["model"])
     model = load_model(chosen["model"], chosen["dtype"], chosen["device"])
-    about = {
-        **settings_of(chosen["model"], model, tokenizer),
-        "adapters": fingerprint(opened),
-        "data": digests(questions, chosen["longbench"]),
-    }
+    about = settings_of(chosen["model"], model, tokenizer)
+    about |= {"adapters": fingerprint(opened), "data": digests(questions, chosen["longbench"])}
     evaluation = prepare(
         corpora, chosen["pieces"], tasks, model, tokenizer, about, opened, options, out, chosen["resume"]
     )
@@ -259,6 +243,22 @@ def evaluate(texts: tuple[str, ...], adapters: str | None, no_adapters: bool, ou
     others = add_others(out, cells, tasks)
     click.echo(report.write(cells, options, evaluation.folder.settings, out, others))
     click.echo(f"look at the pictures in {out}")
+
+
+def _eval_options(chosen: dict[str, Any], methods: tuple[str, ...]) -> EvalOptions:
+    from experiments.long_context.asked import EvalOptions, checked_retentions
+
+    whole: dict[str, Any] = {
+        name: tuple(map(int, chosen[name] or ())) for name in ("budgets", "passkey_lengths", "lengths")
+    }
+    numbers = ("context", "scored", "passkey_depths", "passkey_keys", "examples", "lossless")
+    return EvalOptions(
+        suites=tuple(dict.fromkeys(chosen["suites"])),
+        methods=methods,
+        retentions=checked_retentions(chosen["retentions"]),
+        **whole,
+        **{name: chosen[name] for name in numbers},
+    )
 
 
 def _refuse_without_suite(suites: Sequence[str]) -> None:
