@@ -22,7 +22,6 @@ from experiments.long_context.suites.tasks import Example, Task, Window
 from ngram.storage import write_atomically
 
 PROMPTS, OTHERS = "prompts", "others"
-LOSSLESS = "lossless"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ class NextLine:
 
     documents: Sequence[str]
     name: str = "next_line"
-    suite: str = SUITE
 
     def example(self, number: int, window: Window) -> Example:
         """See `Task`. The line is any one with enough before it, and without what its score does not count."""

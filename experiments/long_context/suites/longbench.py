@@ -68,7 +68,6 @@ class DataSet:
     rows: Sequence[Mapping[str, Any]]
     template: str
     new_tokens: int
-    suite: str = SUITE
 
     def example(self, number: int, window: Window) -> Example:
         """See `Task`."""

@@ -50,8 +50,16 @@ class Haystack:
         return _SENTENCE.findall(re.sub(r"\s+", " ", " ".join(self._documents)))
 
 
+class _AllWanted:
+    """All answers are asked for."""
+
+    def score(self, written: str, example: Example) -> float:
+        """See `Task`."""
+        return all_found(written, example.answers)
+
+
 @dataclass(frozen=True, eq=False)
-class Needles:
+class Needles(_AllWanted):
     """Sentences that tell a value of a key, hidden among others; the values of some keys are asked for.
 
     Attributes:
@@ -69,7 +77,6 @@ class Needles:
     queries: int = 1
     key_kind: Kind = "words"
     value_kind: Kind = "numbers"
-    suite: str = SUITE
 
     def example(self, number: int, window: Window) -> Example:
         """See `Task`."""
@@ -115,17 +122,12 @@ class Needles:
         opening = f" The special magic {kind} for {query} mentioned in the provided text {are}"
         return Example(prompt, opening, tuple(answers), 128)
 
-    def score(self, written: str, example: Example) -> float:
-        """See `Task`."""
-        return all_found(written, example.answers)
-
 
 @dataclass(frozen=True)
-class VariableTracking:
+class VariableTracking(_AllWanted):
     """A value goes from variable to variable; those that have it are asked for. One solved example comes before."""
 
     name: str = "vt"
-    suite: str = SUITE
 
     def example(self, number: int, window: Window) -> Example:
         """See `Task`."""
@@ -155,17 +157,12 @@ class VariableTracking:
         )
         return prompt, opening, names
 
-    def score(self, written: str, example: Example) -> float:
-        """See `Task`."""
-        return all_found(written, example.answers)
-
 
 @dataclass(frozen=True)
-class CommonWords:
+class CommonWords(_AllWanted):
     """A list of words, of which ten are much more frequent than the others. One solved example comes before."""
 
     name: str = "cwe"
-    suite: str = SUITE
 
     def example(self, number: int, window: Window) -> Example:
         """See `Task`."""
@@ -193,20 +190,15 @@ class CommonWords:
         )
         return prompt, common
 
-    def score(self, written: str, example: Example) -> float:
-        """See `Task`."""
-        return all_found(written, example.answers)
-
 
 @dataclass(frozen=True)
-class FrequentWords:
+class FrequentWords(_AllWanted):
     """Made-up words, as frequent as a zeta distribution of exponent 2 has them; the most frequent three are asked for.
 
     The first in rank is written as dots, and does not count.
     """
 
     name: str = "fwe"
-    suite: str = SUITE
 
     def example(self, number: int, window: Window) -> Example:
         """See `Task`."""
@@ -227,10 +219,6 @@ class FrequentWords:
         opening = " Answer: According to the coded text above, the three most frequently appeared words are:"
         return Example(prompt, opening, tuple(vocabulary[1:4]), 50)
 
-    def score(self, written: str, example: Example) -> float:
-        """See `Task`."""
-        return all_found(written, example.answers)
-
 
 @dataclass(frozen=True, eq=False)
 class Answering:
@@ -238,7 +226,6 @@ class Answering:
 
     name: str
     questions: Questions
-    suite: str = SUITE
 
     def example(self, number: int, window: Window) -> Example:
         """See `Task`."""

@@ -46,10 +46,6 @@ class Task(Protocol):
     def name(self) -> str:
         """In the table."""
 
-    @property
-    def suite(self) -> str:
-        """That it is of."""
-
     def example(self, number: int, window: Window) -> Example:
         """The same one for the same number and window.
 
