@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from chunkllm.errors import ChunkError
 from chunkllm.models import ModelShape, model_shape
-from chunkllm.scorers import ChunkStatistics, Scorer
+from chunkllm.scorers import ChunkStatistics, Layers, Scorer
 
 EMBEDDED = Path(__file__).with_name("smollm2-135m")
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -198,6 +198,7 @@ class AdapterScorer(Scorer):
     """Scores by trained adapters: the pooled score's features, scaled by gains, and the adapters' beside them."""
 
     name = "adapter"
+    takes_layers = True
 
     def __init__(self, adapters: ChunkAdapters):
         self.adapters = adapters
@@ -205,30 +206,34 @@ class AdapterScorer(Scorer):
         self._scaling = adapters.config.shape.scaling
         self._place = {layer: i for i, layer in enumerate(adapters.config.shape.full_layers)}
 
-    def chunk_features(self, layer: int, statistics: ChunkStatistics) -> Tensor:
+    def _of(self, values: Tensor, layer: Layers) -> Tensor:
+        """A layer's part of the adapters, float32 [1, ...], or of several layers, [L, 1, ...]: the 1 is for rows."""
+        places = self._place[layer] if isinstance(layer, int) else [self._place[each] for each in layer]
+        return values[places].float().unsqueeze(-values.dim())
+
+    def chunk_features(self, layer: Layers, statistics: ChunkStatistics) -> Tensor:
         """F = 2 D + w: mean, variance, and the K-Adapter's output."""
         mean, variance, last = statistics
-        weight = self.adapters.key[self._place[layer]].float()
+        weight = self._of(self.adapters.key, layer)
         inputs = torch.cat((mean, variance.sqrt(), last), -1)
-        learned = inputs @ weight[:, :-1] + weight[:, -1:]
+        learned = inputs @ weight[..., :-1, :] + weight[..., -1:, :]
         return torch.cat((mean, variance, learned), -1)
 
-    def query_features(self, layer: int, queries: Tensor) -> Tensor:
+    def query_features(self, layer: Layers, queries: Tensor) -> Tensor:
         """See `chunk_features`."""
-        place = self._place[layer]
-        weight, gains = self.adapters.query[place].float(), self.adapters.gains[place].float()
+        weight, gains = self._of(self.adapters.query, layer), self._of(self.adapters.gains, layer)
         scaled = queries * self._scaling
-        mean, variance = gains[:, None, None, :2].unbind(-1)
-        learned = queries @ weight[:, :-1] + weight[:, -1:]
+        mean, variance = gains[..., None, None, :2].unbind(-1)
+        learned = queries @ weight[..., :-1, :] + weight[..., -1:, :]
         return torch.cat((mean * scaled, variance * scaled.square() / 2, learned), -1)
 
-    def reduce(self, layer: int, logits: Tensor, lengths: Tensor, distances: Tensor) -> Tensor:
+    def reduce(self, layer: Layers, logits: Tensor, lengths: Tensor, distances: Tensor) -> Tensor:
         """As every scorer, with the gains of length and distance."""
-        gains = self.adapters.gains[self._place[layer]].float()
-        by_length = gains[:, 2, None] * lengths.clamp(min=1).log()[:, None]
-        by_distance = gains[:, 3, None] * distances.log()[:, None]
+        gains = self._of(self.adapters.gains, layer)
+        by_length = gains[..., 2, None] * lengths.clamp(min=1).log()[:, None]
+        by_distance = gains[..., 3, None] * distances.log()[:, None]
         bias = (by_length + by_distance).masked_fill(lengths[:, None] == 0, -torch.inf)
-        return (logits + bias[:, :, None]).softmax(-1).mean((1, 2))
+        return (logits + bias[..., None, :]).softmax(-1).mean((-3, -2))
 
 
 def are_sensitivities(values: tuple[float, ...], layers: int) -> bool:

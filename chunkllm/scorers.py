@@ -7,7 +7,8 @@ A chunk's summary never changes, so it is made once, and scoring costs one produ
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -60,8 +61,15 @@ def chunk_statistics(keys: Tensor, chunk_of: Tensor, ends: Tensor) -> ChunkStati
     return ChunkStatistics(mean, variance, last)
 
 
+Layers = int | Sequence[int]
+"""A layer, by its place in the model; or several, and then their dimension L comes first in what belongs to layers."""
+
+
 class Scorer:
     """Scores chunks by features. Subclasses say what the features are, and how logits become scores.
+
+    A class of which `takes_layers` is true is asked about several layers at once, any other layer by layer. Each class
+    says so for itself, since a subclass may count on one layer.
 
     Attributes:
         name: in tables and errors.
@@ -73,6 +81,7 @@ class Scorer:
     name: str
     queries = 1
     is_distribution = True
+    takes_layers = False
 
     def summarise(self, layer: int, keys: Tensor, chunk_of: Tensor, ends: Tensor) -> Tensor:
         """Features [B, Hkv, C, F] of chunks, from keys and places as `chunk_statistics` takes them."""
@@ -95,31 +104,54 @@ class Scorer:
             lengths: float32 [B, C], tokens of a chunk; 0 for chunks that a row does not have.
             distances: float32 [B, C], tokens from a chunk's end to the query, at least 1.
         """
-        return (logits + lengths.log()[:, None, None]).softmax(-1).mean((1, 2))
+        return (logits + lengths.log()[:, None, None]).softmax(-1).mean((-3, -2))
 
 
 def chunk_scores(
-    scorer: Scorer, layer: int, queries: Tensor, features: Tensor, lengths: Tensor, distances: Tensor
+    scorer: Scorer, layer: Layers, queries: Tensor, features: Tensor, lengths: Tensor, distances: Tensor
 ) -> Tensor:
     """Scores of chunks.
 
     Args:
         scorer: whose features they are.
-        layer: its place in the model.
-        queries: [B, H, m, D], post-RoPE, oldest first.
-        features: [B, Hkv, C, F].
+        layer: its place in the model; or those of L layers, if the scorer takes several.
+        queries: [B, H, m, D], or [L, B, H, m, D], post-RoPE, oldest first.
+        features: [B, Hkv, C, F], or [L, B, Hkv, C, F].
         lengths: float32 [B, C], 0 for chunks that a row does not have.
         distances: float32 [B, C], tokens from a chunk's end to the query, at least 1.
 
     Returns:
-        float32 [B, C]; 0 or less than any other for chunks that a row does not have, NaN in rows without any.
+        float32 [B, C], or [L, B, C]; 0 or less than any other for chunks that a row does not have, NaN in rows without
+        any.
     """
-    batch, heads, count, _ = queries.shape
-    groups = features.shape[1]
-    wanted = scorer.query_features(layer, queries.float())
+    *batch, heads, count, _ = queries.shape
+    groups, asked = features.shape[-3], cast(Any, scorer)  # which may take several layers, if these are several
+    wanted = asked.query_features(layer, queries.float())
     # In float32 whatever the model computes in: squares of queries times variances leave float16's range.
-    logits = wanted.reshape(batch, groups, heads // groups * count, -1) @ features.float().transpose(-1, -2)
-    return scorer.reduce(layer, logits.view(batch, heads, count, -1), lengths, distances)
+    logits = wanted.reshape(*batch, groups, heads // groups * count, -1) @ features.float().transpose(-1, -2)
+    return asked.reduce(layer, logits.view(*batch, heads, count, -1), lengths, distances)
+
+
+def scores_of_layers(
+    scorer: Scorer, layers: Sequence[int], queries: Tensor, features: Tensor, lengths: Tensor, distances: Tensor
+) -> Tensor:
+    """`chunk_scores` of L layers, [L, B, C], of any scorer."""
+    if _takes_layers(scorer):
+        return chunk_scores(scorer, layers, queries, features, lengths, distances)
+    each = zip(layers, queries, features, strict=True)
+    return torch.stack([chunk_scores(scorer, *own, lengths, distances) for own in each])
+
+
+def features_of_layers(scorer: Scorer, layers: Sequence[int], statistics: ChunkStatistics) -> Tensor:
+    """`Scorer.chunk_features` of L layers, [L, B, Hkv, C, F], of any scorer, for statistics [L, B, Hkv, C, D]."""
+    if _takes_layers(scorer):
+        return cast(Any, scorer).chunk_features(layers, statistics)
+    each = zip(layers, *statistics, strict=True)
+    return torch.stack([scorer.chunk_features(layer, ChunkStatistics(*own)) for layer, *own in each])
+
+
+def _takes_layers(scorer: Scorer) -> bool:
+    return vars(type(scorer)).get("takes_layers", False)
 
 
 class PooledScorer(Scorer):
@@ -137,19 +169,20 @@ class PooledScorer(Scorer):
     """
 
     name = "pooled"
+    takes_layers = True
 
     def __init__(self, head_dim: int, queries: int = 4, scaling: float | None = None, use_variance: bool = True):
         self.scaling = head_dim**-0.5 if scaling is None else scaling
         self.queries = queries
         self.use_variance = use_variance
 
-    def chunk_features(self, layer: int, statistics: ChunkStatistics) -> Tensor:
+    def chunk_features(self, layer: Layers, statistics: ChunkStatistics) -> Tensor:
         """Mean and variance side by side: F = 2 D."""
         if not self.use_variance:
             return statistics.mean
         return torch.cat((statistics.mean, statistics.variance), -1)
 
-    def query_features(self, layer: int, queries: Tensor) -> Tensor:
+    def query_features(self, layer: Layers, queries: Tensor) -> Tensor:
         """See the class."""
         scaled = queries * self.scaling
         return torch.cat((scaled, scaled.square() / 2), -1) if self.use_variance else scaled

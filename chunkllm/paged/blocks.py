@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chunkllm.scorers import ChunkStatistics, Scorer
+from chunkllm.scorers import ChunkStatistics, Scorer, features_of_layers
 
 _TOKENS_PER_PIECE = 16
 
@@ -101,7 +101,7 @@ class BlockSummaries:
         tokens_per_piece: that a piece has on average, at the least.
         lengths: int64 [blocks + 1, M], tokens of each piece that is whole, 0 where there is none. Pieces of a block
             follow each other from its first token on. The block behind the last takes what belongs nowhere.
-        features: L tensors [Hkv, blocks + 1, M, F].
+        features: [L, Hkv, blocks + 1, M, F].
         nowhere: that last block.
     """
 
@@ -129,9 +129,9 @@ class BlockSummaries:
         one = torch.zeros(1, kv_heads, 1, head_dim, device=device)
         width = scorer.chunk_features(layers[0], ChunkStatistics(one, one, one)).shape[-1]
         self.lengths = torch.zeros(blocks + 1, pieces, dtype=torch.long, device=device)
-        shape = (kv_heads, blocks + 1, pieces, width)
+        shape = (len(layers), kv_heads, blocks + 1, pieces, width)
         kept = torch.float32 if dtype == torch.float16 else dtype
-        self.features = [torch.zeros(shape, dtype=kept, device=device) for _ in layers]
+        self.features = torch.zeros(shape, dtype=kept, device=device)
         # Means, and sums of squares about them.
         self._moments = torch.zeros(len(layers), slots, kv_heads, 2 * head_dim, device=device)
         self._summed = torch.zeros(slots, device=device)  # tokens of each slot's piece that has not ended
@@ -220,10 +220,10 @@ class BlockSummaries:
             return
         variance = squares[:, whole] / pieces.tokens[whole].clamp(min=1)[:, None, None]
         parts = (mean[:, whole], variance, keys[:, end])
-        for i, layer in enumerate(layers):
-            statistics = ChunkStatistics(*(part[i].transpose(0, 1)[None] for part in parts))
-            features = self._scorer.chunk_features(self._layers[layer], statistics)
-            self.features[layer][:, block, number] = features[0].to(self.features[layer].dtype)
+        statistics = ChunkStatistics(*(part.transpose(1, 2)[:, None] for part in parts))
+        features = features_of_layers(self._scorer, self._layers[layers.start : layers.stop], statistics)
+        kept_features = self.features[layers.start : layers.stop]
+        kept_features[:, :, block, number] = features[:, 0].to(kept_features.dtype)
 
 
 def _moments(keys: Tensor, pieces: Pieces) -> tuple[Tensor, Tensor]:

@@ -39,8 +39,6 @@ class ReplayedSelection(PagedSelection):
         zeros = self._weights.new_zeros
         shapes = (len(self._layers), rows, row_blocks), (len(self._layers), rows)
         self._held_reading = Reading(*(zeros(shape, dtype=torch.int32) for shape in shapes))
-        self._nowhere = slots * self._scorer.queries  # where queries go that are nobody's
-        self._places_of_queries = zeros(rows, dtype=torch.long).fill_(self._nowhere)
         self._ends = zeros(rows, dtype=torch.uint8)  # 1 at the end of a chunk
         self._is_single = False  # whether no row of the step under way has more than one token
 
@@ -51,7 +49,7 @@ class ReplayedSelection(PagedSelection):
     def capture(self, rows: int) -> Reading:
         """What so many rows read in every step, where it will be. The calls that are captured then are of no step."""
         self.forget()
-        self._await_queries()
+        self._await(rows)
         self._defers = self._is_single = True
         self._calls.open(wants_keys=True)
         return self._reading_of(rows)
@@ -67,7 +65,6 @@ class ReplayedSelection(PagedSelection):
         self._held_reading.block_table[:, :rows, :width] = table[:, :width]
         self._held_reading.lengths[:, :rows] = lengths
         self._reading_of(rows)
-        self._places_of_queries.fill_(self._nowhere)
 
     def _is_whole(self) -> bool:
         return self._calls.close(self._is_single)
@@ -91,21 +88,11 @@ class ReplayedSelection(PagedSelection):
         tokens[:, rows:] = 0
         return Reading(tables[:, :rows], tokens[:, :rows])
 
-    def _expect_queries(self, tokens: Tokens, slot: Tensor, sizes: Tensor) -> None:
-        if not self._is_single:
-            super()._expect_queries(tokens, slot, sizes)
-            return
-        count, recent = len(tokens.row), self._scorer.queries
-        self._await_queries()
-        self._places_of_queries[:count] = slot[tokens.row] * recent + tokens.position % recent
-        self._queries[:, self._places_of_queries[:count], 0, 0] = torch.nan
-        self._pending[:, :count, 0, 0] = torch.nan
-        self._ends.fill_(_MISSING)
-
-    def _await_queries(self) -> None:
-        """One of each token; they go nowhere, so far."""
-        self._places_of_queries.fill_(self._nowhere)
-        self._query_places, self._takes_every_query = self._places_of_queries, True
+    def _expect_queries(self, tokens: Tokens, slot: Tensor, sizes: Tensor, most: int) -> None:
+        super()._expect_queries(tokens, slot, sizes, most)
+        if self._is_single:
+            self._pending[:, : len(tokens.row), 0, 0] = torch.nan
+            self._ends.fill_(_MISSING)
 
     def _note_ends(self, ends: Tensor | None) -> None:
         if not self._is_single:
@@ -136,7 +123,4 @@ class ReplayedSelection(PagedSelection):
 
     def _is_missing(self, count: int) -> Tensor:
         """Whether anything of a step with so many tokens did not come, a bool scalar."""
-        places = self._places_of_queries[:count]
-        queries = self._queries[:, places, 0, 0].isnan() & (places < self._nowhere)  # there rows that pad write, too
-        keys = self._pending[:, :count, 0, 0].isnan()
-        return keys.any() | queries.any() | (self._ends[:count] == _MISSING).any()
+        return self._pending[:, :count, 0, 0].isnan().any() | (self._ends[:count] == _MISSING).any()

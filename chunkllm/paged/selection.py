@@ -23,10 +23,11 @@ from chunkllm.paged.calls import Calls, GapError
 from chunkllm.paged.held import HeldTokens
 from chunkllm.paged.slots import FoundSlots, GivenSlots, Rows, Slots
 from chunkllm.paged.tables import Choices, Reading, last_blocks, local_blocks, read_tables
-from chunkllm.scorers import Scorer, chunk_scores
+from chunkllm.scorers import Scorer, scores_of_layers
 from chunkllm.selection import divide
 
 _LEAST_AT_ONCE = 4  # rows that choose anew in a step, where shapes are fixed
+_BYTES_AT_ONCE = 1 << 24  # of features in float32, of the layers that are scored together
 _NEVER = -(1 << 40)  # tokens known, of a row that holds blocks that nobody summarised
 
 
@@ -67,8 +68,8 @@ class Step(NamedTuple):
 class PagedSelection:
     """Chunk selection for the requests of an engine.
 
-    In every step an engine calls `begin`, then for every layer `add_keys` and `add_queries`, and `note_ends` as soon as
-    it knows where chunks end, each of these once. Prompts, and whatever else a row gets several tokens of in one step,
+    In every step an engine calls `begin`, then `add` for every layer, and `note_ends` as soon as it knows where chunks
+    end, each of these once. Prompts, and whatever else a row gets several tokens of in one step,
     are read in full. A row selects anew in the first step behind the end of a chunk or a block. With fixed shapes, some
     rows do at a time, those first that have waited longest; so many that none waits for more tokens than a piece of a
     chunk has on average (16, or a block if that is shorter). Until then a row reads what it read before.
@@ -164,7 +165,7 @@ class PagedSelection:
         self._awake_slots: dict[int, int] = {}  # of the step before, and tokens of each row there, or more
         count = len(layers)
         queries = torch.zeros(count, places * scorer.queries, heads, head_dim, dtype=dtype, device=device)
-        self._queries, self._queries_of_layer = queries, list(queries)
+        self._queries, self._queries_of_layer = queries, queries.unbind()
         self._known = torch.zeros(places, dtype=torch.long, device=device)  # last tokens whose queries are there
         self._ended = torch.zeros(places, dtype=torch.bool, device=device)  # a chunk, since the last selection
         self._has_chosen = torch.zeros(places, dtype=torch.bool, device=device)
@@ -173,11 +174,13 @@ class PagedSelection:
         number = torch.int16 if row_blocks <= torch.iinfo(torch.int16).max else torch.int32
         self._chosen = torch.zeros(count, places, 1, dtype=number, device=device)
         self._counts = torch.zeros(count, places, dtype=torch.int32, device=device)
-        self._pending = torch.zeros(count, rows, kv_heads, head_dim, dtype=dtype, device=device)
-        self._pending_of_layer = list(self._pending)
+        # Of a step of few tokens, keys and behind them queries, of all heads: taken in with the next.
+        self._pending = torch.zeros(count, rows, kv_heads + heads, head_dim, dtype=dtype, device=device)
+        self._kv_heads = kv_heads
+        self._await(rows)
         self._undivided: list[tuple[int, Tensor]] = []  # layers' keys that came before the step's pieces were known
         self._pieces: Pieces | None = None
-        self._defers = False  # a step of few tokens: its keys are taken in with the next
+        self._defers = False  # a step of few tokens
         self._calls = Calls(count)
         self._written: list[Tensor] = []  # blocks of steps that are not taken in
         self.selections = torch.zeros((), dtype=torch.long, device=device)
@@ -255,7 +258,7 @@ class PagedSelection:
         is_step = (sizes == 1) & ~is_prompt & (slot < self._slots.count)
         self._has_chosen[slot] &= is_step
         reading = self._reading(step, slot, is_step, lengths)
-        self._expect(tokens, slot, is_new, sizes)
+        self._expect(tokens, slot, is_new, sizes, int(step.sizes.max(initial=0)))
         return reading
 
     def _rows_of(self, step: Step, lengths: Tensor, sizes: Tensor, awake: Tensor, is_prompt: Tensor) -> Rows:
@@ -266,6 +269,8 @@ class PagedSelection:
         return Rows(held, sizes, block, next_block, is_prompt, awake, given)
 
     def _forget(self, slot: Tensor, is_new: Tensor) -> None:
+        if not self._fixed_shapes and not is_new.any():
+            return
         self.summaries.forget(slot, is_new)
         for state in (self._known, self._ended, self._has_chosen, self._waited):
             state[slot] = state[slot].masked_fill(is_new, 0)
@@ -312,19 +317,22 @@ class PagedSelection:
         if self._held is not None:
             self._held.forget(blocks)
 
-    def _expect(self, tokens: Tokens, slot: Tensor, is_new: Tensor, sizes: Tensor) -> None:
-        """A step's keys, queries and ends of chunks are to come."""
+    def _expect(self, tokens: Tokens, slot: Tensor, is_new: Tensor, sizes: Tensor, most: int) -> None:
+        """A step's keys, queries and ends of chunks are to come; a row has at most so many tokens in it."""
         self._known[slot] += sizes
         self._tokens, self._slot, self._is_new = tokens, slot, is_new
-        self._defers = len(tokens.row) <= len(self._pending[0])
+        count = len(tokens.row)
+        self._defers = count <= self._pending.shape[1]
+        if self._defers and count != len(self._pending_of_layer[0]):
+            self._await(count)
         self._pieces = None
         self._undivided.clear()
-        self._expect_queries(tokens, slot, sizes)
+        self._expect_queries(tokens, slot, sizes, most)
 
-    def _expect_queries(self, tokens: Tokens, slot: Tensor, sizes: Tensor) -> None:
+    def _expect_queries(self, tokens: Tokens, slot: Tensor, sizes: Tensor, most: int) -> None:
         """Where the queries of this step go: of each row the last ones, in place of its oldest."""
         recent = self._scorer.queries
-        back = torch.arange(recent if self._fixed_shapes else min(recent, int(sizes.max())), device=slot.device)
+        back = torch.arange(min(recent, most), device=slot.device)
         token, there = tokens.last[:, None] - back, back < sizes[:, None]
         place = slot[:, None] * recent + tokens.position[token.clamp(min=0)] % recent
         if self._fixed_shapes:
@@ -333,8 +341,10 @@ class PagedSelection:
             self._query_places = torch.where(there, place, nowhere).flatten()
         else:
             self._query_tokens, self._query_places = token[there], place[there]
-        every = token.shape[1] == 1 and len(self._query_tokens) == len(tokens.row)
-        self._takes_every_query = every and not self._fixed_shapes
+
+    def _await(self, count: int) -> None:
+        """Keys and queries of so many tokens are to come."""
+        self._pending_of_layer = self._pending[:, :count].unbind()
 
     def note_ends(self, ends: Tensor | None) -> None:
         """Takes in where chunks end, bool [T]; None if nobody looks for that: then they end with their blocks."""
@@ -359,32 +369,31 @@ class PagedSelection:
             self.summaries.add(self._pieces, keys[None], range(layer, layer + 1))
         self._undivided.clear()
 
-    def add_keys(self, layer: int, keys: Tensor) -> None:
-        """Takes in the keys [T, Hkv, D], post-RoPE, of the layer with this number among the L."""
+    def add(self, layer: int, keys: Tensor, queries: Tensor) -> None:
+        """Takes in keys [T, Hkv, D] and queries [T, H, D], post-RoPE, of the layer with this number among the L."""
         if not self._calls.wants_keys:
             return
         if self._defers:
-            self._pending_of_layer[layer].narrow(0, 0, len(keys)).copy_(keys)
-        elif self._pieces is None:
+            torch.cat((keys, queries), 1, out=self._pending_of_layer[layer])
+        else:
+            self._add_many(layer, keys, queries)
+        self._calls.add(layer)
+
+    def _add_many(self, layer: int, keys: Tensor, queries: Tensor) -> None:
+        queries = queries.index_select(0, self._query_tokens)
+        self._queries_of_layer[layer].index_copy_(0, self._query_places, queries)
+        if self._pieces is None:
             self._undivided.append((layer, keys))
         else:
             self.summaries.add(self._pieces, keys[None], range(layer, layer + 1))
-        self._calls.add_keys(layer)
-
-    def add_queries(self, layer: int, queries: Tensor) -> None:
-        """Takes in the queries [T, H, D], post-RoPE."""
-        if not self._calls.wants_keys:
-            return
-        if not self._takes_every_query:  # else they are in order
-            queries = queries.index_select(0, self._query_tokens)
-        self._queries_of_layer[layer].index_copy_(0, self._query_places[: len(queries)], queries)
-        self._calls.add_queries(layer)
 
     def _take_in(self) -> None:
-        """The keys of a step of few tokens, of all layers at once."""
+        """The keys and queries of a step of few tokens, of all layers at once."""
         if self._defers and self._pieces is not None:
-            count = len(self._pieces.of_token)
-            self.summaries.add(self._pieces, self._pending[:, :count], range(len(self._layers)))
+            keys = self._pending[:, : len(self._pieces.of_token), : self._kv_heads]
+            queries = self._pending.index_select(1, self._query_tokens)[:, :, self._kv_heads :]
+            self.summaries.add(self._pieces, keys, range(len(self._layers)))
+            self._queries.index_copy_(1, self._query_places, queries)
         self._pieces = None
 
     def _reading(self, step: Step, slot: Tensor, is_step: Tensor, lengths: Tensor) -> Reading | None:
@@ -472,14 +481,16 @@ class PagedSelection:
         flat = lengths.flatten(1).float(), distances.flatten(1).float()
         recent = self._scorer.queries
         places = slot[:, None] * recent + torch.arange(recent, device=slot.device)
+        one = self.summaries.features[0, :, 0]
+        at_once = max(1, _BYTES_AT_ONCE // (blocks.numel() * one.numel() * 4))
         by_layer = []
-        for i, layer in enumerate(self._layers):
-            features = self.summaries.features[i].index_select(1, blocks.flatten()).unflatten(1, blocks.shape)
-            features = features.flatten(2, 3).transpose(0, 1)
-            queries = self._queries[i][places].transpose(1, 2)
-            scores = chunk_scores(self._scorer, layer, queries, features, *flat)
-            by_layer.append(scores.view(lengths.shape).sum(-1))
-        return torch.stack(by_layer)
+        for first in range(0, len(self._layers), at_once):
+            some = slice(first, first + at_once)
+            features = self.summaries.features[some].index_select(2, blocks.flatten()).unflatten(2, blocks.shape)
+            features = features.flatten(3, 4).transpose(1, 2)
+            queries = self._queries[some, places].transpose(2, 3)
+            by_layer.append(scores_of_layers(self._scorer, self._layers[some], queries, features, *flat))
+        return torch.cat(by_layer).unflatten(2, lengths.shape[1:]).sum(-1)
 
 
 def _tables_by(kernels: bool, fixed_shapes: bool) -> Callable[..., Reading]:

@@ -81,7 +81,7 @@ def read_tables(choices: Choices, into: Reading | None = None, *, fixed_shapes: 
     width = table.shape[1] if fixed_shapes else int(((counts + last - recent) * selects).max()) + 2
     place = torch.arange(width, dtype=torch.int32, device=slot.device)
     behind = (recent - counts - 1)[..., None] + place
-    chosen = chosen[:, :, :width].index_select(1, slot)
+    chosen = chosen.index_select(1, slot)[:, :, :width]  # in this order: of a slice, all slots would be copied
     number = torch.where(place <= counts[..., None], chosen, behind).minimum(last[:, None]).clamp_(min=0)
     own = table.expand(len(counts), -1, -1)
     tables = torch.where(selects[:, None], own.gather(2, number.long()), own[:, :, :width])

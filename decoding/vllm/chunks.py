@@ -248,8 +248,9 @@ class LayerGroup:
     def take_in(self, layer: int, keys: Tensor, queries: Tensor) -> None:
         """Takes in the keys [T, Hkv, D] and queries [T, H, D] of the layer with this number in the group."""
         assert self.selection is not None
-        self.selection.add_keys(layer, keys[: self.tokens])
-        self.selection.add_queries(layer, queries[: self.tokens])
+        if len(keys) > self.tokens:  # those behind them only pad
+            keys, queries = keys[: self.tokens], queries[: self.tokens]
+        self.selection.add(layer, keys, queries)
 
 
 def opened_adapters(source: str | None, device: torch.device) -> ChunkAdapters | ChunkCalibration | None:

@@ -15,7 +15,6 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from chunkllm.paged.tables import Reading
 from decoding.vllm.selecting import SelectingBuilder, SelectingImpl, is_selecting
 
 
@@ -60,27 +59,25 @@ class _Impl(SelectingImpl, CPUAttentionBackendImpl):
 
 
 class _Builder(SelectingBuilder, CPUAttentionMetadataBuilder):
-    def of_layers(self, metadata: CPUAttentionMetadata, reading: Reading) -> list[Any]:
-        self._plans: dict[bytes, Tensor] = {}  # most layers read as much as others
-        return super().of_layers(metadata, reading)
+    def plans_of(self, metadata: CPUAttentionMetadata, lengths: Tensor) -> list[Tensor]:
+        """As vLLM's builder makes them. Most layers read as much as others."""
+        keys = [each.tobytes() for each in lengths.numpy()]
+        plans = {key: self._plan(metadata, each) for key, each in dict(zip(keys, lengths, strict=True)).items()}
+        return [plans[key] for key in keys]
 
-    def plan_of(self, metadata: CPUAttentionMetadata) -> Tensor:
-        """As vLLM's builder makes it, for other lengths."""
-        lengths = metadata.seq_lens.numpy().tobytes()
-        if lengths not in self._plans:
-            self._plans[lengths] = ops.cpu_attn_get_scheduler_metadata(
-                num_reqs=len(metadata.seq_lens),
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_dim=self.head_dim,
-                seq_lens=metadata.seq_lens,
-                dtype=self.dtype,
-                query_start_loc=metadata.query_start_loc,
-                causal=metadata.causal,
-                sliding_window_size=-1,
-                isa=self.isa,
-                enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-                dynamic_causal=metadata.dynamic_causal,
-                kv_cache_dtype=self.kv_cache_dtype,
-            )
-        return self._plans[lengths]
+    def _plan(self, metadata: CPUAttentionMetadata, lengths: Tensor) -> Tensor:
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(lengths),
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            seq_lens=lengths,
+            dtype=self.dtype,
+            query_start_loc=metadata.query_start_loc,
+            causal=metadata.causal,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            dynamic_causal=metadata.dynamic_causal,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )

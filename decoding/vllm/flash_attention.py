@@ -64,5 +64,6 @@ class _Builder(SelectingBuilder, FlashAttentionMetadataBuilder):
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if declared.full_graphs else AttentionCGSupport.NEVER
         return super().get_cudagraph_support(vllm_config, kv_cache_spec)
 
-    def plan_of(self, metadata: FlashAttentionMetadata) -> None:
+    def plans_of(self, metadata: FlashAttentionMetadata, lengths: Tensor) -> list[None]:
         """None: the kernel makes its own."""
+        return [None] * len(lengths)

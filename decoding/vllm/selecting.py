@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -123,17 +123,17 @@ class SelectingBuilder:
         return None
 
     def of_layers(self, metadata: Any, reading: Reading) -> list[Any]:
-        """The metadata of each layer."""
-        layers = []
-        for table, lengths in zip(reading.block_table, reading.lengths, strict=True):
-            layer = copy(metadata)
-            layer.block_table, layer.seq_lens = table, lengths
-            layer.scheduler_metadata = self.plan_of(layer)
+        """The metadata of each layer: those of all, but for what it reads."""
+        new, layers = partial(object.__new__, type(metadata)), []
+        plans = self.plans_of(metadata, reading.lengths)
+        for table, lengths, plan in zip(reading.block_table, reading.lengths, plans, strict=True):
+            layer = new()  # what `copy` does, in a fifth of its time
+            vars(layer).update(vars(metadata), block_table=table, seq_lens=lengths, scheduler_metadata=plan)
             layers.append(layer)
         return layers
 
-    def plan_of(self, metadata: Any) -> Tensor | None:
-        """What a kernel plans its work by, for a layer's lengths."""
+    def plans_of(self, metadata: Any, lengths: Tensor) -> Sequence[Tensor | None]:
+        """What a kernel plans its work by, of each layer, for its lengths: int [L, R]."""
         raise NotImplementedError
 
 

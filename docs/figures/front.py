@@ -65,5 +65,5 @@ def _vllm() -> list[str]:
         f"{vllm.faster(4, 32_768).split()[0]} as fast",
         f"{MODEL}, on a CPU",
         f"throughput {cost.throughput()} with a style on every request",
-        f"one request selects chunks behind little text: {vllm.faster(1, 4096).split()[0]} at 4,096 tokens",
+        f"a lone request gains little from chunks behind 4,096 tokens: {vllm.faster(1, 4096).split()[0]}",
     ]

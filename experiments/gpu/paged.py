@@ -137,7 +137,6 @@ def _step(sizes: Sizes, held: int, count: int, device: torch.device) -> Step:
 def _tell(selection: PagedSelection, keys: Tensor, queries: Tensor, ends: Tensor) -> None:
     """The calls of a step."""
     for layer in range(len(keys)):
-        selection.add_keys(layer, keys[layer])
-        selection.add_queries(layer, queries[layer])
+        selection.add(layer, keys[layer], queries[layer])
         if layer == 0:
             selection.note_ends(ends)

@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 
 from chunkllm.adapters import AdapterConfig, AdapterScorer, ChunkAdapters
 from chunkllm.models import ModelShape
-from chunkllm.scorers import PooledScorer, chunk_scores, chunk_statistics
+from chunkllm.scorers import (
+    ChunkStatistics,
+    PooledScorer,
+    chunk_scores,
+    chunk_statistics,
+    features_of_layers,
+    scores_of_layers,
+)
 
 B, H, GROUPS, D, QUERIES = 2, 4, 2, 8, 3
 SHAPE = ModelShape("llama", 32, H, GROUPS, D, D**-0.5, (0, 2))
@@ -268,3 +275,31 @@ def test_a_bias_that_all_keys_share_leaves_their_variance(bias):
     got = chunk_statistics(spread + bias, chunk_of, ends).variance[0, :, 0]
     wanted = (spread + bias)[0, :, :50].double().var(1, unbiased=False)
     torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=0)
+
+
+class OfOneLayer(PooledScorer):
+    """As a package of somebody's may have it."""
+
+    def query_features(self, layer, queries):
+        return super().query_features(layer, queries * (layer + 1))
+
+
+@pytest.mark.parametrize("made", [lambda: AdapterScorer(trained()), lambda: PooledScorer(D), lambda: OfOneLayer(D)])
+def test_several_layers_at_once_score_as_one_by_one(made):
+    scorer, layers = made(), SHAPE.full_layers
+    cases = [(torch.randn(B, H, QUERIES, D), torch.randn(B, GROUPS, 20, D)) for _ in layers]
+    chunk_of, ends = layout([[3, 8, 1, 5], [2, 2]], before=2)
+    lengths = padded([[3, 8, 1, 5], [2, 2]])
+    statistics = [chunk_statistics(keys, chunk_of, ends) for _, keys in cases]
+    distances = torch.rand_like(lengths) * 9 + 1
+    with torch.no_grad():
+        features = [scorer.chunk_features(layer, each) for layer, each in zip(layers, statistics, strict=True)]
+        wanted = [
+            chunk_scores(scorer, layer, queries, own, lengths, distances)
+            for layer, (queries, _), own in zip(layers, cases, features, strict=True)
+        ]
+        together = features_of_layers(scorer, layers, ChunkStatistics(*map(torch.stack, zip(*statistics, strict=True))))
+        queries = torch.stack([queries for queries, _ in cases])
+        got = scores_of_layers(scorer, layers, queries, together, lengths, distances)
+    torch.testing.assert_close(together, torch.stack(features))
+    torch.testing.assert_close(got, torch.stack(wanted))

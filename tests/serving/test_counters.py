@@ -191,8 +191,7 @@ def test_selections_are_counted_where_nothing_waits_for_the_device(fixed_shapes)
         selection.note_ends(None)
         ids = torch.arange(held, held + count) % len(engine.ends)
         for layer in range(L):
-            selection.add_keys(layer, engine.keys[layer, ids])
-            selection.add_queries(layer, engine.queries[layer, ids])
+            selection.add(layer, engine.keys[layer, ids], engine.queries[layer, ids])
     assert int(selection.selections) == 1 + len({104, 112, 120})
     assert listing.of(SELECTIONS) == {None: 3}  # 25 steps, told in fours, a four later: the first 20
     assert listing.of(TOKENS_HELD) == {None: sum(range(101, 120))}

@@ -145,8 +145,7 @@ class Alone:
         self._known += count
         self._selection.note_ends(self._model.ends[ids] if self._model.ends.any() else None)
         for layer in range(L):
-            self._selection.add_keys(layer, self._model.keys[layer, ids])
-            self._selection.add_queries(layer, self._model.queries[layer, ids])
+            self._selection.add(layer, self._model.keys[layer, ids], self._model.queries[layer, ids])
         if reading is None:
             return None
         lengths = reading.lengths[:, 0].tolist()
@@ -280,7 +279,7 @@ def test_whole_steps_that_are_replayed_read_what_each_request_would_read_alone(c
 
 
 def test_what_cannot_be_captured_ends_the_start_and_no_step(config, monkeypatch):
-    monkeypatch.setattr(PagedSelection, "add_keys", lambda *_: 1 / 0)
+    monkeypatch.setattr(PagedSelection, "add", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         Replaying(monkeypatch).serving(config, blocks=36)
     assert not fallbacks.counts
@@ -384,7 +383,7 @@ def own_blocks_alone(served, model, selected):
     return run
 
 
-@pytest.mark.parametrize("part", ["begin", "note_ends", "add_keys", "add_queries"])
+@pytest.mark.parametrize("part", ["begin", "note_ends", "add"])
 @pytest.mark.parametrize("in_prompt", [False, True])
 def test_whatever_goes_wrong_the_step_is_plain_vllms_and_others_select(config, monkeypatch, part, in_prompt):
     choose, model = random.Random(3), Model(monkeypatch, has_ends=True)

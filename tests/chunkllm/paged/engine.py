@@ -228,8 +228,7 @@ class Engine:
     def tell(self, ids):
         """The calls that a step owes."""
         for layer in range(L):
-            self.selection.add_keys(layer, self.keys[layer, ids])
-            self.selection.add_queries(layer, self.queries[layer, ids])
+            self.selection.add(layer, self.keys[layer, ids], self.queries[layer, ids])
             if layer == 0:
                 self.selection.note_ends(self.ends[ids])
 

@@ -7,7 +7,7 @@ import pytest
 from chunkllm import ChunkError
 from tests.chunkllm.paged.engine import BLOCK, ROWS, Engine, L, M, Schedule, last_blocks, of_row, reads_everything
 
-KINDS = ["no ends", "ends twice", "no keys", "keys twice", "no queries", "queries twice", "fails within", "fails later"]
+KINDS = ["no ends", "ends twice", "no layer", "layer twice", "fails within", "fails later"]
 
 
 class Faulty:
@@ -52,14 +52,12 @@ class Faulty:
     def tell(self, ids):
         """The step's calls, with a fault if it is to have one."""
         selection, engine = self.engine.selection, self.engine
-        often = {"no": 0, "ends": 2, "keys": 2, "queries": 2}[self.kind.split()[0]] if self.is_miscounted() else 1
+        often = {"no": 0, "ends": 2, "layer": 2}[self.kind.split()[0]] if self.is_miscounted() else 1
         what = self.kind.split()[-1 if often == 0 else 0]
         faulty = self.choose.randrange(L)
         for layer in range(L):
-            for _ in range(often if layer == faulty and what == "keys" else 1):
-                selection.add_keys(layer, engine.keys[layer, ids])
-            for _ in range(often if layer == faulty and what == "queries" else 1):
-                selection.add_queries(layer, engine.queries[layer, ids])
+            for _ in range(often if layer == faulty and what == "layer" else 1):
+                selection.add(layer, engine.keys[layer, ids], engine.queries[layer, ids])
             for _ in range(0 if layer else often if what == "ends" else 1):
                 if self.had_gap and self.kind == "fails later":
                     with self.monkeypatch.context() as patch, pytest.raises(MemoryError):

@@ -96,8 +96,7 @@ def test_with_fixed_shapes_nothing_waits_for_the_device(engine, slots, rests, be
         with NoLooking():
             reading = selection.begin(step)
             for layer in range(L):
-                selection.add_keys(layer, keys[layer])
-                selection.add_queries(layer, queries[layer])
+                selection.add(layer, keys[layer], queries[layer])
                 if layer == 0:
                     selection.note_ends(ends)
         engine.cache.flatten(1, 2)[:, held : held + count] = keys

@@ -76,8 +76,7 @@ def written(lengths, rows=4, limit=512, fixed_shapes=True, given=True, steps=4):
             selection.begin(step)
         selection.note_ends(None)
         for layer in range(L):
-            selection.add_keys(layer, torch.ones(count, HKV, D))
-            selection.add_queries(layer, torch.ones(count, H, D))
+            selection.add(layer, torch.ones(count, HKV, D), torch.ones(count, H, D))
     return counted.bytes, selection
 
 
