@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -27,7 +28,7 @@ from ngram.storage import write_atomically
 HEADER, CELLS, LOCK = "run.json", "cells", ".lock"
 ADDED_SINCE_0_1_0 = (
     *("tokenizer_sha256", "definitions"),
-    *("suites", "budgets", "lengths", "examples", "lossless", "tasks", "data"),
+    *("suites", "budgets", "lengths", "examples", "lossless", "tasks", "data", "methods"),
 )
 C = TypeVar("C", bound=Cell)
 
@@ -187,8 +188,7 @@ def finish(
     mine, send = part.get(), elsewhere.get()
     if mine is not None and not mine.isdisjoint(cell.key for cell in cells):
         for cell in (cell for cell in todo if cell.key in mine):
-            records[cell] = measured(cell)
-            folder.write(cell, records[cell])
+            records[cell] = _measure(folder, cell, measured)
         raise PartDone
     with nullcontext() if mine is not None else alone_in(folder.path):
         if send is not None and todo:
@@ -199,13 +199,25 @@ def finish(
         with progress_of_cells() as progress:
             task = progress.add_task(title, total=len(todo))
             for cell in todo:
-                record = measured(cell)
-                folder.write(cell, record)
-                records[cell] = record
+                record = records[cell] = _measure(folder, cell, measured)
                 progress.advance(task)
                 if summary is not None:
                     progress.console.print(summary(cell, record), highlight=False, soft_wrap=True)
     return records
+
+
+def _measure(folder: RunFolder, cell: C, measured: Callable[[C], dict[str, Any]]) -> dict[str, Any]:
+    """Measures a cell and keeps it. The record says what it cost this process's threads in all."""
+    begun = time.process_time()
+    record = measured(cell)
+    record = record | {"cpu_seconds": time.process_time() - begun}
+    folder.write(cell, record)
+    return record
+
+
+def cpu_hours(records: Iterable[Mapping[str, Any]]) -> float:
+    """What records cost. Those of versions up to 0.1.0 do not say."""
+    return sum(record.get("cpu_seconds", 0.0) for record in records) / 3600
 
 
 def _held(folder: RunFolder, cells: Sequence[C]) -> dict[C, dict[str, Any]]:

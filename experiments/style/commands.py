@@ -198,10 +198,13 @@ def evaluate(prior: str, text: str, model: str, order: int, smoothing: str, **op
     help="More authors, for the judges. May repeat.",
 )
 @shared.prompts
+@click.option("--method", "methods", multiple=True, help="A way to a style, by name. May repeat; by default the usual.")
 @click.option("--samples", default=1, show_default=True, type=click.IntRange(min=1), help="Texts for each prompt.")
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(min=4))
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(min=1))
 @click.option("--lora-steps", default=300, show_default=True, type=click.IntRange(min=1))
+@click.option("--style-encoder", help="What verifies authors: a hub id, as LUAR's; by default character n-grams.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the code that comes with the style encoder.")
 @shared.model
 @shared.dtype
 @shared.device
@@ -213,7 +216,7 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
     """Priors in all modes beside prompting and LoRA: style (by a judge of its own), fluency, diversity, copying.
 
     Corpora are split: 70 % steers, prompts and trains, 20 % trains the judges, 10 % tests them. The first --other is
-    also the general background of one mode.
+    also the general background of one mode. A run grows: --resume with more methods.
     """
     from decoding.models import load_model, load_tokenizer
     from decoding.style.source import require_distinct
@@ -222,10 +225,13 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
     from experiments.lab.runs import check_unused
     from experiments.style import compare as ways
     from experiments.style import compare_report
+    from experiments.style.likeness import StyleEncoder
     from experiments.style.lora import LoraRecipe
 
     for module in ("sklearn", "peft"):
         required(module, "compare")
+    methods = options["methods"] or [method.name for method in ways.METHODS]
+    ways.methods_named(methods)  # refused before anything is read
     out = shared.out_folder(options["out"], "comparisons")
     if not options["resume"]:
         check_unused(out)
@@ -234,16 +240,19 @@ def compare(styles: tuple[str, ...], others: tuple[str, ...], **options: Any) ->
     chosen = ways.CompareOptions(
         prompts=read_prompts(options["prompts"] or ways.HELD_OUT_PROMPTS),
         other=more[0].name,
+        methods=tuple(methods),
         samples=options["samples"],
         max_new_tokens=options["max_new_tokens"],
         batch_size=options["batch_size"],
         lora=LoraRecipe(steps=options["lora_steps"]),
     )
+    encoder = options["style_encoder"]
+    embed = StyleEncoder(encoder, options["trust_remote_code"]) if encoder else None
     tokenizer = load_tokenizer(options["model"])
     model = load_model(options["model"], options["dtype"], options["device"])
     run = ways.Comparison(model, tokenizer, options["model"], corpora, more, chosen, out, options["resume"])
     shared.until_interrupted(run.run, out)
-    compare_report.write(run)
+    compare_report.write(run, encoder, embed)
     click.echo(f"\nlook at {out / 'pareto.png'} and {out / 'samples.md'}; numbers: {out / 'results.md'}")
 
 

@@ -22,17 +22,21 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from decoding import metrics
+from decoding.errors import DecodingError
 from decoding.style.background import Watcher, sample
+from decoding.style.bound import FIRST_SHARE
 from decoding.style.prior import StylePrior
-from decoding.style.ratio import CORPUS, MODEL, MOST_LOG_RATIO, ratio_to
+from decoding.style.ratio import CORPUS, MODEL, MOST_LOG_RATIO, frequencies, log_ratio, ratio_to
 from decoding.style.source import Corpus
+from decoding.style.strength import held_out_part
 from decoding.style.training import prior_of_tokens
 from decoding.temperature.processors import FixedTemperature
-from decoding.tokens import ends_of_sequence, pad_id, padded, tokenize
+from decoding.tokens import control_ids, ends_of_sequence, id_count, pad_id, padded, tokenize
 from experiments.lab.cells import Cell
 from experiments.lab.runs import RunFolder, finish, settings_of
 from experiments.style.judge import Split, passages, split_corpus
 from experiments.style.lora import LoraRecipe, train_lora, with_lora
+from experiments.style.tried import LongestContexts, SparesNames, learnt_weights, written_after
 
 HELD_OUT_PROMPTS = Path(__file__).with_name("held_out_prompts.txt")
 TEMPERATURES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3)
@@ -42,13 +46,23 @@ RECOMMENDED = "ratio"
 
 
 class Method(NamedTuple):
-    """A way to a style. ``prior`` are parameters of `StylePrior`; ``lambdas`` the strengths that are tried."""
+    """A way to a style.
+
+    Attributes:
+        name: of the method.
+        lambdas: the strengths that are tried.
+        prior: parameters of `StylePrior`. ``background`` may also be "other" or "prompts", ``weights`` "learnt".
+        prompting: "zero-shot" or "passages".
+        lora: how much of it.
+        change: to the prior: "spares names" or "longest contexts".
+    """
 
     name: str
     lambdas: tuple[float, ...] = (0.0,)
     prior: Mapping[str, Any] | None = None
-    prompting: str | None = None  # "zero-shot" or "passages"
-    lora: float = 0.0  # how much of it
+    prompting: str | None = None
+    lora: float = 0.0
+    change: str | None = None
 
 
 RATIO: dict[str, Any] = {"mode": "ratio"}
@@ -72,14 +86,33 @@ METHODS = (
     Method("half LoRA", lora=0.5),
     Method("half LoRA + ratio", (0.5, 1.0), RATIO, lora=0.5),
 )
+TRIED = (
+    Method("ratio, names and numbers spared", (0.6, 1.0), RATIO, change="spares names"),
+    Method("ratio, longest contexts", (0.6, 1.0), RATIO, change="longest contexts"),
+    Method("ratio to what the model writes there", (0.6, 1.0), {**RATIO, "background": "prompts"}),
+    Method("ratio to another corpus", (0.6, 1.0), {**RATIO, "background": "other"}),
+    Method("ratio, learnt weights", (0.6, 1.0), {**RATIO, "weights": "learnt"}),
+)
+"""Only where they are asked for by name."""
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What a user chooses. ``other`` is the name of the corpus that serves as the general background."""
+    """What a user chooses.
+
+    Attributes:
+        prompts: to continue.
+        other: name of the corpus that serves as the general background.
+        methods: names of those to try.
+        samples: texts for each prompt.
+        max_new_tokens: of each text.
+        batch_size: texts at a time.
+        lora: how one is trained.
+    """
 
     prompts: tuple[str, ...]
     other: str
+    methods: tuple[str, ...] = field(default_factory=lambda: tuple(method.name for method in METHODS))
     samples: int = 1
     max_new_tokens: int = 64
     batch_size: int = 64
@@ -100,6 +133,19 @@ class CompareCell(Cell):
         """See `Cell`."""
         readable = f"{self.style or UNSTEERED}-{self.method}-lambda{self.lambda_:g}-t{self.temperature:g}"
         return "".join(c if c.isalnum() or c in "-." else "_" for c in readable)
+
+
+def methods_named(names: Sequence[str]) -> dict[str, Method]:
+    """Those of `METHODS` and `TRIED`, in the order of the names.
+
+    Raises:
+        DecodingError: a name that none has.
+    """
+    known = {method.name: method for method in (*METHODS, *TRIED)}
+    for name in names:
+        if name not in known:
+            raise DecodingError(f"no way to a style is called {name!r}: choose from {', '.join(known)}")
+    return {name: known[name] for name in names}
 
 
 class Style:
@@ -177,10 +223,11 @@ class Comparison:
         self.options = options
         self.styles = {corpus.name: Style(corpus, tokenizer) for corpus in corpora}
         self.others = {corpus.name: Style(corpus, tokenizer) for corpus in others}
-        self.methods = {method.name: method for method in METHODS}
-        self.folder = RunFolder(out, self._settings(), resume)
+        self.methods = methods_named(options.methods)
+        self.folder = RunFolder(out, self._settings(), resume, growing=("methods",))
         self.records: dict[CompareCell, dict[str, Any]] = {}
         self._ratios: dict[tuple[str, str, float], Tensor] = {}
+        self._weights: dict[str, list[float]] = {}
 
     def _settings(self) -> dict[str, Any]:
         options = asdict(self.options)
@@ -188,7 +235,7 @@ class Comparison:
             **settings_of(self.model_name, self.model, self.tokenizer),
             "styles": {name: style.split.steering.sha256 for name, style in self.styles.items()},
             "others": {name: style.split.steering.sha256 for name, style in self.others.items()},
-            **{name: options[name] for name in ("other", "samples", "max_new_tokens", "batch_size", "lora")},
+            **{name: options[name] for name in ("other", "samples", "max_new_tokens", "batch_size", "lora", "methods")},
             "prompts": list(self.options.prompts),
         }
 
@@ -198,7 +245,7 @@ class Comparison:
         return unsteered + [
             CompareCell(style, method.name, value)
             for style in self.styles
-            for method in METHODS
+            for method in self.methods.values()
             for value in method.lambdas
         ]
 
@@ -245,7 +292,7 @@ class Comparison:
         return with_lora(self.model, folder, method.lora)
 
     def _written(
-        self, cell: CompareCell, method: Method, prior: StylePrior | None, start: int, prompts: list[str]
+        self, cell: CompareCell, method: Method, prior: LogitsProcessor | None, start: int, prompts: list[str]
     ) -> tuple[Tensor, _Steps]:
         steps = _Steps()
         processors: list[LogitsProcessor] = [steps.before]
@@ -259,23 +306,47 @@ class Comparison:
         tokens = sample(self.model, self.tokenizer, prompts, self.options.max_new_tokens, [*processors, steps.after])
         return tokens, steps
 
-    def _prior(self, cell: CompareCell, method: Method) -> StylePrior | None:
+    def _prior(self, cell: CompareCell, method: Method) -> LogitsProcessor | None:
         if cell.style is None or method.prior is None:
             return None
-        settings = dict(method.prior)
+        settings, style = dict(method.prior), self.styles[cell.style]
         most, background = settings.pop("most", MOST_LOG_RATIO), settings.pop("background", MODEL)
         if settings.get("mode") == "ratio":
             settings["log_ratio"] = self._log_ratio(cell.style, background, most)
-        style = self.styles[cell.style]
-        return StylePrior(style.prior, λ=cell.lambda_, pad_token_id=pad_id(self.tokenizer), **settings)
+        if settings.get("weights") == "learnt":
+            settings["weights"] = self._learnt_weights(style, settings["log_ratio"])
+        prior = StylePrior(style.prior, λ=cell.lambda_, pad_token_id=pad_id(self.tokenizer), **settings)
+        if method.change == "spares names":
+            return SparesNames(prior, self.tokenizer)
+        if method.change == "longest contexts":
+            share = (1 - FIRST_SHARE) / (style.prior.order - 1)
+            return LongestContexts(prior, style.documents, self.tokenizer, cell.lambda_ * share)
+        return prior
 
     def _log_ratio(self, name: str, background: str, most: float) -> Tensor:
         key = (name, background, most)
         if key not in self._ratios:
-            source = self.others[self.options.other].documents if background == "other" else background
             documents = self.styles[name].documents
-            self._ratios[key] = ratio_to(source, documents, self.tokenizer, self.model, most)
+            if background == "prompts":
+                self._ratios[key] = log_ratio(self._frequencies(documents), self._written_after_prompts, most)
+            else:
+                source = self.others[self.options.other].documents if background == "other" else background
+                self._ratios[key] = ratio_to(source, documents, self.tokenizer, self.model, most)
         return self._ratios[key]
+
+    @cached_property
+    def _written_after_prompts(self) -> Tensor:
+        return written_after(self.model, self.tokenizer, self.options.prompts, self.options.max_new_tokens)
+
+    def _frequencies(self, documents: Sequence[np.ndarray]) -> Tensor:
+        return frequencies(documents, id_count(self.tokenizer), control_ids(self.tokenizer))
+
+    def _learnt_weights(self, style: Style, row: Tensor) -> list[float]:
+        if style.name not in self._weights:
+            kept, held_out = held_out_part(style.documents)
+            prior = prior_of_tokens(kept, style.split.steering, self.tokenizer, style.prior.order, "kneser-ney")
+            self._weights[style.name] = learnt_weights(self.model, prior, row, held_out)
+        return self._weights[style.name]
 
     @torch.inference_mode()
     def _nll(self, prompts: list[str], tokens: Tensor) -> Tensor:

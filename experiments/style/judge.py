@@ -2,8 +2,9 @@
 
 A text's perplexity under the model that steered it falls by construction. So a corpus is split: one part steers, a
 second trains the judges here, a third tests them. One judge is a classifier of character n-grams, which also sees
-topic and names. The other, Burrows's Delta (Burrows 2002, doi 10.1093/llc/17.3.267), counts only function words, which
-hold little topic; it stands beside the length of sentences.
+topic and names. Another, Burrows's Delta (Burrows 2002, doi 10.1093/llc/17.3.267), counts only function words, which
+hold little topic; it stands beside the length of sentences. A third verifies authors (`experiments.style.likeness`).
+What each says of held-out text, the author's own and others', are its ceiling and its floor.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ import numpy as np
 from decoding.errors import DecodingError
 from decoding.style.source import Corpus
 from experiments.lab.libraries import required
+from experiments.style.likeness import Embed, Likeness
 
 PART_ENDS = (0.7, 0.9)  # of steering and of judging, as shares of the text
 PASSAGE = 260  # characters, as 64 generated tokens are
@@ -92,27 +95,31 @@ class Authors:
     Args:
         judging: a corpus to learn from, for each of two or more authors.
         testing: text of the same authors to measure the judges on.
+        embed: makes unit vectors for `StyleJudge.likeness`; TF-IDF of character n-grams by default.
 
     Attributes:
         names: of the authors, in order.
         function_words: what measures Delta.
         vectorizer: makes TF-IDF of character n-grams, fitted on the judging passages.
+        passages: at most `MOST_TESTING` testing passages of each author, by name.
         judging: sparse float64 [J, F], vectors of at most `MOST_JUDGING` passages an author.
-        testing: sparse float64 [T, F], vectors of at most `MOST_TESTING` passages an author.
+        testing: sparse float64 [T, F], vectors of those in ``passages``.
         judging_authors: str [J].
         testing_authors: str [T].
+        likeness: to each author, by name.
 
     Raises:
         DecodingError: fewer than two authors, not the same ones, too little text of one, or without scikit-learn.
     """
 
-    def __init__(self, judging: Mapping[str, Corpus], testing: Mapping[str, Corpus]):
+    def __init__(self, judging: Mapping[str, Corpus], testing: Mapping[str, Corpus], embed: Embed | None = None):
         if len(judging) < 2 or judging.keys() != testing.keys():
             raise DecodingError("a judge needs two or more style corpora, each with a part to judge by and one to test")
         self.names = list(judging)
         learnt = [_drawn(judging[name], MOST_JUDGING) for name in self.names]
         tested = [_drawn(testing[name], MOST_TESTING) for name in self.names]
         self.function_words = FunctionWords(learnt, tested)
+        self.passages = dict(zip(self.names, tested, strict=True))
         self.vectorizer = required("sklearn.feature_extraction.text", "compare").TfidfVectorizer(
             analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True, min_df=3, max_features=60_000
         )
@@ -120,6 +127,8 @@ class Authors:
         self.testing = self.vectorizer.transform([text for texts in tested for text in texts])
         self.judging_authors = np.repeat(self.names, [len(texts) for texts in learnt])
         self.testing_authors = np.repeat(self.names, [len(texts) for texts in tested])
+        likeness = partial(Likeness, embed or self.vectorizer.transform)
+        self.likeness = {name: likeness(texts) for name, texts in zip(self.names, learnt, strict=True)}
 
 
 def _drawn(corpus: Corpus, most: int) -> list[str]:
@@ -198,6 +207,7 @@ class StyleJudge:
         accuracy: of `probability` above ½ on the testing passages, balanced: mean of the target's and of the others'.
         function_word_accuracy: share of all authors' testing bundles that have the smallest Delta to their own author.
         target_sentence_words: mean length of the target's sentences in words.
+        likeness: cosine of each text, as an embedding, to the target's.
 
     Raises:
         DecodingError: no such target, or as `Authors`.
@@ -229,6 +239,8 @@ class StyleJudge:
         right = self._classifier.predict(authors.testing) == is_target
         self.accuracy = float((right[is_target].mean() + right[~is_target].mean()) / 2)
         self._function_words = authors.function_words
+        self._passages, self._target = authors.passages, target
+        self.likeness = authors.likeness[target]
         self._index = authors.names.index(target)
         self.function_word_accuracy = authors.function_words.accuracy
         self.target_sentence_words = authors.function_words.sentence_words[self._index]
@@ -265,13 +277,33 @@ class StyleJudge:
         """
         return _sentence_words(texts)
 
+    def measures(self, texts: Sequence[str]) -> dict[str, float]:
+        """What all judges say of texts, by name: means over texts, and of the texts together."""
+        return {
+            "judge": float(self.probability(texts).mean()),
+            "likeness": float(self.likeness(texts).mean()),
+            "delta": self.delta(texts),
+            "sentence_words": self.sentence_words(texts),
+        }
 
-def train_judges(corpora: Mapping[str, Split], targets: Sequence[str]) -> dict[str, StyleJudge]:
+    def ceiling(self, count: int) -> dict[str, float]:
+        """`measures` of at most ``count`` held-out passages of the author: as many as there are texts to set beside."""
+        return self.measures(self._passages[self._target][:count])
+
+    def floor(self, count: int) -> dict[str, float]:
+        """Likewise of each other author, in the mean."""
+        others = [self.measures(texts[:count]) for name, texts in self._passages.items() if name != self._target]
+        return {key: float(np.mean([other[key] for other in others])) for key in others[0]}
+
+
+def train_judges(
+    corpora: Mapping[str, Split], targets: Sequence[str], embed: Embed | None = None
+) -> dict[str, StyleJudge]:
     """A judge for each target, out of all the corpora.
 
     Raises:
         DecodingError: as `StyleJudge`.
     """
     judging = {name: split.judging for name, split in corpora.items()}
-    authors = Authors(judging, {name: split.testing for name, split in corpora.items()})
+    authors = Authors(judging, {name: split.testing for name, split in corpora.items()}, embed)
     return {target: StyleJudge.among(authors, target) for target in targets}

@@ -9,7 +9,7 @@ from scipy import stats
 from decoding import DecodingError
 from experiments.lab.cells import Cell
 from experiments.lab.figures import ratio_of
-from experiments.lab.runs import RunFolder, finish, settings_of
+from experiments.lab.runs import RunFolder, cpu_hours, finish, settings_of
 from experiments.lab.stats import Estimate, interval
 from experiments.lab.tables import markdown, plus_minus
 
@@ -72,7 +72,10 @@ def test_a_record_is_found_under_the_label_that_it_had(tmp_path):
     folder = RunFolder(tmp_path / "run", {}, False)
     (folder.path / "cells" / "a_b.json").write_text('{"old": true}')
     records = finish(folder, [Named("a|b"), Named("c")], lambda cell: {"name": cell.name})
-    assert records == {Named("a|b"): {"old": True}, Named("c"): {"name": "c"}}
+    assert records[Named("a|b")] == {"old": True}
+    new = records[Named("c")]
+    assert new == {"name": "c", "cpu_seconds": new["cpu_seconds"]} and 0 <= new["cpu_seconds"] < 1
+    assert cpu_hours(records.values()) == new["cpu_seconds"] / 3600
     assert {path.stem for path in (folder.path / "cells").iterdir()} == {"a_b", Named("c").key}
 
 

@@ -11,7 +11,7 @@ from decoding.cli import cli
 from experiments.lab.runs import RunFolder, finish
 from experiments.style.cells import SweepCell
 
-TIMES = ("tokens_per_second", "speed")
+TIMES = ("tokens_per_second", "speed", "cpu_seconds")
 
 
 def cells_in(folder):

@@ -60,6 +60,10 @@ def test_a_comparison_from_the_command_line(model_folder, corpora, few_cells, tm
     assert all(math.isclose(row["fluency"], 1) for row in plain)
     assert {row["ppl_ratio"] for row in plain if row["temperature"] == 1} == {1}
     assert found["judges"]["one"]["accuracy"] > 0.9
+    ceiling, floor = (found["judges"]["one"][end] for end in ("ceiling", "floor"))
+    assert ceiling["judge"] > floor["judge"] and ceiling["likeness"] > floor["likeness"]
+    assert ceiling["delta"] < floor["delta"]
+    assert found["cpu_hours"] > 0 and found["settings"]["encoder"] == "character n-grams"
     assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert "half LoRA + ratio" in (out / "samples.md").read_text()
     assert "holds a run already" in run().output
@@ -68,6 +72,18 @@ def test_a_comparison_from_the_command_line(model_folder, corpora, few_cells, tm
     cells[0].unlink()
     assert run("--resume").exit_code == 0
     assert [path.stat().st_mtime_ns for path in cells[1:]] == times[1:] and cells[0].exists()
+    more = [part for method in compare.TRIED for part in ("--method", method.name)]
+    grown = run("--resume", "--method", "ratio", *more)
+    assert grown.exit_code == 0, (grown.output, grown.exception)
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == {"unsteered", "ratio", *(method.name for method in compare.TRIED)}
+    assert [path.stat().st_mtime_ns for path in cells[1:]] == times[1:]
+
+
+def test_no_such_method(corpora):
+    arguments = ["style", "compare", "--style", corpora[0], "--other", corpora[1], "--method", "ratios"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 2 and "no way to a style is called 'ratios': choose from paper, ratio" in result.output
 
 
 def test_what_is_missing_is_said_first(monkeypatch):
@@ -96,22 +112,50 @@ def test_who_dominates_whom():
     assert report.verdicts(rows)[0].but_for == (0.2,)
 
 
+def beside(*cells):
+    """Rows of one style: each cell is a method, a temperature, a mean entropy, a perplexity and a judge's probability.
+
+    Of two prompts, one is a tenth below the means and one above.
+    """
+    rows, values = [], []
+    spread = np.array([0.9, 1.1])
+    for method, t, entropy, ppl, judge in cells:
+        row = {"method": method, "temperature": t, "lambda": 0.0, "base_ppl": ppl, "distinct_2": 0.9, "copied": 0.0}
+        rows.append(row)
+        values.append(report.Values(judge * spread, math.log(ppl) * spread, entropy * spread))
+    report.set_side_by_side(rows, values)
+    return rows
+
+
 def test_fluency_is_compared_at_equal_entropy():
-    rows = [
-        {"method": "unsteered", "temperature": t, "entropy": h, "base_ppl": ppl, "distinct_2": 0.9, "copied": 0.0}
-        for t, h, ppl in ((0.5, 1.0, 4.0), (1.0, 3.0, 16.0))
-    ]
-    rows.append(
-        {"method": "ratio", "temperature": 1.0, "entropy": 2.0, "base_ppl": 16.0, "distinct_2": 0.45, "copied": 0.5}
-    )
-    report._set_beside_unsteered(rows)
+    rows = beside(("unsteered", 0.5, 1, 4, 0.1), ("unsteered", 1, 3, 16, 0.1), ("paper", 1, 2, 16, 0.1))
     assert math.isclose(rows[2]["fluency"], 2)  # log 8 lies in the middle
-    assert (rows[2]["ppl_ratio"], rows[2]["distinct_ratio"], rows[2]["copied_more"]) == (1.0, 0.5, True)
+    assert (rows[2]["ppl_ratio"], rows[2]["distinct_ratio"], rows[2]["copied_more"]) == (1, 1, False)
+    assert all(math.isclose(row[key], 1) for row in rows[:2] for key in ("fluency", "fluency_low", "fluency_high"))
+
+
+def test_an_interval_of_fluency_holds_the_baselines_error():
+    """Prompts that are harder for all methods alike move both, and so the ratio little."""
+    rows = beside(("unsteered", 0.5, 1, 4, 0.1), ("unsteered", 1, 3, 16, 0.1), ("paper", 1, 3, 16, 0.1))
+    assert math.isclose(rows[2]["fluency_low"], 1) and math.isclose(rows[2]["fluency_high"], 1)
+    other = beside(("unsteered", 0.5, 1, 4, 0.1), ("unsteered", 1, 3, 16, 0.1), ("paper", 1, 3, 32, 0.1))
+    nlls = np.log(2) * np.array([0.9, 1.1])  # of the difference: log 32 − log 16, prompt by prompt
+    assert math.isclose(other[2]["fluency_low"], math.exp(nlls[0])), "both draws the easier prompt"
+    assert math.isclose(other[2]["fluency_high"], math.exp(nlls[1]))
+
+
+def test_style_gained_over_the_ratio_at_equal_fluency():
+    line = ("unsteered", 0.5, 1, 4, 0.1), ("unsteered", 1, 3, 16, 0.1), ("ratio", 1, 3, 32, 0.5)
+    rows = beside(*line, ("paper", 1, 3, 16 * math.sqrt(2), 0.4), ("LoRA", 1, 3, 64, 0.9))
+    assert math.isclose(rows[3]["gain"], 0.4 - 0.3)  # half the way from 0.1 to 0.5
+    assert rows[3]["gain_low"] <= rows[3]["gain"] <= rows[3]["gain_high"]
+    assert [rows[i]["gain"] for i in (0, 1, 2, 4)] == [None] * 4, "no comparison with itself, nor beyond its points"
 
 
 def test_the_picture_knows_every_method_that_it_draws():
-    assert {*report.CLASSES, *report.ON_TOP} <= {method.name for method in compare.METHODS}
-    assert len({compare.CompareCell("s", method.name).key for method in compare.METHODS}) == len(compare.METHODS)
+    methods = (*compare.METHODS, *compare.TRIED)
+    assert {*report.CLASSES, *report.ON_TOP} <= {method.name for method in methods}
+    assert len({compare.CompareCell("s", method.name).key for method in methods}) == len(methods)
 
 
 def test_prompts_that_ask_for_a_style(tokenizer, corpora):

@@ -185,3 +185,22 @@ def test_without_scikit_learn(monkeypatch, splits):
     monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
     with pytest.raises(DecodingError, match=r"decoding-middleware\[compare\]"):
         train_judges(splits, ["sailor"])
+
+
+@pytest.mark.parametrize("author", VOCABULARY)
+def test_ceiling_and_floor_are_held_out_text(judges, splits, author):
+    judge = judges[author]
+    ceiling, floor = judge.ceiling(40), judge.floor(40)
+    assert ceiling["judge"] > 0.9 > 0.1 > floor["judge"]
+    assert ceiling["likeness"] > floor["likeness"] + 0.1
+    assert ceiling["delta"] < floor["delta"]
+    own = passages(splits[author].testing)
+    assert ceiling["judge"] == pytest.approx(judge.probability(own).mean(), abs=0.05), "some of these"
+
+
+def test_likeness_by_another_encoder(splits):
+    def length(texts):
+        return np.array([[1.0, 0.0] if "whale" in text else [0.0, 1.0] for text in texts])
+
+    judge = train_judges(splits, ["sailor"], length)["sailor"]
+    assert judge.likeness(["a whale", "a lawn"]) == pytest.approx([1, 0], abs=0.2)
