@@ -45,7 +45,7 @@ def write(
         parts.append("### Passkeys found, %\n\n" + markdown(_passkey_table(content["passkey"], options)))
         _draw_passkeys(content["passkey"], options, out / "passkey.png")
     if rows := suites.rows(cells, [*options.compared, *others]):
-        content |= {"tasks": rows, "lossless": suites.lossless_rows(cells), "cpu_hours": suites.cpu_hours(cells)}
+        content |= {"tasks": rows, "lossless": suites.lossless_rows(cells), "cpu_hours": suites.hours(cells)}
         parts += suites.tables(rows, content["lossless"])
         suites.draw(rows, out / "tasks.png")
     if ShortCell() in cells:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +49,6 @@ class Examination:
 
     def answered(self, cell: AnswerCell) -> dict[str, Any]:
         """What is written, and its scores, by method; what was right; how long prompts are and what was read."""
-        began = time.process_time()
         task, window = self.tasks[cell.task], Window(self.tokenizer, cell.length)
         example = task.example(cell.number, window)
         ids = window.ids(example).to(self.model.device)
@@ -74,7 +72,6 @@ class Examination:
             "scores": {name: task.score(text, example) for name, text in written.items()},
             "kv_retention": retention,
             "lossless": lossless,
-            "cpu_seconds": time.process_time() - began,
         }
 
     def _leave(self, cell: AnswerCell, ids: torch.Tensor, example: Example, ends: list[int]) -> None:

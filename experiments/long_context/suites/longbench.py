@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from decoding.errors import DecodingError
+from decoding.style.opening import read_lines, read_text
 from experiments.long_context.suites import scores
 from experiments.long_context.suites.scores import Score
 from experiments.long_context.suites.tasks import Example, Task, Window
@@ -112,7 +112,7 @@ def tasks(folder: Path) -> Iterator[Task]:
         found = [folder / name for name in ("data.json", "data.jsonl") if (folder / name).is_file()]
         if not found:
             raise DecodingError(f"{folder} has LongBench v2's prompts, but no data.json and no data.jsonl")
-        template = (folder / "prompts" / "0shot.txt").read_text(encoding="utf-8")
+        template = read_text(folder / "prompts" / "0shot.txt")
         yield DataSet(_V2, _rows(found[0]), template, _V2_TOKENS)
         return
     templates, lengths = (_json(folder / "config" / f"dataset2{name}.json") for name in ("prompt", "maxlen"))
@@ -126,18 +126,11 @@ def tasks(folder: Path) -> Iterator[Task]:
 def _rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".json":
         return _json(path)
-    return list(map(partial(_parsed, path), filter(str.strip, _text(path).split("\n"))))
+    return [_parsed(path, line) for line in read_lines(path) if line.strip()]
 
 
 def _json(path: Path) -> Any:
-    return _parsed(path, _text(path))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DecodingError(f"LongBench's folder lacks {path}, or it cannot be read: {error}") from error
+    return _parsed(path, read_text(path))
 
 
 def _parsed(path: Path, text: str) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from decoding.errors import DecodingError
+from decoding.style.opening import read_lines
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,9 @@ class Questions:
         whose documents are alike.
 
         Raises:
-            DecodingError: it does not exist, or a line lacks something.
+            DecodingError: it cannot be read, or a line lacks something.
         """
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DecodingError(f"{path} cannot be read: {error}") from error
-        found = cls([_asked(path, place, line) for place, line in enumerate(lines, 1) if line.strip()])
+        found = cls([_asked(path, place, line) for place, line in enumerate(read_lines(path), 1) if line.strip()])
         if not found.asked:
             raise DecodingError(f"{path} has no questions with an answer")
         return found

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.lab.cells import Cell
 from experiments.lab.pictures import literal, plt, save
+from experiments.lab.runs import cpu_hours
 from experiments.lab.tables import markdown, plus_minus
 from experiments.long_context.asked import AnswerCell, TextCell
 from experiments.long_context.baselines import FULL, kept_of, kept_shown, limit_of
@@ -67,11 +68,11 @@ def lossless_rows(cells: Mapping[Cell, Row]) -> list[dict[str, Any]]:
     return found
 
 
-def cpu_hours(cells: Mapping[Cell, Row]) -> dict[str, float]:
-    """What all methods together took, by length."""
+def hours(cells: Mapping[Cell, Row]) -> dict[str, float]:
+    """Processor hours that all methods together took, by length."""
     found: dict[str, float] = {}
     for (length, _), records in _by_task(cells).items():
-        found[str(length)] = found.get(str(length), 0.0) + sum(record["cpu_seconds"] for record in records) / 3600
+        found[str(length)] = found.get(str(length), 0.0) + cpu_hours(records)
     return found
 
 

@@ -75,7 +75,11 @@ class Window:
 
     def fits(self, example: Example) -> bool:
         """Whether there is room."""
-        return len(self._encoded(example)) + example.new_tokens <= self.tokens
+        return self._left(example) >= 0
+
+    def _left(self, example: Example) -> int:
+        """Tokens for which there is still room; fewer than 0 if it does not fit."""
+        return self.tokens - len(self._encoded(example)) - example.new_tokens
 
     def _encoded(self, example: Example) -> list[int]:
         if example.is_chat and has_chat_template(self.tokenizer):
@@ -98,18 +102,17 @@ class Window:
             raise DecodingError(f"prompts of {self.tokens:,} tokens have no room for the task: choose longer ones")
         few, more = (len(self._encoded(make(least + count))) for count in (0, _FEW))
         bound = least + 2 * self.tokens * _FEW // max(more - few, _FEW)
-        if most is not None and self.fits(make(most)):
-            return self._nearly_filled(make(most))
+        if most is not None and (left := self._left(whole := make(most))) >= 0:
+            self._require_nearly_filled(left)
+            return whole
         units = range(least + 1, bound if most is None else min(bound, most + 1))
         return make(least + bisect_left(units, True, key=lambda count: not self.fits(make(count))))
 
-    def _nearly_filled(self, example: Example) -> Example:
-        held = len(self._encoded(example)) + example.new_tokens
-        if held < 0.9 * self.tokens:
+    def _require_nearly_filled(self, left: int) -> None:
+        if left > 0.1 * self.tokens:
             raise DecodingError(
-                f"there is text for {held:,} of {self.tokens:,} tokens: give more, or shorter --lengths"
+                f"there is text for {self.tokens - left:,} of {self.tokens:,} tokens: give more, or shorter --lengths"
             )
-        return example
 
     def cut(self, example: Example) -> Example:
         """An example whose prompt lacks its middle, if it is too long: LongBench's way."""

@@ -33,7 +33,7 @@ def test_every_way_is_measured_behind_a_text():
     ids, _ = prompts((120,))
     with torch.inference_mode():
         records = {each.way: each for each in lossless.on_text("a text", ids, tiny_model(), Stops(), None, SETTING)}
-    assert list(records) == [DEFAULT, DENSE, SELECTED, LOSSLESS, LOOKUP, DRAFTING, SAMPLED, ATTENDED, ATTENDED_SAMPLED]
+    assert list(records) == [DEFAULT, SELECTED, DENSE, LOSSLESS, LOOKUP, DRAFTING, SAMPLED, ATTENDED, ATTENDED_SAMPLED]
     for way in (DEFAULT, DENSE, LOSSLESS, LOOKUP, DRAFTING, ATTENDED):
         assert records[way].same == records[way].tokens == 12
     assert {len(records[way].seconds) for way in (DEFAULT, LOSSLESS, LOOKUP)} == {2}

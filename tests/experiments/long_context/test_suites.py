@@ -1,5 +1,6 @@
 """RULER's tasks, LongBench and completion: examples fit, scores are the suites' own, and a run answers them."""
 
+import gzip
 import json
 import random
 import string
@@ -200,7 +201,7 @@ def test_questions_are_read_as_squad_and_hotpotqa_have_them(questions, tmp_path)
         ("{", "line 2"),
         ('{"question": "q", "context": "c"}', "line 2.*answer"),
         ("[1]", "line 2"),
-        (None, "cannot be read"),
+        (None, "cannot read"),
     ],
 )
 def test_damaged_questions_are_one_error(tmp_path, line, says):
@@ -209,6 +210,14 @@ def test_damaged_questions_are_one_error(tmp_path, line, says):
         path.write_text(json.dumps(SQUAD[0]) + "\n" + line)
     with pytest.raises(DecodingError, match=says):
         Questions.read(path)
+
+
+def test_questions_may_be_packed_or_marked(tmp_path):
+    lines = "\n".join(map(json.dumps, SQUAD))
+    (tmp_path / "marked.jsonl").write_text(lines, encoding="utf-8-sig")
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for path in tmp_path.iterdir():
+        assert len(Questions.read(path).asked) == len(SQUAD)
 
 
 @pytest.mark.parametrize(
