@@ -68,7 +68,7 @@ def listen(worker):
 
     def noting_scores(self, *args):
         scores = reduce(self, *args)
-        noted.scores.append(scores[0].clone())
+        noted.scores += [of_layer[0].clone() for of_layer in scores]
         return scores
 
     def noting_tables(self, common):
