@@ -481,8 +481,7 @@ class PagedSelection:
         flat = lengths.flatten(1).float(), distances.flatten(1).float()
         recent = self._scorer.queries
         places = slot[:, None] * recent + torch.arange(recent, device=slot.device)
-        one = self.summaries.features[0, :, 0]
-        at_once = max(1, _BYTES_AT_ONCE // (blocks.numel() * one.numel() * 4))
+        at_once = max(1, _BYTES_AT_ONCE // (4 * blocks.numel() * self.summaries.features[0, :, 0].numel()))
         by_layer = []
         for first in range(0, len(self._layers), at_once):
             some = slice(first, first + at_once)
