@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -124,10 +123,9 @@ class SelectingBuilder:
 
     def of_layers(self, metadata: Any, reading: Reading) -> list[Any]:
         """The metadata of each layer: those of all, but for what it reads."""
-        new, layers = partial(object.__new__, type(metadata)), []
-        plans = self.plans_of(metadata, reading.lengths)
+        layers, plans = [], self.plans_of(metadata, reading.lengths)
         for table, lengths, plan in zip(reading.block_table, reading.lengths, plans, strict=True):
-            layer = new()  # what `copy` does, in a fifth of its time
+            layer: Any = object.__new__(type(metadata))  # what `copy` does, in a fifth of its time
             vars(layer).update(vars(metadata), block_table=table, seq_lens=lengths, scheduler_metadata=plan)
             layers.append(layer)
         return layers

@@ -6,10 +6,9 @@ from collections import Counter
 from itertools import chain
 
 from experiments.lab.tables import number
-from experiments.style.compare import TRIED
-from figures.data import Row, change, figure, minus, quoted, read, row, span, table
+from figures.data import Row, change, figure, quoted, read, row, span, table
 
-PAPER, COMPARED, SECOND = "style_paper/results.json", "style_control/results.json", "style_control/qwen.json"
+PAPER, COMPARED = "style_paper/results.json", "style_control/results.json"
 STYLES = tuple(read(COMPARED)["settings"]["styles"])
 SHOWN = (
     ("unsteered", "unsteered", 0.0),
@@ -73,58 +72,21 @@ def beside_the_paper() -> str:
     return table(lines)
 
 
-def compared(file: str = COMPARED) -> str:
+def compared() -> str:
     """The judge's probability and the fluency of each method on each corpus."""
-    lines = [["", *STYLES], *_bounds(file, "judge", "{:.2f}")]
-    for label, method, λ in _tried(file):
-        found = [_row(style, method, λ, file) for style in STYLES]
-        lines.append([label, *(f"{each['judge']:.2f} at {each['fluency']:.2f}×" for each in found)])
-    return table(lines)
-
-
-def by(measure: str, shape: str, file: str = SECOND) -> str:
-    """What another judge says of each method on each corpus."""
-    lines = [["", *STYLES], *_bounds(file, measure, shape)]
-    for label, method, λ in _tried(file):
-        lines.append([label, *(shape.format(_row(style, method, λ, file)[measure]) for style in STYLES)])
-    return table(lines)
-
-
-def gained(file: str = SECOND) -> str:
-    """Style that changes of the ratio gain at its fluency, with intervals."""
     lines = [["", *STYLES]]
-    for method in (method for method in TRIED if _has(file, method.name, method.lambdas[-1])):
-        for λ in method.lambdas:
-            found = [_row(style, method.name, λ, file) for style in STYLES]
-            lines.append([f"{method.name}, λ={λ:g}", *map(_gain, found)])
+    for label, method, λ in SHOWN:
+        lines.append([label, *(f"{judge(style, method, λ)} at {fluency(style, method, λ)}" for style in STYLES)])
     return table(lines)
 
 
-def _gain(found: Row) -> str:
-    if found["gain"] is None:
-        return "less fluent than λ=1" if found["fluency"] > 1 else "more fluent than unsteered"
-    return minus(f"{found['gain']:+.2f} [{found['gain_low']:+.2f}, {found['gain_high']:+.2f}]")
+def _row(style: str, method: str, λ: float | str) -> Row:
+    return row(read(COMPARED)["rows"], style=style, method=method, temperature=1.0, **{"lambda": float(λ)})
 
 
-def _bounds(file: str, measure: str, shape: str) -> list[list[str]]:
-    """What a judge says of held-out text: the ceiling and the floor. Older data have none."""
-    judges = read(file)["judges"]
-    if "ceiling" not in judges[STYLES[0]]:
-        return []
-    ends = {"ceiling": "*the style's own held-out text*", "floor": "*other authors' held-out text*"}
-    return [[label, *(shape.format(judges[style][end][measure]) for style in STYLES)] for end, label in ends.items()]
-
-
-def _tried(file: str) -> list[tuple[str, str, float]]:
-    return [(label, method, λ) for label, method, λ in SHOWN if _has(file, method, λ)]
-
-
-def _has(file: str, method: str, λ: float) -> bool:
-    return any((each["method"], each["lambda"]) == (method, λ) for each in read(file)["rows"])
-
-
-def _row(style: str, method: str, λ: float | str, file: str = COMPARED) -> Row:
-    return row(read(file)["rows"], style=style, method=method, temperature=1.0, **{"lambda": float(λ)})
+def judge(style: str, method: str, λ: float) -> str:
+    """The probability that the judge gives to a method's texts."""
+    return f"{_row(style, method, λ)['judge']:.2f}"
 
 
 def fluency(style: str, method: str, λ: float) -> str:

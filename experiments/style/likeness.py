@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from decoding.errors import DecodingError
+from decoding.tokens import padded
 
 Embed = Callable[[Sequence[str]], Any]
 """Unit vectors of texts, float [N, F], as an array or a sparse matrix."""
@@ -51,7 +52,7 @@ class StyleEncoder:
         trust_remote_code: whether to run code that comes with the model, as LUAR's does.
 
     Raises:
-        DecodingError: it cannot be loaded.
+        DecodingError: it cannot be loaded, or does not encode texts.
     """
 
     def __init__(self, name: str, trust_remote_code: bool = False):
@@ -63,8 +64,11 @@ class StyleEncoder:
             self._model = AutoModel.from_pretrained(name, trust_remote_code=trust_remote_code).eval()
         except (OSError, ValueError, ImportError) as error:
             raise DecodingError(f"cannot load the style encoder {name}: {error}") from error
-        self._tokenizer.padding_side = "right"  # where positions are counted from the text's beginning
         self._reads_episodes = config.model_type.upper() == "LUAR"
+        try:
+            self(["A text.", "And another one."])
+        except Exception as error:  # known now, and not when all texts are written
+            raise DecodingError(f"{name} does not encode texts ({type(error).__name__}: {error})") from error
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
@@ -73,10 +77,8 @@ class StyleEncoder:
         return torch.nn.functional.normalize(torch.cat(parts).float(), dim=-1).numpy()
 
     def _embedded(self, texts: list[str]) -> Tensor:
-        inputs = self._tokenizer(
-            texts, return_tensors="pt", padding=True, truncation=True, max_length=self._most_tokens()
-        )
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        inputs = padded(texts, self._tokenizer, "cpu", on_the_left=False)  # positions count from a text's beginning
+        ids, mask = (inputs[name][:, : self._most_tokens()] for name in ("input_ids", "attention_mask"))
         if self._reads_episodes:  # [authors, texts, tokens]
             return self._model(input_ids=ids[:, None], attention_mask=mask[:, None])
         output: Any = self._model(input_ids=ids, attention_mask=mask)

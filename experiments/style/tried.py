@@ -14,7 +14,7 @@ from transformers import LogitsProcessor
 from decoding.style.background import MeanDistribution, Watcher, sample
 from decoding.style.bound import BoundStyle
 from decoding.style.settings import Settings
-from decoding.tokens import control_ids, id_count
+from decoding.tokens import id_count
 from ngram import NGramModel
 
 LONGEST = 8
@@ -94,9 +94,7 @@ def written_after(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: in
     mean = MeanDistribution()
     torch.manual_seed(0)
     sample(model, tokenizer, prompts, tokens, [Watcher(mean.add)])
-    found = mean.frequencies(id_count(tokenizer))
-    found[control_ids(tokenizer)] = 0
-    return found / found.sum()
+    return mean.frequencies(id_count(tokenizer))
 
 
 def learnt_weights(model: Any, prior: NGramModel, log_ratio: Tensor, documents: Sequence[np.ndarray]) -> list[float]:

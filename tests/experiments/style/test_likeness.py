@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -70,3 +71,21 @@ def test_an_encoder_with_code_of_its_own_reads_episodes(tokenizer, tmp_path):
 def test_an_encoder_that_is_not_there():
     with pytest.raises(DecodingError, match="cannot load the style encoder nowhere/at-all"):
         StyleEncoder("nowhere/at-all")
+
+
+def test_a_tokenizer_without_padding(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    bare.save_pretrained(tmp_path)
+    encoder = StyleEncoder(str(tmp_path))
+    texts = ["the captain", "rain and a longer line of rain"]
+    assert encoder(texts)[0] == pytest.approx(encoder(texts[:1])[0], abs=1e-5), "a row beside a longer one, and alone"
+
+
+def test_a_model_that_encodes_nothing_is_refused_before_anything_is_written(model_folder, monkeypatch):
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaModel.forward", lambda *_, **__: None)
+    with pytest.raises(DecodingError, match="does not encode texts .AttributeError"):
+        StyleEncoder(str(model_folder))
